@@ -1,0 +1,1 @@
+"""Recipes for `mpt fit`: `mpt configs` lists them."""

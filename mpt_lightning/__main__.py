@@ -1,0 +1,5 @@
+"""`python -m mpt_lightning` is `mpt`."""
+
+from mpt_lightning.cli import main
+
+main()

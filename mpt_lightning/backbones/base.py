@@ -1,0 +1,211 @@
+"""The interface between prompts and a frozen language model, and what both kinds of model share."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+IGNORE = -100
+"""The label of padding, Hugging Face's and torch's convention."""
+
+
+@dataclass
+class Segment:
+    """Hidden states of one part of the sequence.
+
+    Attributes:
+        layers: per layer `[N, S, H]`, the last layer last.
+        weight: `[N, S]`, how often each position counts: 0 for padding, for a prompt that several rows share the
+            number of those rows.
+    """
+
+    layers: tuple[Tensor, ...]
+    weight: Tensor
+
+
+@dataclass
+class BackboneOutput:
+    """What a forward pass gives.
+
+    Attributes:
+        logits: `[B, M, V]`, position m predicts label token m.
+        hidden: hidden states by "<stack>/<part>": encoder/prompt, encoder/text and decoder/text of an
+            encoder-decoder, decoder/prompt and decoder/text of a decoder-only model. Empty unless asked for.
+    """
+
+    logits: Tensor
+    hidden: dict[str, Segment] = field(default_factory=dict)
+
+
+class Backbone(nn.Module, ABC):
+    """A frozen Hugging Face model that takes prompts.
+
+    `prompts` in every verb is either a tensor `[U, P, H]`, one prompt per distinct task of the batch, or what
+    `encode_prompts` made of it; `rows` `[B]` says which of the U prompts each row has.
+
+    Args:
+        model: the model; its parameters are frozen here.
+        name: Hub id or folder it came from.
+        dropout: keep the model's dropout on while prompts train. Off by default, which is worth several points.
+        gradient_checkpointing: recompute each layer in the backward pass instead of keeping its activations.
+
+    Raises:
+        ValueError: the model cannot checkpoint gradients.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, name: str, dropout: bool = False, gradient_checkpointing: bool = False
+    ) -> None:
+        super().__init__()
+        self.model: Any = model.requires_grad_(False)
+        self.name = name
+        self.dropout = dropout
+        self.gradient_checkpointing = gradient_checkpointing
+        if gradient_checkpointing:
+            if not model.supports_gradient_checkpointing:
+                raise ValueError(
+                    f"{type(model).__name__} ({name}) cannot checkpoint gradients. Set gradient_checkpointing=False."
+                )
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        self.train(self.training)
+
+    @property
+    def dim(self) -> int:
+        """H, the size of an input embedding."""
+        return self.embeddings.shape[1]
+
+    @property
+    def embeddings(self) -> Tensor:
+        """The input embeddings `[V, H]`."""
+        table: Tensor = self.model.get_input_embeddings().weight
+        return table
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that belongs to the model."""
+        return AutoTokenizer.from_pretrained(self.name)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A short hash of the input embeddings: tells one backbone from another, whatever its name.
+
+        At most 4,096 rows, spread over the vocabulary, are read; as bfloat16, so that loading in another precision
+        does not change it.
+        """
+        table = self.embeddings.detach()
+        rows = table[:: max(1, len(table) // 4096)].to("cpu", torch.bfloat16).contiguous()
+        digest = hashlib.sha256(repr(tuple(table.shape)).encode())
+        digest.update(rows.view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Set the mode; the model itself trains (has dropout) only when `dropout` is on."""
+        super().train(mode)
+        self.model.train(mode and self.dropout)
+        if self.gradient_checkpointing:
+            # transformers checkpoints a layer only in training mode, which is not dropout: that is its children's.
+            for layer in self.model.modules():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    layer.training = mode
+        return self
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Give the input embeddings `[B, L, H]` of token ids `[B, L]`."""
+        return self.model.get_input_embeddings()(input_ids)
+
+    def encode_prompts(self, prompts: Tensor) -> Any:
+        """Do once what depends on the prompts `[U, P, H]` alone; the result stands for them in every verb."""
+        return prompts
+
+    @abstractmethod
+    def forward(
+        self,
+        prompts: Any,
+        rows: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        hidden_states: bool = False,
+    ) -> BackboneOutput:
+        """Predict the label tokens, given the ones before.
+
+        Args:
+            prompts: [U, P, H], or encoded.
+            rows: [B] in 0..U-1.
+            input_ids: [B, L].
+            attention_mask: [B, L], 1 for tokens, padding on any side.
+            labels: [B, M], -100 for padding, which is at the end.
+            hidden_states: also give every layer's hidden states.
+
+        Returns:
+            Logits `[B, M, V]`, and hidden states where asked for.
+        """
+
+    @abstractmethod
+    def score(self, prompts: Any, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, choices: Tensor) -> Tensor:
+        """Give the log-likelihood of each choice; the input is encoded once.
+
+        Args:
+            prompts: [U, P, H], or encoded.
+            rows: [B] in 0..U-1.
+            input_ids: [B, L].
+            attention_mask: [B, L].
+            choices: [B, C, M] label tokens, -100 for padding; a choice of nothing but padding does not exist.
+
+        Returns:
+            [B, C] in nats, fp32; -inf where there is no choice.
+        """
+
+    @abstractmethod
+    def generate(self, prompts: Any, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
+        """Generate label tokens.
+
+        Args:
+            prompts: [U, P, H], or encoded.
+            rows: [B] in 0..U-1.
+            input_ids: [B, L].
+            attention_mask: [B, L].
+            **options: what `transformers`' `generate` takes, such as `max_new_tokens` and `num_beams`.
+
+        Returns:
+            [B, N] new token ids, filled up with the padding token.
+        """
+
+
+def align(input_ids: Tensor, attention_mask: Tensor, side: str) -> tuple[Tensor, Tensor]:
+    """Move the padding of each row to one side, keeping the tokens' order.
+
+    With the padding in one known place no result can depend on where a tokenizer put it.
+
+    Args:
+        input_ids: [B, L].
+        attention_mask: [B, L].
+        side: where padding goes, "left" or "right".
+
+    Returns:
+        The ids and the mask, [B, L] each.
+    """
+    key = attention_mask if side == "left" else 1 - attention_mask
+    order = torch.argsort(key, dim=1, stable=True)
+    return input_ids.gather(1, order), attention_mask.gather(1, order)
+
+
+def log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum the log-probabilities of label tokens.
+
+    Args:
+        logits: [N, M, V].
+        labels: [N, M], -100 for padding.
+
+    Returns:
+        [N] in nats, fp32 or better.
+    """
+    precise = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    loss = nn.functional.cross_entropy(precise.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
+    return -loss.view(labels.shape).sum(dim=1)

@@ -1,0 +1,165 @@
+"""Decoder-only models (GPT-2, Llama, ...): one pass over each distinct prompt, the rows on top of it.
+
+The prompt comes first, so its keys and values depend on the prompt alone. They are computed once per distinct prompt
+and gathered per row: U·P + B·S tokens instead of B·(P + S). Gradients flow through them.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from mpt_lightning.backbones.base import IGNORE, Backbone, BackboneOutput, Segment, align, log_likelihood
+from mpt_lightning.backbones.prefix import EncodedPrompts, PrefixCache, gather
+
+
+class CausalBackbone(Backbone):
+    """A frozen decoder-only model.
+
+    Raises:
+        ValueError: the model has layers other than attention, whose state a prefix cannot be split off from.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, name: str, dropout: bool = False, gradient_checkpointing: bool = False
+    ) -> None:
+        super().__init__(model, name, dropout, gradient_checkpointing)
+        config = model.config.get_text_config(decoder=True)
+        kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+        if kinds:
+            raise ValueError(
+                f"{type(model).__name__} ({name}) has layers of the kind {', '.join(sorted(kinds))}. "
+                "Prompts need a decoder with full or sliding-window attention in every layer."
+            )
+        self._num_layers: int = config.num_hidden_layers
+        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        for layer in model.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                # Our caches are read-only, so that recomputing a layer with them is safe.
+                layer._can_checkpoint_with_cache = True
+
+    def encode_prompts(self, prompts: Tensor | EncodedPrompts) -> EncodedPrompts:
+        """Run the model over the prompts `[U, P, H]`, once each."""
+        if isinstance(prompts, EncodedPrompts):
+            return prompts
+        cache = PrefixCache(self._num_layers)
+        # `logits_to_keep=1`: a prompt predicts nothing, so no vocabulary-sized output is made for it.
+        output = self.model(
+            inputs_embeds=prompts.to(self.embeddings.dtype),
+            past_key_values=cache,
+            use_cache=not self.gradient_checkpointing,
+            output_hidden_states=True,
+            logits_to_keep=1,
+            return_dict=True,
+        )
+        return EncodedPrompts(cache.contents(), tuple(output.hidden_states[1:]), prompts.shape[1])
+
+    def _read(
+        self, cache: Any, past: Tensor, input_ids: Tensor, mask: Tensor, keep: int, hidden_states: bool = False
+    ) -> Any:
+        """Run tokens `[N, S]` on top of a cache whose mask is `past` `[N, P]`; logits for the last `keep` ones."""
+        full = torch.cat([past, mask], dim=1)
+        # Positions count tokens, not columns: neither padding nor its side moves a token.
+        positions = (full.cumsum(dim=1) - 1).clamp(min=0)[:, past.shape[1] :]
+        options = {"position_ids": positions} if self._takes_positions else {}
+        return self.model(
+            input_ids=input_ids,
+            attention_mask=full,
+            past_key_values=cache,
+            use_cache=not self.gradient_checkpointing,
+            logits_to_keep=keep,
+            output_hidden_states=hidden_states,
+            return_dict=True,
+            **options,
+        )
+
+    def forward(
+        self,
+        prompts: Tensor | EncodedPrompts,
+        rows: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        hidden_states: bool = False,
+    ) -> BackboneOutput:
+        """Predict the label tokens; see `Backbone.forward`."""
+        encoded = self.encode_prompts(prompts)
+        # With the padding on the left the text ends in one column, and the labels' logits are the last M columns.
+        input_ids, attention_mask = align(input_ids, attention_mask, "left")
+        given = labels[:, :-1]  # the last label is predicted, never read
+        output = self._read(
+            PrefixCache(gather(encoded.layers, rows)),
+            past=attention_mask.new_ones(len(rows), encoded.length),
+            input_ids=torch.cat([input_ids, given.clamp(min=0)], dim=1),
+            mask=torch.cat([attention_mask, (given != IGNORE).to(attention_mask.dtype)], dim=1),
+            keep=labels.shape[1],
+            hidden_states=hidden_states,
+        )
+        result = BackboneOutput(output.logits)
+        if hidden_states:
+            shared_by = torch.bincount(rows, minlength=len(encoded.hidden[0]))
+            text = torch.cat([attention_mask, (given != IGNORE).to(attention_mask.dtype)], dim=1)
+            result.hidden = {
+                "decoder/prompt": Segment(encoded.hidden, shared_by[:, None].expand(-1, encoded.length)),
+                "decoder/text": Segment(tuple(output.hidden_states[1:]), text),
+            }
+        return result
+
+    def score(
+        self,
+        prompts: Tensor | EncodedPrompts,
+        rows: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        choices: Tensor,
+    ) -> Tensor:
+        """Give each choice's log-likelihood; see `Backbone.score`."""
+        encoded = self.encode_prompts(prompts)
+        input_ids, attention_mask = align(input_ids, attention_mask, "left")
+        past = attention_mask.new_ones(len(rows), encoded.length)
+        cache = PrefixCache(gather(encoded.layers, rows))
+        first = self._read(cache, past, input_ids, attention_mask, keep=1).logits
+        exists = (choices != IGNORE).any(dim=2)
+        row, _ = exists.nonzero(as_tuple=True)
+        labels = choices[exists]
+        logits = first[row]
+        if labels.shape[1] > 1:
+            # The text's keys and values serve all its choices; only the choices' own tokens are run.
+            given = labels[:, :-1]
+            rest = self._read(
+                PrefixCache(gather(cache.contents(), row)),
+                past=torch.cat([past, attention_mask], dim=1)[row],
+                input_ids=given.clamp(min=0),
+                mask=(given != IGNORE).to(attention_mask.dtype),
+                keep=given.shape[1],
+            ).logits
+            logits = torch.cat([logits, rest], dim=1)
+        likelihood = log_likelihood(logits, labels)
+        scores = torch.full(exists.shape, float("-inf"), dtype=likelihood.dtype, device=choices.device)
+        return scores.masked_scatter(exists, likelihood)
+
+    def generate(
+        self,
+        prompts: Tensor | EncodedPrompts,
+        rows: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        **options: Any,
+    ) -> Tensor:
+        """Generate label tokens; see `Backbone.generate`."""
+        encoded = self.encode_prompts(prompts)
+        input_ids, attention_mask = align(input_ids, attention_mask, "left")
+        # `generate` wants ids for every cached position; it skips these, so any id does.
+        stand_in = input_ids.new_zeros(len(rows), encoded.length)
+        copies = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
+        tokens = self.model.generate(
+            input_ids=torch.cat([stand_in, input_ids], dim=1),
+            attention_mask=torch.cat([torch.ones_like(stand_in), attention_mask], dim=1),
+            past_key_values=DynamicCache(gather(encoded.layers, rows.repeat_interleave(copies))),
+            **options,
+        )
+        return tokens[:, encoded.length + input_ids.shape[1] :]

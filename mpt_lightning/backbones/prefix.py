@@ -1,0 +1,105 @@
+"""A cache that lets rows read a shared prefix's keys and values, with gradients through it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+@dataclass
+class EncodedPrompts:
+    """What a decoder-only model makes of prompts alone: everything that rows need of them.
+
+    Attributes:
+        layers: per layer the keys and values, `[U, heads, P, D]` each.
+        hidden: per layer the hidden states `[U, P, H]`.
+        length: P.
+    """
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    hidden: tuple[Tensor, ...]
+    length: int
+
+
+class PrefixLayer(CacheLayerMixin):
+    """One layer's prefix, in front of whatever keys and values a pass computes.
+
+    Nothing accumulates: `update` gives `[prefix, new]` and only remembers it. So the same prefix serves many passes,
+    and recomputing a layer (gradient checkpointing) gives the same result again.
+    """
+
+    is_sliding = False  # all keys are kept, and a window is the attention mask's work
+
+    def __init__(self, keys: Tensor | None = None, values: Tensor | None = None) -> None:
+        super().__init__()
+        self.prefix = None if keys is None or values is None else (keys, values)
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: there is no storage."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Give the prefix and the new keys `[B, heads, P + S, D]`, and the values alike."""
+        if self.prefix is not None:
+            key_states = torch.cat([self.prefix[0].to(key_states.dtype), key_states], dim=2)
+            value_states = torch.cat([self.prefix[1].to(value_states.dtype), value_states], dim=2)
+        self.keys, self.values = key_states, value_states
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Give P, the tokens before a pass."""
+        return 0 if self.prefix is None else self.prefix[0].shape[2]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Give the number of keys that a pass sees, and where they begin."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Say that there is no limit."""
+        return -1
+
+
+class PrefixCache(Cache):
+    """The prefixes of all layers.
+
+    Args:
+        layers: per layer the prefix's keys and values `[B, heads, P, D]`; or how many layers there are, for a pass
+            without a prefix whose keys and values are wanted.
+    """
+
+    def __init__(self, layers: Sequence[tuple[Tensor, Tensor]] | int) -> None:
+        pairs = [()] * layers if isinstance(layers, int) else layers
+        self.prefix_layers = [PrefixLayer(*pair) for pair in pairs]
+        super().__init__(layers=list(self.prefix_layers))
+
+    def contents(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Give what the last pass saw: per layer the keys and values, prefix and new ones."""
+        pairs = []
+        for layer in self.prefix_layers:
+            if layer.keys is None or layer.values is None:
+                raise RuntimeError("no pass has run through this cache yet")
+            pairs.append((layer.keys, layer.values))
+        return tuple(pairs)
+
+
+def gather(layers: Sequence[tuple[Tensor, Tensor]], rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Give each row its prompt's keys and values.
+
+    Args:
+        layers: per layer `[U, heads, P, D]`.
+        rows: [B] in 0..U-1.
+
+    Returns:
+        Per layer `[B, heads, P, D]`; a view where there is one prompt only.
+    """
+
+    def pick(states: Tensor) -> Tensor:
+        if len(states) == 1:
+            return states.expand(len(rows), *states.shape[1:])
+        return states.index_select(0, rows)
+
+    return [(pick(keys), pick(values)) for keys, values in layers]

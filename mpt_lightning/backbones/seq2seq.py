@@ -1,0 +1,83 @@
+"""Encoder-decoders (T5, BART, ...): the prompt goes before the encoder's input."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
+
+from mpt_lightning.backbones.base import IGNORE, Backbone, BackboneOutput, Segment, align, log_likelihood
+
+
+class Seq2SeqBackbone(Backbone):
+    """A frozen encoder-decoder."""
+
+    def _encode(
+        self, prompts: Tensor, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, hidden_states: bool = False
+    ) -> tuple[Any, Tensor]:
+        """Run the encoder over `[prompt, text, padding]`; give its output and the mask `[B, P + L]`."""
+        # Relative and absolute positions alike count from the left, so padding goes to the right.
+        input_ids, attention_mask = align(input_ids, attention_mask, "right")
+        text = self.embed(input_ids)
+        embeds = torch.cat([prompts.to(text.dtype)[rows], text], dim=1)
+        mask = torch.cat([attention_mask.new_ones(len(rows), prompts.shape[1]), attention_mask], dim=1)
+        output = self.model.get_encoder()(
+            inputs_embeds=embeds, attention_mask=mask, output_hidden_states=hidden_states, return_dict=True
+        )
+        return output, mask
+
+    def _decode(self, encoded: Tensor, mask: Tensor, labels: Tensor, hidden_states: bool = False) -> Any:
+        """Run the decoder over label tokens `[B, M]`, shifted, given the encoder's states `[B, S, H]`."""
+        return self.model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=encoded),
+            attention_mask=mask,
+            decoder_input_ids=self.model.prepare_decoder_input_ids_from_labels(labels),
+            output_hidden_states=hidden_states,
+            use_cache=False,
+            return_dict=True,
+        )
+
+    def forward(
+        self,
+        prompts: Tensor,
+        rows: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        hidden_states: bool = False,
+    ) -> BackboneOutput:
+        """Predict the label tokens; see `Backbone.forward`."""
+        encoded, mask = self._encode(prompts, rows, input_ids, attention_mask, hidden_states)
+        decoded = self._decode(encoded.last_hidden_state, mask, labels, hidden_states)
+        output = BackboneOutput(decoded.logits)
+        if hidden_states:
+            length = prompts.shape[1]
+            # The first state of each stack is the embedding, which no layer has touched.
+            states = encoded.hidden_states[1:]
+            output.hidden = {
+                "encoder/prompt": Segment(tuple(state[:, :length] for state in states), mask[:, :length]),
+                "encoder/text": Segment(tuple(state[:, length:] for state in states), mask[:, length:]),
+                "decoder/text": Segment(tuple(decoded.decoder_hidden_states[1:]), labels != IGNORE),
+            }
+        return output
+
+    def score(
+        self, prompts: Tensor, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, choices: Tensor
+    ) -> Tensor:
+        """Give each choice's log-likelihood; see `Backbone.score`."""
+        encoded, mask = self._encode(prompts, rows, input_ids, attention_mask)
+        states = encoded.last_hidden_state
+        exists = (choices != IGNORE).any(dim=2)
+        row, _ = exists.nonzero(as_tuple=True)
+        labels = choices[exists]
+        scores = torch.full(exists.shape, float("-inf"), dtype=torch.float32, device=choices.device)
+        likelihood = log_likelihood(self._decode(states[row], mask[row], labels).logits, labels)
+        return scores.to(likelihood.dtype).masked_scatter(exists, likelihood)
+
+    def generate(
+        self, prompts: Tensor, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, **options: Any
+    ) -> Tensor:
+        """Generate label tokens; see `Backbone.generate`."""
+        encoded, mask = self._encode(prompts, rows, input_ids, attention_mask)
+        tokens = self.model.generate(encoder_outputs=encoded, attention_mask=mask, **options)
+        return tokens[:, 1:]  # without the decoder's start token

@@ -1,0 +1,124 @@
+"""Callbacks: predictions as JSONL, and the picture of how alike the tasks' prompts are."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.callbacks import BasePredictionWriter
+from torch.nn import functional
+
+from mpt_lightning.modules.base import PromptModule
+from mpt_lightning.prompts import Prompt
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes what `predict` answers, one JSON object per line: task, row, text, prediction, gold.
+
+    Each rank writes its rows as they come; at the end rank 0 joins them in the order of tasks and rows. The file
+    appears whole or not at all.
+
+    Args:
+        path: the file, such as predictions.jsonl. It must not exist.
+    """
+
+    def __init__(self, path: str = "predictions.jsonl") -> None:
+        super().__init__(write_interval="batch")
+        self.path = Path(path)
+
+    def _part(self, rank: int) -> Path:
+        return self.path.with_name(f"{self.path.name}.rank{rank}")
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check the file's place before any work is done."""
+        if stage != "predict":
+            return
+        if self.path.exists():
+            raise ValueError(f"{self.path} exists; remove it, or give the PredictionWriter another path.")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._part(trainer.global_rank).write_text("", encoding="utf-8")
+
+    def write_on_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Append a batch's records."""
+        with self._part(trainer.global_rank).open("a", encoding="utf-8") as file:
+            for record in prediction:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Join the ranks' parts."""
+        trainer.strategy.barrier()
+        if not trainer.is_global_zero:
+            return
+        parts = [self._part(rank) for rank in range(trainer.world_size)]
+        lines = [line for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
+        records = [json.loads(line) for line in lines]
+        order = {task: place for place, task in enumerate(dict.fromkeys(record["task"] for record in records))}
+        records.sort(key=lambda record: (order[record["task"]], record["row"]))
+        unfinished = self.path.with_name(self.path.name + ".part")
+        unfinished.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+        os.replace(unfinished, self.path)
+        for part in parts:
+            part.unlink()
+
+
+def prompt_similarity(prompt: Prompt) -> torch.Tensor:
+    """Give the cosine similarity of the tasks' prompts.
+
+    Args:
+        prompt: a trained prompt of T tasks.
+
+    Returns:
+        [T, T], in -1..1.
+    """
+    with torch.no_grad():
+        device = next(prompt.parameters()).device
+        flat = functional.normalize(prompt(torch.arange(prompt.num_tasks, device=device)).flatten(1), dim=1)
+        return (flat @ flat.T).clamp(-1, 1).cpu()
+
+
+class SimilarityPicture(L.Callback):
+    """Draws how alike the tasks' prompts are when training ends.
+
+    Args:
+        path: the PNG file; relative paths are under the trainer's default_root_dir.
+    """
+
+    def __init__(self, path: str = "prompt_similarity.png") -> None:
+        self.path = path
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw and save."""
+        if not trainer.is_global_zero or not isinstance(pl_module, PromptModule) or pl_module.prompt is None:
+            return
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6, 5), layout="constrained")
+        draw_similarity(figure.add_subplot(), pl_module.prompt)
+        file = Path(trainer.default_root_dir) / self.path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, dpi=150)
+
+
+def draw_similarity(axes: Any, prompt: Prompt) -> None:
+    """Draw the similarity of a prompt's tasks on matplotlib axes."""
+    values = prompt_similarity(prompt).numpy()
+    image = axes.imshow(values, vmin=-1, vmax=1, cmap="RdBu_r")
+    axes.set_xticks(range(prompt.num_tasks), prompt.tasks, rotation=45, ha="right")
+    axes.set_yticks(range(prompt.num_tasks), prompt.tasks)
+    for row in range(prompt.num_tasks):
+        for column in range(prompt.num_tasks):
+            axes.text(column, row, f"{values[row, column]:.2f}", ha="center", va="center", fontsize=7)
+    axes.set_title("Cosine similarity of the tasks' prompts")
+    axes.figure.colorbar(image, ax=axes, shrink=0.8)

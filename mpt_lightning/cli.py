@@ -1,0 +1,143 @@
+"""`mpt`: the command line. Light commands answer without importing torch; training is a LightningCLI."""
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+from mpt_lightning import __version__
+
+TRAINER_COMMANDS = {
+    "fit": "train: mpt fit --config mpt/source --data.data_root DATA",
+    "validate": "evaluate a checkpoint on the validation split",
+    "test": "evaluate a checkpoint on the test split",
+    "predict": "write a checkpoint's answers as JSONL",
+}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        args: the arguments; those of the process by default.
+    """
+    argv = list(sys.argv[1:] if args is None else args)
+    if argv and argv[0] in TRAINER_COMMANDS:
+        from mpt_lightning.lightning_cli import run
+
+        run(resolve_names(argv))
+        return
+    options = _parser().parse_args(argv)
+    if options.command == "tasks":
+        _tasks(options.name)
+    elif options.command == "configs":
+        _configs(options.name, options.dest)
+    else:
+        from mpt_lightning.demo.run import run_demo
+
+        run_demo(Path(options.output), seeds=options.seeds)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mpt",
+        description="One frozen language model, many tasks: multitask and context-aware prompt tuning.",
+        epilog="`mpt fit --help` lists the trainer's arguments, `mpt fit --model.help MPTSource` a method's, "
+        "`mpt fit --data.help TaskDataModule` the data's.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"mpt_lightning {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in TRAINER_COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    tasks = commands.add_parser("tasks", help="list the tasks, or show one's card")
+    tasks.add_argument("name", nargs="?", help="a task, such as glue/sst2")
+    configs = commands.add_parser("configs", help="list the recipes, show one, or copy one")
+    configs.add_argument("name", nargs="?", help="a recipe, such as mpt/source")
+    configs.add_argument("dest", nargs="?", help="file or folder to copy it to")
+    demo = commands.add_parser("demo", help="the whole method, offline, on two CPU cores, in three minutes")
+    demo.add_argument("--output", default="outputs/demo", help="folder of the results (default: %(default)s)")
+    demo.add_argument("--seeds", type=int, default=3, help="runs per method, task and k (default: %(default)s)")
+    return parser
+
+
+def packaged(kind: str, name: str) -> Path | None:
+    """Find a shipped YAML file by name.
+
+    Args:
+        kind: "tasks" or "configs".
+        name: "glue/sst2", "mpt/source"; with or without ".yaml".
+    """
+    root = Path(str(resources.files(f"mpt_lightning.{kind}")))
+    file = (root / (name if name.endswith(".yaml") else f"{name}.yaml")).resolve()
+    return file if file.is_file() and root.resolve() in file.parents else None
+
+
+def packaged_names(kind: str) -> list[str]:
+    """List the shipped YAML files by name."""
+    root = Path(str(resources.files(f"mpt_lightning.{kind}")))
+    return sorted(str(file.relative_to(root).with_suffix("")).replace(os.sep, "/") for file in root.rglob("*.yaml"))
+
+
+def resolve_names(argv: Sequence[str]) -> list[str]:
+    """Put paths where `--config` and `--data` have names of shipped files; a file of that name goes first."""
+    kinds = {"--config": "configs", "-c": "configs", "--data": "tasks"}
+    resolved: list[str] = []
+    previous = ""
+    for word in argv:
+        option, equals, value = word.partition("=")
+        kind, name = (kinds.get(option), value) if equals else (kinds.get(previous), word)
+        file = packaged(kind, name) if kind and name and not Path(name).is_file() else None
+        resolved.append(word if file is None else f"{option}={file}" if equals else str(file))
+        previous = word
+    return resolved
+
+
+def fail(message: str) -> None:
+    """Print one message, and leave."""
+    print(f"mpt: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _tasks(name: str | None) -> None:
+    from mpt_lightning.data.card import list_cards, load_card
+
+    if name is not None:
+        try:
+            load_card(name)
+        except (ValueError, FileNotFoundError) as error:
+            fail(str(error))
+        print((packaged("tasks", name) or Path(name)).read_text(encoding="utf-8"), end="")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("task", "data", "answers", "metrics", box=None)
+    for card in list_cards().values():
+        answers = ", ".join(card.choices) if card.choices else "a number" if card.value_range else "text"
+        table.add_row(card.name, " ".join(filter(None, [card.path, card.subset])), answers, ", ".join(card.metrics))
+    Console().print(table)
+
+
+def _configs(name: str | None, dest: str | None) -> None:
+    if name is None:
+        for known in packaged_names("configs"):
+            file = packaged("configs", known)
+            headline = file.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") if file else ""
+            print(f"{known:28} {headline}")
+        return
+    file = packaged("configs", name)
+    if file is None:
+        fail(f"unknown recipe {name!r}. Known are: {', '.join(packaged_names('configs'))}.")
+    elif dest is None:
+        print(file.read_text(encoding="utf-8"), end="")
+    else:
+        target = Path(dest) / file.name if Path(dest).is_dir() else Path(dest)
+        if target.exists():
+            fail(f"{target} exists; give another place.")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+        print(f"wrote {target}")

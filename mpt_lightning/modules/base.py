@@ -1,0 +1,331 @@
+"""The wiring that all prompt modules share: build, train, evaluate, save, resume."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, Literal
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+
+from mpt_lightning import checkpoint as ckpt
+from mpt_lightning import objectives
+from mpt_lightning.backbones import Backbone, load_backbone
+from mpt_lightning.modules import evaluation
+from mpt_lightning.modules.optimization import OptimizerName, ScheduleName, make_optimizer, make_schedule
+from mpt_lightning.prompts import Prompt
+
+Batch = dict[str, Any]
+
+
+class PromptModule(L.LightningModule, ABC):
+    """A prompt in front of a frozen backbone.
+
+    Takes batches `{input_ids [B, L], attention_mask [B, L], labels [B, M], task_ids [B]}` from any DataModule;
+    `task_ids` count along the DataModule's `tasks`, or, where it has none, along this module's.
+
+    Args:
+        backbone: Hub id ("google-t5/t5-base") or folder of the frozen model.
+        tasks: names of the tasks; by default those of the DataModule.
+        backbone_dtype: precision of the frozen weights. Prompts, losses and optimizer stay in fp32.
+        backbone_dropout: keep the backbone's dropout on while prompts train. Off is usually worth several points.
+        gradient_checkpointing: recompute the backbone's layers in the backward pass: less memory, more time.
+        optimizer: "adamw" or "adafactor".
+        schedule: the learning rate after the warm-up: linearly to 0, constant, or along a cosine to 0.
+        warmup_steps: optimizer steps over which the learning rate rises from 0.
+        weight_decay: decoupled weight decay of the trained tensors.
+        max_new_tokens: longest generated answer, in tokens, for tasks without choices.
+        num_beams: beams of the generation; 1 is greedy.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        tasks: list[str] | None = None,
+        backbone_dtype: Literal["float32", "bfloat16"] = "float32",
+        backbone_dropout: bool = False,
+        gradient_checkpointing: bool = False,
+        optimizer: OptimizerName = "adamw",
+        schedule: ScheduleName = "linear",
+        warmup_steps: int = 0,
+        weight_decay: float = 0.0,
+        max_new_tokens: int = 64,
+        num_beams: int = 1,
+    ) -> None:
+        super().__init__()
+        if warmup_steps < 0 or weight_decay < 0:
+            raise ValueError(f"warmup_steps and weight_decay must be 0 or more, got {warmup_steps} and {weight_decay}.")
+        self.save_hyperparameters()
+        self.tasks: list[str] = list(tasks or [])
+        self.backbone: Backbone | None = None
+        self.prompt: Prompt | None = None
+        self.evaluator: evaluation.Evaluator | None = None
+        self._encoded: Any = None  # the prompts of all tasks, while evaluating
+        self._row_of_task: Tensor | None = None  # from the data's task ids to this module's
+        self._cards: dict[str, Any] = {}
+        self.register_state_dict_post_hook(ckpt.keep_trainable)
+
+    # -- what a stage defines ------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def build_prompt(self, backbone: Backbone) -> Prompt:
+        """Make the prompt that training starts from, for `self.tasks`."""
+
+    @abstractmethod
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Give the optimizer's groups: `params`, `lr` and `name`."""
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Give the terms of the training loss by name; "loss" is what is minimised."""
+        logits = self(batch)
+        return {"loss": objectives.token_cross_entropy(logits, batch["labels"])}
+
+    # -- building ------------------------------------------------------------------------------------------------
+
+    @property
+    def cards(self) -> dict[str, Any]:
+        """The tasks' cards by name: the DataModule's, else the checkpoint's."""
+        module = self._datamodule()
+        return dict(getattr(module, "cards", None) or self._cards)
+
+    def _datamodule(self) -> Any:
+        return getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
+
+    def _starts_fresh(self) -> bool:
+        """Whether a fit begins that resumes nothing."""
+        return self._trainer is not None and self.trainer.state.fn == "fit" and not self.trainer.ckpt_path
+
+    def setup(self, stage: str) -> None:
+        """Find the task names, and check what can be checked before the backbone is loaded."""
+        path = self.trainer.ckpt_path
+        if path:
+            self.check_stage(ckpt.read_checkpoint(str(path)))
+        elif stage != "fit" and self.prompt is None:
+            raise ValueError(
+                f"{stage} needs a trained prompt, and there is none: give --ckpt_path (in Python: ckpt_path=...)."
+            )
+        if not self.tasks:
+            self.tasks = list(getattr(self._datamodule(), "tasks", []))
+        if not self.tasks and not path:
+            raise ValueError(
+                "The tasks have no names: the data has no `tasks`. Set --model.tasks to a list of names, in the "
+                "order of the batches' task_ids."
+            )
+
+    def configure_model(self) -> None:
+        """Load the backbone, and make the prompt where a fit begins."""
+        if self.backbone is None:
+            options = self.hparams
+            self.backbone = load_backbone(
+                options["backbone"],
+                options["backbone_dtype"],
+                options["backbone_dropout"],
+                options["gradient_checkpointing"],
+            ).to(self.device)
+        if self.prompt is None and self._starts_fresh():
+            self.prompt = self.build_prompt(self.backbone).to(self.device)
+
+    def on_fit_start(self) -> None:
+        """Match the data's tasks with the prompt's."""
+        self._match_tasks()
+
+    def _match_tasks(self) -> None:
+        module = self._datamodule()
+        names = list(getattr(module, "tasks", self.tasks))
+        unknown = [name for name in names if name not in self.tasks]
+        if unknown:
+            raise ValueError(
+                f"The data has the task{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}, and the prompt has "
+                f"{', '.join(self.tasks)}. Train the prompt on these tasks, or leave them out of the data."
+            )
+        self._row_of_task = torch.tensor([self.tasks.index(name) for name in names], device=self.device)
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def parts(self) -> tuple[Backbone, Prompt]:
+        """Give the backbone and the prompt.
+
+        Raises:
+            RuntimeError: they are not built yet.
+        """
+        if self.backbone is None or self.prompt is None:
+            raise RuntimeError(
+                "The module is not built yet: train it with a Trainer, or use load_from_checkpoint(...)."
+            )
+        return self.backbone, self.prompt
+
+    def task_rows(self, batch: Batch) -> Tensor:
+        """Give the prompt's row `[B]` of each row of the batch."""
+        ids: Tensor = batch["task_ids"]
+        return ids if self._row_of_task is None else self._row_of_task[ids]
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Give the logits `[B, M, V]` of the label tokens."""
+        backbone, prompt = self.parts()
+        distinct, rows = self.task_rows(batch).unique(return_inverse=True)
+        prompts = prompt(distinct)
+        return backbone(prompts, rows, batch["input_ids"], batch["attention_mask"], batch["labels"]).logits
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Give the loss of a batch, and log each of its terms."""
+        terms = self.losses(batch)
+        loss = terms["loss"]
+        if not torch.isfinite(loss):
+            names = [self.tasks[row] for row in self.task_rows(batch).unique().tolist()]
+            raise ValueError(
+                f"The loss is {loss.item()} at step {self.global_step} (batch {batch_idx}; tasks {', '.join(names)}; "
+                f"terms { ({name: round(value.item(), 4) for name, value in terms.items()}) }). Training has stopped "
+                "and the last checkpoint is whole. Lower the learning rate, raise --model.warmup_steps, or set "
+                "--trainer.gradient_clip_val 1."
+            )
+        size = len(batch["task_ids"])
+        for name, value in terms.items():
+            self.log(f"train/{name}", value, prog_bar=True, batch_size=size)
+        return loss
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Make the optimizer and its schedule, stepped once per optimizer step."""
+        options = self.hparams
+        optimizer = make_optimizer(options["optimizer"], self.parameter_groups(), options["weight_decay"])
+        total = int(self.trainer.estimated_stepping_batches)
+        if options["schedule"] != "constant" and options["warmup_steps"] >= total:
+            rank_zero_warn(
+                f"warmup_steps ({options['warmup_steps']}) is not less than the run's {total} steps, so the learning "
+                "rate never reaches its value. Lower --model.warmup_steps or train longer."
+            )
+        schedule = make_schedule(options["schedule"], optimizer, options["warmup_steps"], total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # -- evaluation ----------------------------------------------------------------------------------------------
+
+    def _begin_evaluation(self) -> None:
+        backbone, prompt = self.parts()
+        self._match_tasks()
+        with torch.no_grad():
+            # What depends on the prompts alone is computed once for the whole evaluation.
+            self._encoded = backbone.encode_prompts(prompt(torch.arange(prompt.num_tasks, device=self.device)))
+        names = list(getattr(self._datamodule(), "tasks", self.tasks))
+        self.evaluator = evaluation.Evaluator(names, self.cards).to(self.device)
+
+    def _evaluate(self, batch: Batch, index: int) -> None:
+        backbone, _ = self.parts()
+        evaluator = self.evaluator
+        if evaluator is None:
+            raise RuntimeError("evaluation has not begun")
+        rows, task, labels = self.task_rows(batch), evaluator.tasks[index], batch["labels"]
+        inputs = (self._encoded, rows, batch["input_ids"], batch["attention_mask"])
+        if "choices" in batch:
+            # The gold answer is scored as one more choice, so that the loss costs no pass of its own.
+            scores = backbone.score(*inputs, evaluation.with_gold(batch["choices"], labels))
+            texts = evaluation.choice_texts(scores[:, :-1].argmax(dim=1), self.cards.get(task))
+            loss = -scores[:, -1].sum() / (labels != objectives.IGNORE).sum()
+        else:
+            texts = self.predict_texts(batch, rows, task) if evaluator.has_metrics(task) else []
+            loss = objectives.token_cross_entropy(backbone(*inputs, labels).logits, labels)
+        evaluator.update(task, texts, batch)
+        evaluator.update_loss(task, loss, int((labels != objectives.IGNORE).sum()))
+
+    def _end_evaluation(self, stage: str) -> None:
+        if self.evaluator is not None:
+            for name, value in self.evaluator.compute().items():
+                self.log(f"{stage}/{name}", value, prog_bar=name == "average", sync_dist=True)
+        self._encoded = self.evaluator = None
+
+    def predict_texts(self, batch: Batch, rows: Tensor, task: str) -> list[str]:
+        """Give each row's answer as text: the likeliest choice where there are choices, else generated."""
+        backbone, _ = self.parts()
+        inputs = (self._encoded, rows, batch["input_ids"], batch["attention_mask"])
+        if "choices" in batch:
+            best = backbone.score(*inputs, batch["choices"]).argmax(dim=1)
+            return evaluation.choice_texts(best, self.cards.get(task))
+        options = {"max_new_tokens": self.hparams["max_new_tokens"], "num_beams": self.hparams["num_beams"]}
+        return evaluation.generated_texts(backbone, inputs, options)
+
+    def on_validation_epoch_start(self) -> None:
+        """Encode the prompts."""
+        self._begin_evaluation()
+
+    def on_test_epoch_start(self) -> None:
+        """Encode the prompts."""
+        self._begin_evaluation()
+
+    def on_predict_epoch_start(self) -> None:
+        """Encode the prompts."""
+        self._begin_evaluation()
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Evaluate a batch of one task."""
+        self._evaluate(batch, dataloader_idx)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Evaluate a batch of one task."""
+        self._evaluate(batch, dataloader_idx)
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """Give one record per row: `task`, `row`, `text`, `prediction`, `gold`."""
+        names = list(getattr(self._datamodule(), "tasks", self.tasks))
+        task = names[dataloader_idx]
+        predictions = self.predict_texts(batch, self.task_rows(batch), task)
+        return evaluation.records(task, predictions, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val/<task>/<metric>` and `val/average`."""
+        self._end_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log `test/<task>/<metric>` and `test/average`."""
+        self._end_evaluation("test")
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def check_stage(self, checkpoint: ckpt.PromptCheckpoint) -> None:
+        """Refuse to go on from another class's checkpoint.
+
+        Raises:
+            ValueError: the checkpoint is of another stage; names the argument that takes it.
+        """
+        if checkpoint.stage != type(self).__name__:
+            hint = HAND_OVER.get((checkpoint.stage, type(self).__name__), "")
+            raise ValueError(
+                f"--ckpt_path {checkpoint.path} was saved by {checkpoint.stage}, and this run is "
+                f"{type(self).__name__}. --ckpt_path only resumes the same class.{hint}"
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add how to use the tensors: class, backbone, tasks, cards."""
+        backbone, prompt = self.parts()
+        cards = {name: plain(card) for name, card in self.cards.items() if name in prompt.tasks}
+        checkpoint[ckpt.KEY] = ckpt.metadata(type(self).__name__, backbone.name, backbone.fingerprint, prompt, cards)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint fits, and make a prompt of its shape."""
+        found = ckpt.parse_checkpoint(checkpoint, str(getattr(self._trainer, "ckpt_path", None) or "the checkpoint"))
+        self.check_stage(found)
+        self.configure_model()
+        if self.backbone is not None:
+            found.check_backbone(self.backbone.name, self.backbone.fingerprint, "--ckpt_path")
+        self.prompt = found.empty_prompt().to(self.device)
+        self.tasks = found.tasks
+        self._cards = evaluation.read_cards(found.cards)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load the trained tensors: every one and none else, whatever `strict` says of the frozen ones."""
+        ckpt.check_state(self, state_dict)
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+
+def plain(card: Any) -> dict[str, Any]:
+    """Give a card as plain values that `weights_only` loading accepts."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(card).items()}
+
+
+HAND_OVER = {
+    ("PromptTuning", "MPTSource"): " To distil from these teachers, use --model.teachers.",
+    ("MPTSource", "MPTTarget"): " To start target tasks from it, use --model.source.",
+    ("PromptTuning", "PromptTuning"): "",
+    ("PromptTuning", "MPTTarget"): " MPTTarget starts from an MPTSource checkpoint, given as --model.source.",
+}
+"""Which argument takes a checkpoint of one class into a run of another."""

@@ -1,0 +1,248 @@
+"""Multitask prompt tuning (Wang et al., ICLR 2023): source training with teachers, and target adaptation."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mpt_lightning import objectives
+from mpt_lightning.backbones import Backbone
+from mpt_lightning.checkpoint import PromptCheckpoint, read_checkpoint
+from mpt_lightning.modules.base import Batch, PromptModule
+from mpt_lightning.modules.start import (
+    PromptInit,
+    check_length,
+    checkpoint_prompts,
+    class_words,
+    initial_prompt,
+)
+from mpt_lightning.prompts import MultitaskPrompt
+
+
+class _MultitaskModule(PromptModule):
+    """What both stages share: a multitask prompt with two learning rates."""
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Give two groups: the shared prompt, and the task factors (Ponti et al., 2022: slow and fast weights)."""
+        _, prompt = self.parts()
+        named = dict(prompt.named_parameters())
+        factors = [named[name] for name in prompt.task_parameters()]
+        shared = [value for name, value in named.items() if name not in prompt.task_parameters()]
+        return [
+            {"params": shared, "lr": self.hparams["shared_lr"], "name": "shared"},
+            {"params": factors, "lr": self.hparams["task_lr"], "name": "task"},
+        ]
+
+
+class MPTSource(_MultitaskModule):
+    """Source training of MPT: a shared prompt and low-rank task factors, distilled from teachers.
+
+    Loss: cross-entropy + logits_weight · KL(teacher || student) + hidden_weight · squared error of hidden states.
+    The paper gives neither the weights nor the layers; each is an argument, and each term is logged.
+
+    Args:
+        backbone: Hub id ("google-t5/t5-base") or folder of the frozen model.
+        teachers: checkpoint of a PromptTuning run over the source tasks, or one checkpoint per task by name. Required
+            unless both weights are 0.
+        prompt_length: P, tokens per prompt; the teachers' too.
+        rank: R of the task factors; 1 in the paper.
+        prompt_init: where the shared prompt starts: sampled vocabulary, the tokens of `init_text`, the class words,
+            random, or the mean of the prompts of `init_checkpoint`.
+        init_text: the text of prompt_init="text".
+        init_checkpoint: the checkpoint of prompt_init="checkpoint".
+        factor_init: "ones" starts each task at the shared prompt; "normal" is PEFT's N(0, 0.02).
+        shared_lr: learning rate of the shared prompt.
+        task_lr: learning rate of the task factors.
+        logits_weight: weight of the KL term.
+        hidden_weight: weight of the hidden-state term.
+        temperature: of the KL term, above 0.
+        hidden_layers: the last layer, or all.
+        hidden_positions: text tokens, prompt tokens, or all.
+        hidden_stacks: encoder, decoder, or both where the model has both.
+        **kwargs: see `PromptModule`.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        teachers: str | dict[str, str] | None = None,
+        prompt_length: int = 100,
+        rank: int = 1,
+        prompt_init: PromptInit = "vocabulary",
+        init_text: str | None = None,
+        init_checkpoint: str | None = None,
+        factor_init: Literal["ones", "normal"] = "ones",
+        shared_lr: float = 0.3,
+        task_lr: float = 0.4,
+        logits_weight: float = 1.0,
+        hidden_weight: float = 1.0,
+        temperature: float = 1.0,
+        hidden_layers: objectives.Layers = "last",
+        hidden_positions: objectives.Positions = "text",
+        hidden_stacks: objectives.Stacks = "both",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(backbone=backbone, **kwargs)
+        if logits_weight < 0 or hidden_weight < 0 or temperature <= 0:
+            raise ValueError(
+                "logits_weight and hidden_weight must be 0 or more and temperature above 0, got "
+                f"{logits_weight}, {hidden_weight} and {temperature}."
+            )
+        self.distils = logits_weight > 0 or hidden_weight > 0
+        # The teachers' prompts, [T, P, H]: no parameter, so neither trained nor saved.
+        self.teacher_prompts: Tensor | None
+        self.register_buffer("teacher_prompts", None, persistent=False)
+
+    def setup(self, stage: str) -> None:
+        """Check the teachers before anything is loaded."""
+        super().setup(stage)
+        if stage == "fit" and self.distils:
+            if not self.hparams["teachers"]:
+                raise ValueError(
+                    "MPTSource distils from teachers, and there are none: set --model.teachers to a checkpoint of a "
+                    "PromptTuning run over the same tasks, or set logits_weight and hidden_weight to 0."
+                )
+            self._teacher_checkpoints()
+
+    def _teacher_checkpoints(self) -> dict[str, PromptCheckpoint]:
+        """Give each task's teacher.
+
+        Raises:
+            ValueError: a task has none, or its prompt is of another length.
+        """
+        given = self.hparams["teachers"]
+        paths = {task: given for task in self.tasks} if isinstance(given, str) else given
+        read: dict[str, PromptCheckpoint] = {}
+        teachers = {}
+        for task in self.tasks:
+            if task not in paths:
+                raise ValueError(
+                    f"The task {task!r} has no teacher: --model.teachers names {', '.join(paths)}. Add it."
+                )
+            path = paths[task]
+            teacher = read[path] = read.get(path) or read_checkpoint(path, "--model.teachers")
+            if task not in teacher.tasks:
+                raise ValueError(
+                    f"The task {task!r} has no teacher: --model.teachers {path} has {', '.join(teacher.tasks)}. "
+                    "Train PromptTuning on it too, or leave the task out."
+                )
+            check_length(path, teacher.prompt_config["length"], self.hparams["prompt_length"], "--model.teachers")
+            teachers[task] = teacher
+        return teachers
+
+    def configure_model(self) -> None:
+        """Build the prompt, and load the teachers where a fit begins or goes on."""
+        super().configure_model()
+        fitting = self._trainer is not None and self.trainer.state.fn == "fit"
+        if fitting and self.distils and self.teacher_prompts is None and self.backbone is not None:
+            prompts = []
+            for task, teacher in self._teacher_checkpoints().items():
+                teacher.check_backbone(self.backbone.name, self.backbone.fingerprint, "--model.teachers")
+                prompts.append(teacher.prompt().fold(task))
+            self.teacher_prompts = torch.stack(prompts).to(self.device)
+
+    def build_prompt(self, backbone: Backbone) -> MultitaskPrompt:
+        """Make the shared prompt and one pair of factors per task."""
+        options, length = self.hparams, self.hparams["prompt_length"]
+        prompt = MultitaskPrompt(
+            len(self.tasks), length, backbone.dim, options["rank"], self.tasks, options["factor_init"]
+        )
+        if options["prompt_init"] == "checkpoint":
+            start = checkpoint_prompts(options["init_checkpoint"], backbone, self.tasks, length).mean(dim=0)
+        else:
+            words = class_words(self.cards, self.tasks)
+            start = initial_prompt(options["prompt_init"], backbone, length, options["init_text"], words)
+        prompt.initialize(start)
+        return prompt
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Give the task loss, both distillation terms and their weighted sum."""
+        if not self.distils:
+            return super().losses(batch)
+        options = self.hparams
+        backbone, prompt = self.parts()
+        if self.teacher_prompts is None:
+            raise RuntimeError("the teachers are loaded when a fit begins")
+        distinct, rows = self.task_rows(batch).unique(return_inverse=True)
+        inputs = (rows, batch["input_ids"], batch["attention_mask"], batch["labels"])
+        hidden = options["hidden_weight"] > 0
+        with torch.no_grad():
+            teacher = backbone(self.teacher_prompts[distinct], *inputs, hidden_states=hidden)
+        student = backbone(prompt(distinct), *inputs, hidden_states=hidden)
+        terms = {"task_loss": objectives.token_cross_entropy(student.logits, batch["labels"])}
+        loss = terms["task_loss"]
+        if options["logits_weight"] > 0:
+            terms["logits_loss"] = objectives.logit_distillation(
+                student.logits, teacher.logits, batch["labels"], options["temperature"]
+            )
+            loss = loss + options["logits_weight"] * terms["logits_loss"]
+        if hidden:
+            terms["hidden_loss"] = objectives.hidden_distillation(
+                student.hidden,
+                teacher.hidden,
+                options["hidden_layers"],
+                options["hidden_positions"],
+                options["hidden_stacks"],
+            )
+            loss = loss + options["hidden_weight"] * terms["hidden_loss"]
+        return {"loss": loss, **terms}
+
+
+class MPTTarget(_MultitaskModule):
+    """Target adaptation of MPT: starts from a source prompt, trains on the task loss alone.
+
+    With several target tasks, these share one P* and have their own factors (the paper's multi-target setting).
+
+    Args:
+        backbone: Hub id ("google-t5/t5-base") or folder of the frozen model: the source run's.
+        source: checkpoint of the MPTSource run.
+        start: "average" takes the mean of the source tasks' factors (the paper's way), "shared" the shared prompt
+            alone, any other word is the source task whose factors are taken.
+        shared_lr: learning rate of the shared prompt.
+        task_lr: learning rate of the task factors.
+        prompt_length: P. By default the source's; any other value is refused.
+        **kwargs: see `PromptModule`.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        source: str,
+        start: str = "average",
+        shared_lr: float = 0.3,
+        task_lr: float = 0.4,
+        prompt_length: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(backbone=backbone, **kwargs)
+
+    def setup(self, stage: str) -> None:
+        """Check the source before anything is loaded."""
+        super().setup(stage)
+        if self._starts_fresh() and self.prompt is None:
+            self._source()
+
+    def _source(self) -> PromptCheckpoint:
+        source = read_checkpoint(self.hparams["source"], "--model.source")
+        if source.prompt_class != "MultitaskPrompt":
+            raise ValueError(
+                f"--model.source {source.path} was saved by {source.stage}, which has no shared prompt. "
+                "Give a checkpoint of MPTSource."
+            )
+        if self.hparams["prompt_length"] is not None:
+            check_length(source.path, source.prompt_config["length"], self.hparams["prompt_length"], "--model.source")
+        start = self.hparams["start"]
+        if start not in ("average", "shared", *source.tasks):
+            raise ValueError(
+                f"start must be 'average', 'shared' or a source task ({', '.join(source.tasks)}), got {start!r}."
+            )
+        return source
+
+    def build_prompt(self, backbone: Backbone) -> MultitaskPrompt:
+        """Make the targets' prompt from the source's."""
+        source = self._source()
+        source.check_backbone(backbone.name, backbone.fingerprint, "--model.source")
+        trained = source.prompt()
+        if not isinstance(trained, MultitaskPrompt):
+            raise TypeError("checked in _source")
+        return MultitaskPrompt.from_source(trained, self.tasks, self.hparams["start"])

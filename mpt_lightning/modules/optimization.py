@@ -1,0 +1,41 @@
+"""Optimizers and schedules for prompts, by name."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
+from transformers.optimization import Adafactor
+
+OptimizerName = Literal["adamw", "adafactor"]
+ScheduleName = Literal["linear", "constant", "cosine"]
+
+_SCHEDULES = {"linear": "linear", "constant": "constant_with_warmup", "cosine": "cosine"}
+
+
+def make_optimizer(name: OptimizerName, groups: Sequence[dict[str, Any]], weight_decay: float) -> Optimizer:
+    """Make an optimizer.
+
+    Args:
+        name: "adamw", or "adafactor" with the given learning rates, unscaled, as prompt tuning uses it (Lester et
+            al., 2021, appendix A).
+        groups: parameters with their `lr` (and `name`).
+        weight_decay: decoupled, 0 or more.
+    """
+    if name == "adamw":
+        return torch.optim.AdamW(groups, weight_decay=weight_decay)
+    return Adafactor(groups, weight_decay=weight_decay, scale_parameter=False, relative_step=False, warmup_init=False)
+
+
+def make_schedule(name: ScheduleName, optimizer: Optimizer, warmup_steps: int, total_steps: int) -> LRScheduler:
+    """Make a learning rate schedule that is stepped after every optimizer step.
+
+    Args:
+        name: how the rate goes on after the warm-up: linearly to 0, constant, or along a cosine to 0.
+        optimizer: the optimizer.
+        warmup_steps: steps over which the rate rises from 0.
+        total_steps: steps of the whole run.
+    """
+    return get_scheduler(_SCHEDULES[name], optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps)

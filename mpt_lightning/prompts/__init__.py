@@ -1,0 +1,11 @@
+"""What is trained: plain `nn.Module`s that turn task ids into prompt embeddings.
+
+Notation used everywhere in the package: **B** rows, **L** input tokens, **M** label tokens, **P** prompt length,
+**H** hidden size, **T** tasks, **U** distinct tasks in a batch, **R** rank, **V** vocabulary, **C** choices.
+"""
+
+from mpt_lightning.prompts.base import Prompt
+from mpt_lightning.prompts.multitask import MultitaskPrompt
+from mpt_lightning.prompts.soft import SoftPrompt
+
+__all__ = ["MultitaskPrompt", "Prompt", "SoftPrompt"]

@@ -1,0 +1,119 @@
+"""What all prompts share: named tasks, one row each."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Prompt(nn.Module, ABC):
+    """Prompt embeddings of one or many named tasks.
+
+    Args:
+        num_tasks: T, at least 1.
+        length: P, tokens per prompt, at least 1.
+        dim: H, the backbone's embedding size.
+        tasks: [T] names of the rows; "0", "1", ... by default.
+
+    Raises:
+        ValueError: a size is below 1, or names are missing or repeated.
+    """
+
+    def __init__(self, num_tasks: int, length: int, dim: int, tasks: Sequence[str] | None = None) -> None:
+        super().__init__()
+        for name, size in (("num_tasks", num_tasks), ("length", length), ("dim", dim)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}.")
+        self.length, self.dim = length, dim
+        self.tasks = [str(row) for row in range(num_tasks)] if tasks is None else list(tasks)
+        if len(self.tasks) != num_tasks or len(set(self.tasks)) != num_tasks:
+            raise ValueError(f"tasks must be {num_tasks} different names, got {self.tasks}.")
+
+    @property
+    def num_tasks(self) -> int:
+        """T, the number of tasks."""
+        return len(self.tasks)
+
+    @abstractmethod
+    def forward(self, task_ids: Tensor) -> Tensor:
+        """Give the prompts of some tasks.
+
+        Args:
+            task_ids: [U] rows, in 0..T-1, repeats allowed.
+
+        Returns:
+            [U, P, H] prompt embeddings.
+        """
+
+    @abstractmethod
+    def task_parameters(self) -> list[str]:
+        """Give the names of the parameters that have one row per task in their first dimension."""
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """Give the constructor's arguments as plain values, for checkpoints."""
+
+    def index(self, task: str) -> int:
+        """Give the row of a task.
+
+        Raises:
+            ValueError: there is no such task.
+        """
+        if task not in self.tasks:
+            raise ValueError(f"Unknown task {task!r}. This prompt has: {', '.join(self.tasks)}.")
+        return self.tasks.index(task)
+
+    def fold(self, task: str) -> Tensor:
+        """Give one task's prompt as a plain `[P, H]` matrix, detached: all that inference needs."""
+        row = torch.tensor([self.index(task)], device=next(self.parameters()).device)
+        with torch.no_grad():
+            return self(row)[0]
+
+    def add_task(self, task: str, like: str | None = None) -> None:
+        """Add a task to a trained prompt; make optimizers afterwards, since parameters are replaced.
+
+        Args:
+            task: the new name.
+            like: the task whose row is copied; by default the new row is the mean of all rows.
+
+        Raises:
+            ValueError: the name is taken, or `like` is unknown.
+        """
+        if task in self.tasks:
+            raise ValueError(f"The task {task!r} exists already. Choose another name, or rename_task() first.")
+        source = None if like is None else self.index(like)
+        for name in self.task_parameters():
+            rows: Tensor = getattr(self, name).data
+            new = rows.mean(dim=0) if source is None else rows[source]
+            self._replace(name, torch.cat([rows, new[None]]))
+        self.tasks.append(task)
+
+    def remove_task(self, task: str) -> None:
+        """Remove a task from a trained prompt; make optimizers afterwards.
+
+        Raises:
+            ValueError: the task is unknown, or the last one.
+        """
+        row = self.index(task)
+        if self.num_tasks == 1:
+            raise ValueError(f"{task!r} is the only task; a prompt needs at least one.")
+        for name in self.task_parameters():
+            rows: Tensor = getattr(self, name).data
+            self._replace(name, torch.cat([rows[:row], rows[row + 1 :]]))
+        del self.tasks[row]
+
+    def rename_task(self, task: str, new: str) -> None:
+        """Rename a task.
+
+        Raises:
+            ValueError: the task is unknown, or the new name is taken.
+        """
+        row = self.index(task)
+        if new in self.tasks and new != task:
+            raise ValueError(f"Cannot rename {task!r} to {new!r}: that name is taken.")
+        self.tasks[row] = new
+
+    def _replace(self, name: str, value: Tensor) -> None:
+        setattr(self, name, nn.Parameter(value, requires_grad=getattr(self, name).requires_grad))

@@ -1,0 +1,93 @@
+"""Where a prompt starts: sampled vocabulary, text, class labels, or random.
+
+Initialisation and learning rate decide most of what prompt tuning reaches: PEFT's own runs go from 5.7 to 34.3
+per cent on one benchmark with nothing else changed.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Generator, Tensor
+
+
+def random_uniform(*shape: int, bound: float = 0.5, generator: Generator | None = None) -> Tensor:
+    """Give uniform numbers in [-bound, bound], the original prompt tuning's random start."""
+    return (torch.rand(*shape, generator=generator) * 2 - 1) * bound
+
+
+def sampled_vocabulary(
+    embeddings: Tensor,
+    length: int,
+    top: int = 5000,
+    exclude: Iterable[int] = (),
+    generator: Generator | None = None,
+) -> Tensor:
+    """Give the embeddings of distinct tokens drawn from the most frequent ones.
+
+    Vocabularies list tokens by frequency, so the first `top` ids stand for the most frequent.
+
+    Args:
+        embeddings: [V, H] the backbone's input embeddings.
+        length: P, at most the number of tokens to draw from.
+        top: how many of the first ids to draw from.
+        exclude: ids that are never drawn: special tokens.
+        generator: the source of randomness.
+
+    Returns:
+        [P, H], a copy.
+
+    Raises:
+        ValueError: fewer than `length` tokens to draw from.
+
+    Example:
+        >>> sampled_vocabulary(torch.eye(6), length=3, exclude=[0]).shape
+        torch.Size([3, 6])
+    """
+    banned = set(exclude)
+    ids = [token for token in range(min(top, len(embeddings))) if token not in banned]
+    if len(ids) < length:
+        raise ValueError(f"A prompt of {length} distinct tokens needs as many to draw from; there are {len(ids)}.")
+    drawn = torch.tensor(ids)[torch.randperm(len(ids), generator=generator)[:length]]
+    return embeddings.detach()[drawn.to(embeddings.device)].clone()
+
+
+def from_token_ids(embeddings: Tensor, token_ids: Sequence[int], length: int) -> Tensor:
+    """Give the embeddings of a text, repeated or cut to the prompt's length.
+
+    Args:
+        embeddings: [V, H] the backbone's input embeddings.
+        token_ids: the text's tokens, at least one.
+        length: P.
+
+    Returns:
+        [P, H], a copy.
+
+    Raises:
+        ValueError: no token.
+    """
+    if not token_ids:
+        raise ValueError("The text to start a prompt from has no tokens; give at least one word.")
+    ids = torch.tensor([token_ids[position % len(token_ids)] for position in range(length)])
+    return embeddings.detach()[ids.to(embeddings.device)].clone()
+
+
+def from_class_labels(
+    embeddings: Tensor, labels: Sequence[Sequence[int]], length: int, generator: Generator | None = None
+) -> Tensor:
+    """Give the class labels' embeddings first, then sampled vocabulary (Lester et al., 2021, section 3.1).
+
+    Args:
+        embeddings: [V, H] the backbone's input embeddings.
+        labels: token ids of each class word; a word of several tokens is averaged.
+        length: P.
+        generator: the source of randomness of the rest.
+
+    Returns:
+        [P, H], a copy.
+    """
+    table = embeddings.detach()
+    words = [table[torch.tensor(list(ids), device=table.device)].mean(dim=0) for ids in labels if len(ids)][:length]
+    if len(words) == length:
+        return torch.stack(words)
+    rest = sampled_vocabulary(table, length - len(words), exclude=(), generator=generator)
+    return torch.cat([torch.stack(words), rest]) if words else rest

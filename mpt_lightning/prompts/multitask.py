@@ -1,0 +1,109 @@
+"""Multitask prompt tuning (Wang et al., ICLR 2023): a shared prompt times low-rank task matrices."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mpt_lightning.prompts.base import Prompt
+from mpt_lightning.prompts.init import random_uniform
+
+
+class MultitaskPrompt(Prompt):
+    r"""`P^_k = P* (Hadamard) W_k` with `W_k = sum_r u_kr v_kr^T` (paper section 3.1; rank one there).
+
+    The shared prompt P* `[P, H]` holds what the tasks have in common; the factors u `[T, P, R]` and v `[T, R, H]`
+    what each adds. Names are PEFT's (`peft/tuners/multitask_prompt_tuning/model.py`).
+
+    Args:
+        num_tasks: T.
+        length: P, tokens per prompt.
+        dim: H.
+        rank: R, at least 1.
+        tasks: [T] names of the rows.
+        factor_init: "ones" starts every task at P^_k = P*, so that the shared prompt's initialisation reaches the
+            model; "normal" is PEFT's N(0, 0.02), which starts every prompt at about zero (4e-4 of P*'s scale).
+
+    Example:
+        >>> prompt = MultitaskPrompt(num_tasks=1, length=100, dim=768, rank=1)
+        >>> sum(parameter.numel() for parameter in prompt.parameters())
+        77668
+    """
+
+    def __init__(
+        self,
+        num_tasks: int,
+        length: int,
+        dim: int,
+        rank: int = 1,
+        tasks: Sequence[str] | None = None,
+        factor_init: Literal["ones", "normal"] = "ones",
+    ) -> None:
+        super().__init__(num_tasks, length, dim, tasks)
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, got {rank}.")
+        if factor_init not in ("ones", "normal"):
+            raise ValueError(f"factor_init must be 'ones' or 'normal', got {factor_init!r}.")
+        self.rank = rank
+        self.prompt_embeddings = nn.Parameter(random_uniform(length, dim))
+        # With u = v = 1/sqrt(R) the sum over ranks is one; the noise tells tasks and ranks apart.
+        mean = rank**-0.5 if factor_init == "ones" else 0.0
+        self.prefix_task_cols = nn.Parameter(mean + 0.02 * torch.randn(num_tasks, length, rank))
+        self.prefix_task_rows = nn.Parameter(mean + 0.02 * torch.randn(num_tasks, rank, dim))
+
+    def forward(self, task_ids: Tensor) -> Tensor:
+        """Give the prompts `[U, P, H]` of the tasks `[U]` (paper equation 1)."""
+        return self.prompt_embeddings * (self.prefix_task_cols[task_ids] @ self.prefix_task_rows[task_ids])
+
+    def initialize(self, prompts: Tensor) -> None:
+        """Start the shared prompt from given embeddings; the factors stay.
+
+        Args:
+            prompts: [P, H].
+        """
+        with torch.no_grad():
+            self.prompt_embeddings.copy_(prompts)
+
+    def shared_parameters(self) -> list[str]:
+        """Give the names of the slow weights: what all tasks train."""
+        return ["prompt_embeddings"]
+
+    def task_parameters(self) -> list[str]:
+        """Give the names of the fast weights: one row per task."""
+        return ["prefix_task_cols", "prefix_task_rows"]
+
+    def config(self) -> dict[str, Any]:
+        """Give the constructor's arguments."""
+        return {
+            "num_tasks": self.num_tasks,
+            "length": self.length,
+            "dim": self.dim,
+            "rank": self.rank,
+            "tasks": list(self.tasks),
+        }
+
+    @classmethod
+    def from_source(cls, source: "MultitaskPrompt", tasks: Sequence[str], start: str = "average") -> "MultitaskPrompt":
+        """Start target tasks from a trained source prompt (paper section 3.3).
+
+        Args:
+            source: the prompt that source training made.
+            tasks: names of the target tasks; all share P*.
+            start: "average" takes the mean of the source tasks' u and of their v, "shared" takes P* alone with
+                factors near one, any other word is the source task whose factors are copied.
+
+        Returns:
+            A prompt of `len(tasks)` tasks, independent of `source`.
+
+        Raises:
+            ValueError: `start` is no task of the source.
+        """
+        prompt = cls(len(tasks), source.length, source.dim, source.rank, tasks)
+        with torch.no_grad():
+            prompt.prompt_embeddings.copy_(source.prompt_embeddings)
+            if start != "shared":
+                rows = slice(None) if start == "average" else [source.index(start)]
+                prompt.prefix_task_cols.copy_(source.prefix_task_cols[rows].mean(dim=0))
+                prompt.prefix_task_rows.copy_(source.prefix_task_rows[rows].mean(dim=0))
+        return prompt

@@ -1,0 +1,205 @@
+"""Both kinds of backbone: nothing depends on padding or company, and all verbs agree."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from mpt_lightning import load_backbone
+from mpt_lightning.backbones import Backbone, CausalBackbone, Seq2SeqBackbone
+from mpt_lightning.backbones.base import align, log_likelihood
+from tests.conftest import KINDS, build_model, make_batch
+
+IGNORE = -100
+
+
+@pytest.fixture(params=KINDS)
+def backbone(request: pytest.FixtureRequest) -> Backbone:
+    cls = Seq2SeqBackbone if request.param == "t5" else CausalBackbone
+    return cls(build_model(request.param), request.param).double().eval()
+
+
+@pytest.fixture
+def prompts() -> torch.Tensor:
+    return torch.randn(3, 4, 32, dtype=torch.double, generator=torch.Generator().manual_seed(2)).requires_grad_()
+
+
+def run(backbone: Backbone, prompts: torch.Tensor, batch: dict[str, torch.Tensor], **options: object):
+    return backbone(prompts, batch["task_ids"], batch["input_ids"], batch["attention_mask"], batch["labels"], **options)
+
+
+def test_the_kind_is_recognised_and_frozen(model_folder: Callable[[str], str]) -> None:
+    for kind in KINDS:
+        backbone = load_backbone(model_folder(kind))
+        assert isinstance(backbone, Seq2SeqBackbone if kind == "t5" else CausalBackbone)
+        assert not any(parameter.requires_grad for parameter in backbone.parameters())
+        assert backbone.dim == 32
+
+
+def test_padding_side_does_not_change_a_result(
+    backbone: Backbone, prompts: torch.Tensor, batch: dict[str, torch.Tensor]
+) -> None:
+    counted = batch["labels"] != IGNORE
+    right = run(backbone, prompts, batch).logits[counted]
+    ids, mask = align(batch["input_ids"], batch["attention_mask"], "left")
+    left = run(backbone, prompts, batch | {"input_ids": ids, "attention_mask": mask}).logits[counted]
+    torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-9)
+
+
+def test_company_does_not_change_a_row(
+    backbone: Backbone, prompts: torch.Tensor, batch: dict[str, torch.Tensor]
+) -> None:
+    together = run(backbone, prompts, batch).logits
+    for row in range(len(batch["task_ids"])):
+        tokens = int(batch["attention_mask"][row].sum())
+        labels = batch["labels"][row]
+        alone = backbone(
+            prompts[batch["task_ids"][row]][None],
+            torch.tensor([0]),
+            batch["input_ids"][row : row + 1, :tokens],
+            batch["attention_mask"][row : row + 1, :tokens],
+            labels[labels != IGNORE][None],
+        ).logits[0]
+        torch.testing.assert_close(together[row][labels != IGNORE], alone, rtol=1e-9, atol=1e-9)
+
+
+def test_order_of_rows_and_of_prompts_does_not_matter(
+    backbone: Backbone, prompts: torch.Tensor, batch: dict[str, torch.Tensor]
+) -> None:
+    counted = batch["labels"] != IGNORE
+    plain = run(backbone, prompts, batch).logits
+    order, swap = torch.tensor([3, 0, 4, 1, 2]), torch.tensor([2, 0, 1])
+    moved = {name: value[order] for name, value in batch.items()}
+    moved["task_ids"] = swap.argsort()[moved["task_ids"]]
+    permuted = run(backbone, prompts[swap], moved).logits
+    torch.testing.assert_close(permuted[counted[order]], plain[order][counted[order]], rtol=1e-9, atol=1e-9)
+
+
+def test_scores_are_the_likelihoods_of_a_forward_pass(
+    backbone: Backbone, prompts: torch.Tensor, batch: dict[str, torch.Tensor]
+) -> None:
+    choices = torch.randint(3, 100, (5, 3, 3), generator=torch.Generator().manual_seed(3))
+    choices[0, 1, 1:] = IGNORE
+    choices[2, 2] = IGNORE
+    scores = backbone.score(prompts, batch["task_ids"], batch["input_ids"], batch["attention_mask"], choices)
+    assert scores[2, 2] == float("-inf")
+    for choice in range(3):
+        exists = (choices[:, choice] != IGNORE).any(dim=1)
+        logits = run(backbone, prompts, batch | {"labels": choices[:, choice]}).logits
+        torch.testing.assert_close(
+            scores[exists, choice], log_likelihood(logits, choices[:, choice])[exists], rtol=1e-9, atol=1e-9
+        )
+
+
+def test_generation_is_the_argmax_of_a_forward_pass(
+    backbone: Backbone, prompts: torch.Tensor, batch: dict[str, torch.Tensor]
+) -> None:
+    inputs = (batch["task_ids"], batch["input_ids"], batch["attention_mask"])
+    backbone.model.generation_config.eos_token_id = None
+    with torch.no_grad():
+        tokens = backbone.generate(prompts, *inputs, max_new_tokens=5, do_sample=False, pad_token_id=0)
+        assert tokens.shape == (5, 5)
+        assert torch.equal(run(backbone, prompts, batch | {"labels": tokens}).logits.argmax(-1), tokens)
+        beams = backbone.generate(prompts, *inputs, max_new_tokens=5, do_sample=False, num_beams=3, pad_token_id=0)
+
+    def likelihood(labels: torch.Tensor) -> torch.Tensor:
+        return log_likelihood(run(backbone, prompts, batch | {"labels": labels}).logits, labels)
+
+    assert (likelihood(beams) >= likelihood(tokens) - 1e-9).float().mean() >= 0.8
+
+
+def test_encoded_prompts_stand_for_prompts_in_every_verb(
+    backbone: Backbone, prompts: torch.Tensor, batch: dict[str, torch.Tensor]
+) -> None:
+    encoded = backbone.encode_prompts(prompts)
+    for _ in range(2):  # nothing accumulates in what is kept
+        torch.testing.assert_close(run(backbone, encoded, batch).logits, run(backbone, prompts, batch).logits)
+    inputs = (batch["task_ids"], batch["input_ids"], batch["attention_mask"])
+    choices = batch["labels"][:, None]
+    torch.testing.assert_close(
+        backbone.score(encoded, *inputs, choices), backbone.score(prompts, *inputs, choices), rtol=1e-9, atol=1e-9
+    )
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad():
+        assert torch.equal(
+            backbone.generate(encoded, *inputs, **options), backbone.generate(prompts, *inputs, **options)
+        )
+
+
+def test_gradient_checkpointing_changes_nothing(
+    backbone: Backbone, prompts: torch.Tensor, batch: dict[str, torch.Tensor]
+) -> None:
+    counted = batch["labels"] != IGNORE
+    (plain,) = torch.autograd.grad(run(backbone, prompts, batch).logits[counted].square().sum(), prompts)
+    kept = type(backbone)(backbone.model, "again", gradient_checkpointing=True).train()
+    recomputed = 0
+
+    def count(*_: object) -> None:
+        nonlocal recomputed
+        recomputed += 1
+
+    layers = [m for m in kept.model.modules() if hasattr(m, "gradient_checkpointing") and m.training]
+    hooks = [layer.register_forward_pre_hook(count) for layer in layers]
+    loss = run(kept, prompts, batch).logits[counted].square().sum()
+    (checkpointed,) = torch.autograd.grad(loss, prompts)
+    for hook in hooks:
+        hook.remove()
+    assert layers, "no layer was checkpointed"
+    torch.testing.assert_close(checkpointed, plain, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_dropout_is_off_unless_asked_for(dropout: bool, batch: dict[str, torch.Tensor]) -> None:
+    backbone = Seq2SeqBackbone(build_model("t5"), "t5", dropout=dropout).train()
+    prompts = torch.randn(3, 4, 32)
+    same = torch.equal(run(backbone, prompts, batch).logits, run(backbone, prompts, batch).logits)
+    assert same is not dropout
+    assert backbone.model.training is dropout
+
+
+def test_hidden_states_cover_prompt_and_text(
+    backbone: Backbone, prompts: torch.Tensor, batch: dict[str, torch.Tensor]
+) -> None:
+    hidden = run(backbone, prompts, batch, hidden_states=True).hidden
+    stack = "encoder" if isinstance(backbone, Seq2SeqBackbone) else "decoder"
+    # Each row's prompt counts once, whether it is stored per row or per distinct prompt.
+    assert hidden[f"{stack}/prompt"].weight.sum() == 5 * 4
+    text = int(batch["attention_mask"].sum())
+    labels = int((batch["labels"] != IGNORE).sum())
+    if stack == "encoder":
+        assert hidden["encoder/text"].weight.sum() == text
+        assert hidden["decoder/text"].weight.sum() == labels
+    else:
+        assert hidden["decoder/text"].weight.sum() == text + int((batch["labels"][:, :-1] != IGNORE).sum())
+    assert all(len(segment.layers) == 2 for segment in hidden.values())
+
+
+def test_bfloat16_weights_take_fp32_prompts(model_folder: Callable[[str], str]) -> None:
+    for kind in KINDS:
+        backbone = load_backbone(model_folder(kind), dtype="bfloat16")
+        prompts = torch.randn(3, 4, 32, requires_grad=True)
+        run(backbone, prompts, make_batch()).logits.float().sum().backward()
+        assert prompts.grad is not None
+        assert prompts.grad.dtype == torch.float32
+        assert prompts.grad.abs().sum() > 0
+
+
+def test_fingerprint_knows_the_model_and_ignores_precision(model_folder: Callable[[str], str]) -> None:
+    full, half = (load_backbone(model_folder("llama"), dtype=dtype) for dtype in ("float32", "bfloat16"))
+    assert full.fingerprint == half.fingerprint
+    assert full.fingerprint != load_backbone(model_folder("gpt2")).fingerprint
+
+
+@pytest.mark.parametrize(("name", "message"), [("./no/such/folder", "there is none"), ("/no/such", "there is none")])
+def test_a_missing_model_is_told(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_backbone(name)
+
+
+def test_an_encoder_is_refused(tmp_path) -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    BertForMaskedLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="neither an encoder-decoder nor a decoder-only"):
+        load_backbone(str(tmp_path))

@@ -1,0 +1,112 @@
+"""Small models made from a config: no download, seconds to make, the real loading code."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+VOCABULARY = 120
+WORDS = """the a good bad film plot was is not very great awful yes no positive negative sentence question answer
+what where when who red blue green 0 1 2 3 4 5 . , ? : true false first second same other park house dog cat ran sat
+on in near happy sad story people like hate love boring fun slow long short old new with and or but""".split()
+
+KINDS = ["t5", "gpt2", "llama"]
+
+
+def build_model(kind: str, scale: float = 1.0) -> PreTrainedModel:
+    """A tiny random model with weights large enough that every part of it shows in the logits."""
+    torch.manual_seed(0)
+    if kind == "t5":
+        config = T5Config(
+            vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.1,
+            initializer_factor=2.0 * scale, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+        )  # fmt: skip
+        return T5ForConditionalGeneration(config).eval()
+    if kind == "gpt2":
+        config = GPT2Config(
+            vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=96, initializer_range=0.2 * scale,
+            bos_token_id=1, eos_token_id=1, pad_token_id=0,
+        )  # fmt: skip
+        return GPT2LMHeadModel(config).eval()
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=96, initializer_range=0.2 * scale, bos_token_id=1,
+        eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def build_tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer; T5's adds </s>, as the real one does."""
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys(["<pad>", "</s>", "<unk>", *WORDS]))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if kind == "t5":
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A </s>", pair="$A $B </s>", special_tokens=[("</s>", 1)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", padding_side="right"
+    )
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """Give the folder of a tiny model with its tokenizer, by kind."""
+    folders: dict[str, str] = {}
+
+    def folder(kind: str) -> str:
+        if kind not in folders:
+            path = tmp_path_factory.mktemp("models") / kind
+            build_model(kind).save_pretrained(path)
+            build_tokenizer(kind).save_pretrained(path)
+            folders[kind] = str(path)
+        return folders[kind]
+
+    return folder
+
+
+@pytest.fixture
+def data_root() -> Path:
+    """Real data in the Hub's layout; skips where there is none."""
+    root = os.environ.get("MPT_DATA_ROOT", "")
+    if not root or not Path(root).is_dir():
+        pytest.skip("MPT_DATA_ROOT names no folder with real data")
+    return Path(root)
+
+
+def make_batch(rows: int = 5, length: int = 7, labels: int = 3, tasks: int = 3) -> dict[str, torch.Tensor]:
+    """A right-padded batch of mixed tasks with rows and labels of different lengths."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, VOCABULARY, (rows, length), generator=generator)
+    mask = torch.ones_like(ids)
+    targets = torch.randint(3, VOCABULARY, (rows, labels), generator=generator)
+    for row in range(rows):
+        mask[row, length - row % 4 :] = 0
+        targets[row, labels - row % labels :] = -100
+    ids[mask == 0] = 0
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": targets,
+        "task_ids": torch.arange(rows) * 2 % tasks,
+    }
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    """See `make_batch`."""
+    return make_batch()

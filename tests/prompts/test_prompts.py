@@ -1,0 +1,120 @@
+"""The prompts' mathematics, sizes and task management."""
+
+import pytest
+import torch
+
+from mpt_lightning import MultitaskPrompt, SoftPrompt
+from mpt_lightning.prompts import init
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_multitask_prompt_equals_a_loop_over_tasks_and_ranks() -> None:
+    prompt = MultitaskPrompt(num_tasks=3, length=4, dim=6, rank=2).double()
+    got = prompt(torch.tensor([2, 0, 2]))
+    for place, task in enumerate([2, 0, 2]):
+        weights = torch.zeros(4, 6, dtype=torch.double)
+        for rank in range(2):
+            weights += torch.outer(prompt.prefix_task_cols[task, :, rank], prompt.prefix_task_rows[task, rank])
+        torch.testing.assert_close(got[place], prompt.prompt_embeddings * weights, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "expected"), [(1, 77_668), (6, 82_008), (8, 8 * 10_468)], ids=["target", "sources", "group of eight"]
+)
+def test_parameter_counts_are_the_papers(tasks: int, expected: int) -> None:
+    assert count(MultitaskPrompt(tasks, length=100, dim=768, rank=1)) == expected
+
+
+def test_factors_near_one_keep_the_shared_prompt_and_peffts_start_erases_it() -> None:
+    torch.manual_seed(0)
+    ones, normal = (MultitaskPrompt(2, 20, 64, rank=3, factor_init=kind) for kind in ("ones", "normal"))
+    ids = torch.arange(2)
+    relative = (ones(ids) - ones.prompt_embeddings).norm() / ones.prompt_embeddings.norm()
+    assert relative < 0.1
+    assert normal(ids).norm() < 0.01 * normal.prompt_embeddings.norm() * 2**0.5
+
+
+def test_fold_equals_the_forward() -> None:
+    prompt = MultitaskPrompt(2, 4, 6, rank=2, tasks=["a", "b"])
+    folded = prompt.fold("b")
+    assert folded.shape == (4, 6)
+    assert not folded.requires_grad
+    assert torch.equal(folded, prompt(torch.tensor([1]))[0])
+
+
+@pytest.mark.parametrize("make", [SoftPrompt, MultitaskPrompt])
+def test_tasks_are_added_removed_and_renamed_without_touching_the_others(make: type) -> None:
+    prompt = make(3, 4, 6, tasks=["a", "b", "c"])
+    before = {task: prompt.fold(task) for task in "abc"}
+    prompt.add_task("d", like="b")
+    prompt.add_task("e")
+    prompt.remove_task("a")
+    prompt.rename_task("c", "z")
+    assert prompt.tasks == ["b", "z", "d", "e"]
+    assert torch.equal(prompt.fold("b"), before["b"])
+    assert torch.equal(prompt.fold("z"), before["c"])
+    assert torch.equal(prompt.fold("d"), before["b"])
+    assert prompt.num_tasks == 4
+    assert all(parameter.requires_grad for parameter in prompt.parameters())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: p.index("x"), "Unknown task 'x'. This prompt has: a, b"),
+        (lambda p: p.add_task("a"), "exists already"),
+        (lambda p: p.rename_task("a", "b"), "is taken"),
+        (lambda p: (p.remove_task("a"), p.remove_task("b")), "only task"),
+        (lambda p: MultitaskPrompt(1, 2, 3, rank=0), "rank must be at least 1, got 0"),
+        (lambda p: SoftPrompt(1, 0, 3), "length must be at least 1, got 0"),
+        (lambda p: SoftPrompt(2, 2, 3, tasks=["a", "a"]), "2 different names"),
+    ],
+)
+def test_mistakes_are_told(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(SoftPrompt(2, 2, 3, tasks=["a", "b"]))
+
+
+@pytest.mark.parametrize(
+    ("start", "rows"), [("average", [0, 1, 2]), ("b", [1])], ids=["mean of the sources", "one source"]
+)
+def test_targets_start_from_the_source(start: str, rows: list[int]) -> None:
+    source = MultitaskPrompt(3, 4, 6, rank=2, tasks=["a", "b", "c"])
+    target = MultitaskPrompt.from_source(source, ["x", "y"], start)
+    assert torch.equal(target.prompt_embeddings, source.prompt_embeddings)
+    for task in range(2):
+        torch.testing.assert_close(target.prefix_task_cols[task], source.prefix_task_cols[rows].mean(0))
+        torch.testing.assert_close(target.prefix_task_rows[task], source.prefix_task_rows[rows].mean(0))
+    with torch.no_grad():
+        target.prompt_embeddings.zero_()
+    assert source.prompt_embeddings.abs().sum() > 0
+
+
+def test_a_target_can_start_from_the_shared_prompt_alone() -> None:
+    source = MultitaskPrompt(3, 4, 64, tasks=["a", "b", "c"])
+    with torch.no_grad():
+        source.prefix_task_cols.mul_(7)
+    target = MultitaskPrompt.from_source(source, ["x"], "shared")
+    assert (target.fold("x") - source.prompt_embeddings).norm() < 0.1 * source.prompt_embeddings.norm()
+
+
+def test_sampled_vocabulary_is_distinct_frequent_and_never_special() -> None:
+    table = torch.arange(50.0)[:, None].expand(50, 3)
+    drawn = init.sampled_vocabulary(table, 20, top=25, exclude=[0, 1, 2])[:, 0]
+    assert len(drawn.unique()) == 20
+    assert drawn.min() >= 3
+    assert drawn.max() < 25
+    with pytest.raises(ValueError, match="there are 22"):
+        init.sampled_vocabulary(table, 23, top=25, exclude=[0, 1, 2])
+
+
+def test_text_and_label_starts() -> None:
+    table = torch.arange(10.0)[:, None].expand(10, 2)
+    assert init.from_token_ids(table, [4, 7], 5)[:, 0].tolist() == [4, 7, 4, 7, 4]
+    labels = init.from_class_labels(table, [[2, 4], [9]], 4)[:, 0]
+    assert labels[:2].tolist() == [3, 9]
+    with pytest.raises(ValueError, match="no tokens"):
+        init.from_token_ids(table, [], 5)

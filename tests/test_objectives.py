@@ -1,0 +1,109 @@
+"""Losses against loops written out by hand, in float64."""
+
+import pytest
+import torch
+
+from mpt_lightning.backbones import Segment
+from mpt_lightning.objectives import IGNORE, hidden_distillation, logit_distillation, token_cross_entropy
+
+torch.manual_seed(0)
+LABELS = torch.tensor([[1, 2, IGNORE], [0, IGNORE, IGNORE]])
+COUNTED = [(0, 0), (0, 1), (1, 0)]
+
+
+def test_cross_entropy_is_the_mean_over_label_tokens() -> None:
+    logits = torch.randn(2, 3, 4, dtype=torch.double)
+    expected = sum(-logits[b, m].log_softmax(-1)[LABELS[b, m]] for b, m in COUNTED) / 3
+    torch.testing.assert_close(token_cross_entropy(logits, LABELS), expected)
+
+
+def test_half_precision_is_lifted() -> None:
+    logits = torch.randn(2, 3, 4).bfloat16()
+    assert token_cross_entropy(logits, LABELS).dtype == torch.float32
+    torch.testing.assert_close(token_cross_entropy(logits, LABELS), token_cross_entropy(logits.float(), LABELS))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_logit_distillation_is_kl_of_teacher_from_student(temperature: float) -> None:
+    student, teacher = torch.randn(2, 2, 3, 4, dtype=torch.double).requires_grad_()
+    total = 0.0
+    for b, m in COUNTED:
+        p = (teacher[b, m] / temperature).softmax(-1)
+        q = (student[b, m] / temperature).softmax(-1)
+        total += (p * (p / q).log()).sum()
+    torch.testing.assert_close(logit_distillation(student, teacher, LABELS, temperature), total * temperature**2 / 3)
+
+
+def test_the_teacher_gets_no_gradient() -> None:
+    student, teacher = (torch.randn(2, 3, 4, requires_grad=True) for _ in range(2))
+    logit_distillation(student, teacher, LABELS).backward()
+    assert teacher.grad is None
+    assert student.grad is not None
+    assert student.grad[1, 1:].abs().sum() == 0  # padding does not count
+
+
+@pytest.fixture
+def states() -> tuple[dict[str, Segment], dict[str, Segment]]:
+    generator = torch.Generator().manual_seed(1)
+
+    def make() -> dict[str, Segment]:
+        def layers(*shape: int) -> tuple[torch.Tensor, ...]:
+            return tuple(torch.randn(*shape, dtype=torch.double, generator=generator) for _ in range(2))
+
+        return {
+            "encoder/prompt": Segment(layers(2, 2, 4), torch.ones(2, 2)),
+            "encoder/text": Segment(layers(2, 3, 4), torch.tensor([[1, 1, 0], [1, 0, 0]])),
+            "decoder/text": Segment(layers(2, 2, 4), torch.tensor([[1, 1], [1, 0]])),
+        }
+
+    return make(), make()
+
+
+def by_hand(student: dict, teacher: dict, keys: list[str], layers: list[int]) -> torch.Tensor:
+    total, count = torch.tensor(0.0, dtype=torch.double), 0
+    for key in keys:
+        for layer in layers:
+            for b, s in student[key].weight.nonzero().tolist():
+                total += (student[key].layers[layer][b, s] - teacher[key].layers[layer][b, s]).square().mean()
+                count += 1
+    return total / count
+
+
+@pytest.mark.parametrize(("layers", "chosen"), [("last", [1]), ("all", [0, 1])])
+@pytest.mark.parametrize(
+    ("positions", "stacks", "groups"),
+    [
+        ("text", "both", [["encoder/text"], ["decoder/text"]]),
+        ("all", "encoder", [["encoder/prompt", "encoder/text"]]),
+        ("prompt", "both", [["encoder/prompt"]]),
+        ("text", "decoder", [["decoder/text"]]),
+    ],
+)
+def test_hidden_distillation(states, layers, chosen, positions, stacks, groups) -> None:
+    student, teacher = states
+    expected = sum(by_hand(student, teacher, keys, chosen) for keys in groups)
+    torch.testing.assert_close(hidden_distillation(student, teacher, layers, positions, stacks), expected)
+
+
+def test_a_shared_prompt_counts_once_per_row() -> None:
+    """One prompt stored once with weight 3 equals three rows that each store it."""
+    ours, theirs = torch.randn(2, 1, 2, 4, dtype=torch.double)
+    text = Segment((torch.randn(3, 2, 4, dtype=torch.double),), torch.ones(3, 2))
+    other = Segment((torch.randn(3, 2, 4, dtype=torch.double),), torch.ones(3, 2))
+    shared = [
+        {"decoder/prompt": Segment((states,), torch.full((1, 2), 3)), "decoder/text": rest}
+        for states, rest in ((ours, text), (theirs, other))
+    ]
+    repeated = [
+        {"decoder/prompt": Segment((states.expand(3, -1, -1),), torch.ones(3, 2)), "decoder/text": rest}
+        for states, rest in ((ours, text), (theirs, other))
+    ]
+    torch.testing.assert_close(
+        hidden_distillation(*shared, positions="all"), hidden_distillation(*repeated, positions="all")
+    )
+
+
+def test_states_that_do_not_exist_are_told(states) -> None:
+    student, teacher = states
+    with pytest.raises(ValueError, match="stacks='decoder', positions='prompt', and the model has encoder/prompt"):
+        hidden_distillation(student, teacher, positions="prompt", stacks="decoder")
