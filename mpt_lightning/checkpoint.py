@@ -30,6 +30,7 @@ class PromptCheckpoint:
         prompt_config: that class's arguments.
         cards: the tasks' cards by name, as plain values; empty where the data had none.
         state_dict: the trained tensors.
+        hyper_parameters: the module's arguments.
     """
 
     path: str
@@ -40,6 +41,7 @@ class PromptCheckpoint:
     prompt_config: dict[str, Any]
     state_dict: dict[str, Tensor]
     cards: dict[str, Any] = field(default_factory=dict)
+    hyper_parameters: dict[str, Any] = field(default_factory=dict)
 
     @property
     def tasks(self) -> list[str]:
@@ -109,7 +111,10 @@ def parse_checkpoint(content: Mapping[str, Any], path: str) -> PromptCheckpoint:
         raise ValueError(f"{path} is damaged: its description has the fields {', '.join(sorted(values))}.")
     if values["prompt_class"] not in PROMPTS:
         raise ValueError(f"{path} holds a {values['prompt_class']!r}; known are {', '.join(PROMPTS)}.")
-    return PromptCheckpoint(path=path, state_dict=dict(content["state_dict"]), **values)
+    arguments = dict(content.get("hyper_parameters") or {})
+    return PromptCheckpoint(
+        path=path, state_dict=dict(content["state_dict"]), hyper_parameters=arguments, **values
+    )
 
 
 def read_checkpoint(path: str, argument: str = "--ckpt_path") -> PromptCheckpoint:

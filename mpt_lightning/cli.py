@@ -1,12 +1,14 @@
 """`mpt`: the command line. Light commands answer without importing torch; training is a LightningCLI."""
 
 import argparse
+import difflib
 import os
 import shutil
 import sys
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
+from typing import NoReturn
 
 from mpt_lightning import __version__
 
@@ -14,7 +16,7 @@ TRAINER_COMMANDS = {
     "fit": "train: mpt fit --config mpt/source --data.data_root DATA",
     "validate": "evaluate a checkpoint on the validation split",
     "test": "evaluate a checkpoint on the test split",
-    "predict": "write a checkpoint's answers as JSONL",
+    "predict": "write a checkpoint's answers as JSONL (--output FILE, predictions.jsonl by default)",
 }
 
 
@@ -28,7 +30,13 @@ def main(args: Sequence[str] | None = None) -> None:
     if argv and argv[0] in TRAINER_COMMANDS:
         from mpt_lightning.lightning_cli import run
 
-        run(resolve_names(argv))
+        output = None
+        if argv[0] == "predict" and "--help" not in argv:
+            own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+            own.add_argument("--output", default="predictions.jsonl")
+            known, argv = own.parse_known_args(argv)
+            output = known.output
+        run(resolve_names(argv), output)
         return
     options = _parser().parse_args(argv)
     if options.command == "tasks":
@@ -91,12 +99,28 @@ def resolve_names(argv: Sequence[str]) -> list[str]:
         option, equals, value = word.partition("=")
         kind, name = (kinds.get(option), value) if equals else (kinds.get(previous), word)
         file = packaged(kind, name) if kind and name and not Path(name).is_file() else None
+        if kind and file is None and _looks_like_a_name(name):
+            _unknown(kind, name)
         resolved.append(word if file is None else f"{option}={file}" if equals else str(file))
         previous = word
     return resolved
 
 
-def fail(message: str) -> None:
+def _looks_like_a_name(word: str) -> bool:
+    """Whether a word can only be meant as the name of a shipped file: no class path, no file, no option."""
+    return bool(word) and not Path(word).exists() and not word.startswith("-") and "." not in Path(word).name
+
+
+def _unknown(kind: str, name: str) -> None:
+    known = packaged_names(kind)
+    if kind == "tasks" and "/" not in name and name[:1].isupper():
+        return  # a DataModule by its class's name
+    near = difflib.get_close_matches(name, known, n=3) or known
+    what = "recipe" if kind == "configs" else "task"
+    fail(f"unknown {what} {name!r}. Expected a file or one of: {', '.join(near)}. `mpt {kind}` lists all.")
+
+
+def fail(message: str) -> NoReturn:
     """Print one message, and leave."""
     print(f"mpt: error: {message}", file=sys.stderr)
     raise SystemExit(2)
@@ -131,7 +155,7 @@ def _configs(name: str | None, dest: str | None) -> None:
         return
     file = packaged("configs", name)
     if file is None:
-        fail(f"unknown recipe {name!r}. Known are: {', '.join(packaged_names('configs'))}.")
+        _unknown("configs", name)
     elif dest is None:
         print(file.read_text(encoding="utf-8"), end="")
     else:

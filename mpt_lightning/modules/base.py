@@ -1,8 +1,10 @@
 """The wiring that all prompt modules share: build, train, evaluate, save, resume."""
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict
+from os import PathLike
 from typing import Any, Literal
 
 import lightning.pytorch as L
@@ -94,22 +96,20 @@ class PromptModule(L.LightningModule, ABC):
     def _datamodule(self) -> Any:
         return getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
 
-    def _starts_fresh(self) -> bool:
-        """Whether a fit begins that resumes nothing."""
-        return self._trainer is not None and self.trainer.state.fn == "fit" and not self.trainer.ckpt_path
+    def _fits(self) -> bool:
+        """Whether this is a training run, so that a prompt is needed to start from."""
+        return self._trainer is not None and self.trainer.state.fn == "fit"
 
     def setup(self, stage: str) -> None:
         """Find the task names, and check what can be checked before the backbone is loaded."""
-        path = self.trainer.ckpt_path
-        if path:
-            self.check_stage(ckpt.read_checkpoint(str(path)))
-        elif stage != "fit" and self.prompt is None:
-            raise ValueError(
-                f"{stage} needs a trained prompt, and there is none: give --ckpt_path (in Python: ckpt_path=...)."
-            )
+        if not self.hparams["backbone_dropout"]:
+            # The backbone is in eval mode because it was asked for.
+            warnings.filterwarnings("ignore", "Found .* in eval mode at the start of training")
+        if stage != "fit":
+            return
         if not self.tasks:
             self.tasks = list(getattr(self._datamodule(), "tasks", []))
-        if not self.tasks and not path:
+        if not self.tasks:
             raise ValueError(
                 "The tasks have no names: the data has no `tasks`. Set --model.tasks to a list of names, in the "
                 "order of the batches' task_ids."
@@ -125,7 +125,7 @@ class PromptModule(L.LightningModule, ABC):
                 options["backbone_dropout"],
                 options["gradient_checkpointing"],
             ).to(self.device)
-        if self.prompt is None and self._starts_fresh():
+        if self.prompt is None and self._fits():
             self.prompt = self.build_prompt(self.backbone).to(self.device)
 
     def on_fit_start(self) -> None:
@@ -202,6 +202,8 @@ class PromptModule(L.LightningModule, ABC):
     # -- evaluation ----------------------------------------------------------------------------------------------
 
     def _begin_evaluation(self) -> None:
+        if self.prompt is None:
+            raise ValueError(NO_PROMPT)
         backbone, prompt = self.parts()
         self._match_tasks()
         with torch.no_grad():
@@ -281,18 +283,30 @@ class PromptModule(L.LightningModule, ABC):
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
-    def check_stage(self, checkpoint: ckpt.PromptCheckpoint) -> None:
+    @classmethod
+    def check_stage(cls, checkpoint: ckpt.PromptCheckpoint) -> None:
         """Refuse to go on from another class's checkpoint.
 
         Raises:
             ValueError: the checkpoint is of another stage; names the argument that takes it.
         """
-        if checkpoint.stage != type(self).__name__:
-            hint = HAND_OVER.get((checkpoint.stage, type(self).__name__), "")
+        if checkpoint.stage != cls.__name__:
+            hint = HAND_OVER.get((checkpoint.stage, cls.__name__), "")
             raise ValueError(
-                f"--ckpt_path {checkpoint.path} was saved by {checkpoint.stage}, and this run is "
-                f"{type(self).__name__}. --ckpt_path only resumes the same class.{hint}"
+                f"--ckpt_path {checkpoint.path} was saved by {checkpoint.stage}, and this run is {cls.__name__}. "
+                f"--ckpt_path only takes a checkpoint of the same class.{hint}"
             )
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a trained module; see Lightning's method of the same name.
+
+        Raises:
+            ValueError: there is no such file, it is damaged, or another class saved it.
+        """
+        if isinstance(checkpoint_path, str | PathLike):
+            cls.check_stage(ckpt.read_checkpoint(str(checkpoint_path), "checkpoint_path"))
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add how to use the tensors: class, backbone, tasks, cards."""
@@ -322,10 +336,14 @@ def plain(card: Any) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(card).items()}
 
 
+NO_PROMPT = (
+    "There is no trained prompt to evaluate: give --ckpt_path with a checkpoint (in Python: ckpt_path=..., or a "
+    "module from load_from_checkpoint)."
+)
+
 HAND_OVER = {
     ("PromptTuning", "MPTSource"): " To distil from these teachers, use --model.teachers.",
     ("MPTSource", "MPTTarget"): " To start target tasks from it, use --model.source.",
-    ("PromptTuning", "PromptTuning"): "",
     ("PromptTuning", "MPTTarget"): " MPTTarget starts from an MPTSource checkpoint, given as --model.source.",
 }
 """Which argument takes a checkpoint of one class into a run of another."""

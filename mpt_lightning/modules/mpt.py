@@ -133,8 +133,7 @@ class MPTSource(_MultitaskModule):
     def configure_model(self) -> None:
         """Build the prompt, and load the teachers where a fit begins or goes on."""
         super().configure_model()
-        fitting = self._trainer is not None and self.trainer.state.fn == "fit"
-        if fitting and self.distils and self.teacher_prompts is None and self.backbone is not None:
+        if self._fits() and self.distils and self.teacher_prompts is None and self.backbone is not None:
             prompts = []
             for task, teacher in self._teacher_checkpoints().items():
                 teacher.check_backbone(self.backbone.name, self.backbone.fingerprint, "--model.teachers")
@@ -219,7 +218,7 @@ class MPTTarget(_MultitaskModule):
     def setup(self, stage: str) -> None:
         """Check the source before anything is loaded."""
         super().setup(stage)
-        if self._starts_fresh() and self.prompt is None:
+        if self._fits() and self.prompt is None:
             self._source()
 
     def _source(self) -> PromptCheckpoint:

@@ -1,0 +1,233 @@
+"""What TaskDataModule and MultitaskDataModule share: loading, caching, evaluation loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, Literal
+
+import lightning.pytorch as L
+import numpy as np
+import torch
+from datasets.arrow_dataset import Dataset
+from datasets.combine import concatenate_datasets
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from mpt_lightning.data.card import TaskCard
+from mpt_lightning.data.collate import PromptCollator
+from mpt_lightning.data.encode import Encoder, encoded_split
+from mpt_lightning.data.rows import Draw, Split
+from mpt_lightning.data.sampling import BatchSampler, EvalSampler, ResumableLoader
+
+_TRAIN_COLUMNS = ["input_ids", "labels", "task_ids"]
+
+
+class PromptDataModule(L.LightningDataModule):
+    """One or more tasks as batches of token ids.
+
+    Args:
+        cards: The tasks, in the order of their ids.
+        backbone: Hub id or local folder of the model whose tokenizer is used. Unset: the module's `backbone`.
+        data_root: Folder that stands in for the Hub: `<data_root>/<last part of path>[/<subset>]/<split>.parquet` (or
+            .jsonl, .json, .csv). Unset: the environment variable MPT_DATA_ROOT, else the Hub.
+        batch_size: Training rows per device and batch.
+        eval_batch_size: Evaluation rows per device and batch. Unset: `batch_size`.
+        max_input_length: Most tokens of an input; the card names the column that is cut to fit.
+        k_shot: Train on so many rows, drawn with `seed`. Unset: all rows.
+        shots_per: Count `k_shot` per `class` or per `task`; a task without classes counts per task.
+        max_train_rows: Most training rows per task, drawn with `seed`. Unset: all.
+        max_eval_rows: Most validation, test and prediction rows per task, drawn with `seed`. Unset: all.
+        seed: Seed of draws and of the order of training rows.
+        group_by_length: Put rows of like length into one batch (single task only).
+        predict_split: Split that `predict` reads: `train`, `validation` or `test`.
+        cache_dir: Folder for cached data. Unset: the default of `datasets`.
+        num_workers: Processes that load batches; 0 is the main process.
+
+    Raises:
+        ValueError: If an option has an impossible value.
+    """
+
+    def __init__(
+        self,
+        cards: Sequence[TaskCard],
+        *,
+        backbone: str | None = None,
+        data_root: str | None = None,
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        max_input_length: int = 256,
+        k_shot: int | None = None,
+        shots_per: Literal["class", "task"] = "class",
+        max_train_rows: int | None = None,
+        max_eval_rows: int | None = None,
+        seed: int = 42,
+        group_by_length: bool = False,
+        predict_split: Literal["train", "validation", "test"] = "test",
+        cache_dir: str | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        # With fewer evaluation rows than devices some device has none, which is no mistake.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        counts = {
+            "batch_size": batch_size,
+            "eval_batch_size": eval_batch_size,
+            "max_input_length": max_input_length,
+            "k_shot": k_shot,
+            "max_train_rows": max_train_rows,
+            "max_eval_rows": max_eval_rows,
+        }
+        for option, value in counts.items():
+            if value is not None and value < 1:
+                raise ValueError(f"Got {option}={value}, expected 1 or more; change `{option}`.")
+        for option, got, allowed in (
+            ("shots_per", shots_per, ("class", "task")),
+            ("predict_split", predict_split, ("train", "validation", "test")),
+        ):
+            if got not in allowed:
+                raise ValueError(f"Got {option}={got!r}, expected one of {', '.join(allowed)}; change `{option}`.")
+        names = [card.name for card in cards]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"Got tasks {names}, expected one or more different names; change `tasks`.")
+        self.cards = {card.name: card for card in cards}
+        self.backbone = backbone
+        self.data_root = data_root
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.max_input_length = max_input_length
+        self.group_by_length = group_by_length
+        self.predict_split: Split = predict_split
+        self.seed = seed
+        self.cache_dir = cache_dir
+        self.num_workers = num_workers
+        self._train_draw = Draw(k_shot, shots_per, max_train_rows, seed)
+        # Without a cap nothing is drawn, and runs with different seeds share one cached split.
+        self._eval_draw = Draw(max_rows=max_eval_rows, seed=seed if max_eval_rows else 0)
+        self._encoder: Encoder | None = None
+        self._splits: dict[Split, list[Dataset]] = {}
+
+    def _save_options(self, name: str, cards: Any, options: dict[str, Any]) -> None:
+        """Keep the arguments as primitives; unlogged, since the module may have arguments of the same name."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, list):
+                return [plain(item) for item in value]
+            return asdict(value) if isinstance(value, TaskCard) else value
+
+        self.save_hyperparameters({name: plain(cards), **options}, logger=False)
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks; a task's place in the list is its id."""
+        return list(self.cards)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Tokenizer of the backbone."""
+        return self.encoder.tokenizer
+
+    @property
+    def encoder(self) -> Encoder:
+        """How the backbone reads and writes text."""
+        if self._encoder is None:
+            module = self.trainer.lightning_module if self.trainer is not None else None
+            backbone = self.backbone or getattr(module, "hparams", {}).get("backbone")
+            if not backbone:
+                raise ValueError(
+                    "Got no backbone to take the tokenizer from, expected a Hub id or a folder; set `backbone` of the "
+                    "DataModule, or use a module with a hyperparameter `backbone`."
+                )
+            self._encoder = Encoder.from_backbone(str(backbone), self.max_input_length)
+        return self._encoder
+
+    @property
+    def num_train_rows(self) -> int:
+        """Training rows of all tasks together; known after `setup`."""
+        return sum(len(rows) for rows in self._rows("train"))
+
+    def prepare_data(self) -> None:
+        """Download and tokenise, once per node."""
+        for split in self._needed(None):
+            self._load(split)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the tokenised rows, from the cache where they are there.
+
+        Args:
+            stage: `fit`, `validate`, `test` or `predict`. Unset: as for `fit`.
+        """
+        for split in self._needed(stage):
+            self._load(split)
+
+    def _needed(self, stage: str | None) -> list[Split]:
+        trainer = self.trainer
+        if stage is None and trainer is not None and trainer.state.fn is not None:
+            stage = trainer.state.fn.value
+        if stage == TrainerFn.VALIDATING.value:
+            return ["validation"]
+        if stage == TrainerFn.TESTING.value:
+            return ["test"]
+        if stage == TrainerFn.PREDICTING.value:
+            return [self.predict_split]
+        return ["train"] if trainer is not None and trainer.limit_val_batches == 0 else ["train", "validation"]
+
+    def _load(self, split: Split) -> None:
+        if split in self._splits:
+            return
+        draw = self._train_draw if split == "train" else self._eval_draw
+        tables = []
+        for task_id, card in enumerate(self.cards.values()):
+            rows = encoded_split(card, split, self.encoder, draw, self.data_root, self.cache_dir)
+            if cut := sum(rows["cut"]):
+                rank_zero_info(
+                    f"{card.name}: {cut:,} of {len(rows):,} {split} rows were cut to "
+                    f"max_input_length={self.max_input_length} tokens."
+                )
+            tables.append(rows.add_column("task_ids", np.full(len(rows), task_id)))
+        self._splits[split] = tables
+
+    def _rows(self, split: Split) -> list[Dataset]:
+        if split not in self._splits:
+            raise ValueError(f"Got no '{split}' rows, expected them to be loaded; call `setup` first.")
+        return self._splits[split]
+
+    def _ranks(self) -> tuple[int, int]:
+        trainer = self.trainer
+        return (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
+
+    def _train_loader(self, sampler: BatchSampler) -> DataLoader[Any]:
+        rows: Any = concatenate_datasets(self._rows("train")).select_columns(_TRAIN_COLUMNS)
+        options = self._loading(self.batch_size, PromptCollator(self.encoder.pad_id))
+        return ResumableLoader(rows, sampler=sampler, **options)
+
+    def _eval_loaders(self, split: Split) -> list[DataLoader[Any]]:
+        loaders: list[DataLoader[Any]] = []
+        tables: list[Any] = self._rows(split)
+        for card, rows in zip(self.cards.values(), tables, strict=True):
+            choices = None if card.choices is None else self.encoder.targets(card.choices)
+            options = self._loading(self.eval_batch_size, PromptCollator(self.encoder.pad_id, choices))
+            loaders.append(DataLoader(rows, sampler=EvalSampler(rows, *self._ranks()), **options))
+        return loaders
+
+    def _loading(self, batch_size: int, collate: PromptCollator) -> dict[str, Any]:
+        return {
+            "batch_size": batch_size,
+            "collate_fn": collate,
+            "num_workers": self.num_workers,
+            "pin_memory": torch.cuda.is_available(),
+        }
+
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        """One loader per task, in the order of `tasks`."""
+        return self._eval_loaders("validation")
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        """One loader per task, in the order of `tasks`."""
+        return self._eval_loaders("test")
+
+    def predict_dataloader(self) -> list[DataLoader[Any]]:
+        """One loader per task over `predict_split`, in the order of `tasks`."""
+        return self._eval_loaders(self.predict_split)

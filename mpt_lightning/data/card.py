@@ -1,0 +1,294 @@
+"""Task cards: what a task is, in one small YAML file.
+
+This module is light on purpose (no torch, no datasets): `mpt tasks` lists every card in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from string import Formatter
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+import yaml
+
+if TYPE_CHECKING:
+    from importlib.abc import Traversable
+
+#: Metric names a card may use, and what each needs: classes, numbers or nothing but text.
+METRICS: dict[str, Literal["choices", "value_range", "text"]] = {
+    "accuracy": "choices",
+    "f1": "choices",
+    "macro_f1": "choices",
+    "matthews": "choices",
+    "multirc": "choices",
+    "pearson": "value_range",
+    "spearman": "value_range",
+    "squad": "text",
+    "bleu": "text",
+    "rouge": "text",
+}
+_SPLITS = ("train", "validation", "test")
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    "split_rule": ("given", "halved", "held_out"),
+    "unlabelled": ("error", "drop"),
+    "empty_text": ("error", "drop", "keep"),
+}
+
+
+@dataclass
+class TaskCard:
+    """What a task is: where its rows are, how they become text, what is predicted and how it is scored.
+
+    Args:
+        name: Name of the task in logs, checkpoints and exports, for example `glue/sst2`.
+        path: Id of the data set on the Hugging Face Hub, for example `nyu-mll/glue`.
+        input: Template of the input text over the columns, for example `sst2 sentence: {sentence}`.
+        metrics: Names of metrics: accuracy, f1, macro_f1, matthews, multirc (F1a and group exact match), pearson,
+            spearman, squad (exact match and F1), bleu, rouge.
+        subset: Configuration of the Hub data set, for example `sst2`.
+        revision: Revision of the Hub data set, for example `refs/convert/parquet`.
+        label: Column of the gold answer: a class index, a number, a text or a list of texts. A dot reaches into a
+            nested column (`answers.text`).
+        choices: Words of class 0..C-1. Unset for regression and free text.
+        value_range: Lowest and highest value of a regression target.
+        value_step: Grid of the regression target; values are written with one decimal.
+        splits: Our split names to the Hub's. `test` may be missing.
+        split_rule: `given`: the splits as they are. `halved`: validation is cut into validation and test (seed 42,
+            groups stay together). `held_out`: 1,000 training rows become validation, validation becomes test.
+        truncate: The one column that may be cut to fit `max_input_length`. Unset: in each row the longest column of
+            the template.
+        group: Column that names the group a row belongs to (MultiRC: the question).
+        preprocess: Dotted path of a function `(row, split) -> list of rows`, applied to each raw row.
+        unlabelled: What to do with rows without a label (-1 or nothing): `error` or `drop`.
+        empty_text: What to do with rows where a column of the template is empty: `error`, `drop` or `keep`.
+        max_target_length: Longest target in tokens; a longer one is an error in training. Unset: no limit.
+        language: Language of the texts (documentation).
+        licence: Licence of the data (documentation).
+        citation: Source of the data (documentation).
+        homepage: Web page of the data (documentation).
+
+    Raises:
+        ValueError: If a field has a value that cannot work; the message says what was got and what is expected.
+    """
+
+    name: str
+    path: str
+    input: str
+    metrics: list[str]
+    subset: str | None = None
+    revision: str | None = None
+    label: str = "label"
+    choices: list[str] | None = None
+    value_range: tuple[float, float] | None = None
+    value_step: float = 0.2
+    splits: dict[str, str] = field(default_factory=lambda: {name: name for name in _SPLITS})
+    split_rule: Literal["given", "halved", "held_out"] = "given"
+    truncate: str | None = None
+    group: str | None = None
+    preprocess: str | None = None
+    unlabelled: Literal["error", "drop"] = "error"
+    empty_text: Literal["error", "drop", "keep"] = "error"
+    max_target_length: int | None = None
+    language: str = ""
+    licence: str = ""
+    citation: str = ""
+    homepage: str = ""
+
+    def __post_init__(self) -> None:
+        """Check every field, so that a mistake shows before any data is read."""
+        _check_name(self.name)
+        for option in ("path", "label"):
+            value = getattr(self, option)
+            if not isinstance(value, str) or not value.strip():
+                self._fail(option, value, "a text")
+        for option, allowed in _OPTIONS.items():
+            if getattr(self, option) not in allowed:
+                self._fail(option, getattr(self, option), f"one of {', '.join(allowed)}")
+        if not self.columns:
+            self._fail("input", self.input, "a template that names at least one column, like 'text: {sentence}'")
+        if self.truncate is not None and self.truncate not in self.columns:
+            self._fail("truncate", self.truncate, f"a column of the template ({', '.join(self.columns)})")
+        if self.max_target_length is not None and not (
+            isinstance(self.max_target_length, int) and self.max_target_length >= 1
+        ):
+            self._fail("max_target_length", self.max_target_length, "a number of tokens >= 1")
+        if self.preprocess is not None and not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", self.preprocess):
+            self._fail("preprocess", self.preprocess, "a dotted path 'package.module.function'")
+        self._check_splits()
+        self._check_labels()
+        self._check_metrics()
+
+    @property
+    def parts(self) -> list[tuple[str, str | None]]:
+        """The template as (literal text, column that follows it or None) pairs."""
+        try:
+            parsed = list(Formatter().parse(self.input))
+        except (ValueError, TypeError) as error:
+            self._fail("input", self.input, f"a template like 'text: {{sentence}}' ({error})")
+        parts: list[tuple[str, str | None]] = []
+        for literal, column, spec, conversion in parsed:
+            if column is not None and (not column or column.isdigit() or re.search(r"[.\[\]]", column)):
+                self._fail("input", self.input, "plain column names in braces, like {sentence}")
+            if spec or conversion:
+                self._fail("input", self.input, "column names without a format, like {sentence}")
+            parts.append((literal, column))
+        return parts
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns of the template, in order, each once."""
+        return list(dict.fromkeys(column for _, column in self.parts if column is not None))
+
+    def _fail(self, option: str, got: object, expected: str) -> NoReturn:
+        raise ValueError(f"Task card '{self.name}': got {option}={got!r}, expected {expected}; change `{option}`.")
+
+    def _check_splits(self) -> None:
+        if not isinstance(self.splits, Mapping) or set(self.splits) - set(_SPLITS) or "train" not in self.splits:
+            self._fail("splits", self.splits, "a mapping of train, validation and test (train is needed)")
+        if self.split_rule == "halved" and "validation" not in self.splits:
+            self._fail("splits", self.splits, "a `validation` split to halve (split_rule: halved)")
+        if self.split_rule == "held_out" and not {"validation", "test"} & set(self.splits):
+            self._fail("splits", self.splits, "a `validation` split that becomes test (split_rule: held_out)")
+
+    def _check_labels(self) -> None:
+        if self.choices is not None:
+            if not isinstance(self.choices, list) or any(not isinstance(word, str) for word in self.choices):
+                self._fail("choices", self.choices, "a list of texts (in YAML, quote words such as 'yes' and '1')")
+            words = [word.strip().casefold() for word in self.choices]
+            if len(words) < 2 or len(set(words)) < len(words) or not all(words):
+                self._fail("choices", self.choices, "two or more non-empty words that differ by more than case")
+            if self.value_range is not None:
+                self._fail("value_range", self.value_range, "either `choices` or `value_range`, not both")
+        if self.value_range is not None:
+            pair = self.value_range
+            numbers = isinstance(pair, list | tuple) and all(isinstance(value, int | float) for value in pair)
+            if not numbers or len(pair) != 2 or not pair[0] < pair[1]:
+                self._fail("value_range", self.value_range, "[lowest, highest] with lowest < highest")
+            self.value_range = (float(pair[0]), float(pair[1]))
+            if not 0 < self.value_step <= pair[1] - pair[0]:
+                self._fail("value_step", self.value_step, "a step > 0 and no wider than `value_range`")
+
+    def _check_metrics(self) -> None:
+        if not isinstance(self.metrics, list) or not self.metrics:
+            self._fail("metrics", self.metrics, f"a list of metric names out of {', '.join(METRICS)}")
+        for metric in self.metrics:
+            if metric not in METRICS:
+                self._fail("metrics", metric, f"names out of {', '.join(METRICS)}")
+            need = METRICS[metric]
+            if need != "text" and getattr(self, need) is None:
+                self._fail(need, None, f"a value, because the metric '{metric}' needs it")
+            if metric in ("f1", "multirc") and self.choices is not None and len(self.choices) != 2:
+                self._fail("choices", self.choices, f"two words, because the metric '{metric}' is for two classes")
+        if "multirc" in self.metrics and self.group is None:
+            self._fail("group", None, "the column of the question id, because the metric 'multirc' needs it")
+
+
+def card_names() -> list[str]:
+    """Names of the shipped cards, sorted, without reading them."""
+    return sorted(name for name, _ in _shipped())
+
+
+def list_cards() -> dict[str, TaskCard]:
+    """The shipped cards by name, sorted."""
+    return {name: load_card(name) for name in card_names()}
+
+
+def load_card(card: str | Path | TaskCard | Mapping[str, Any]) -> TaskCard:
+    """Get a card.
+
+    Args:
+        card: Name of a shipped card (`glue/sst2`), path of a YAML file, the fields as a mapping, or a card.
+
+    Returns:
+        The checked card.
+
+    Raises:
+        ValueError: If there is no such card, or if its fields are wrong.
+        FileNotFoundError: If a path to a YAML file does not exist.
+    """
+    if isinstance(card, TaskCard):
+        return card
+    if isinstance(card, Mapping):
+        return _from_mapping(card, "the card")
+    return _from_mapping(read_card_file(card), f"'{card}'")
+
+
+def read_card_file(card: str | Path) -> dict[str, Any]:
+    """Read the YAML file of a shipped card, or of a card at a path, as it is written.
+
+    Args:
+        card: Name of a shipped card or path of a YAML file.
+
+    Returns:
+        The content: `class_path`, and `init_args` with the `card` and options of the DataModule.
+
+    Raises:
+        ValueError: If there is no such card, or if the file is not a YAML mapping.
+        FileNotFoundError: If a path to a YAML file does not exist.
+    """
+    try:
+        content = yaml.safe_load(_find(card).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"Task card '{card}': got a file that cannot be read as YAML ({error}); change it.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"Task card '{card}': got {type(content).__name__}, expected a YAML mapping; change the file.")
+    return content
+
+
+def _find(card: str | Path) -> Traversable:
+    path = Path(card)
+    if path.is_file():
+        return path
+    if path.suffix in (".yaml", ".yml"):
+        raise FileNotFoundError(f"Task card: got the path '{card}', which does not exist; change the path.")
+    _check_name(str(card))
+    shipped = dict(_shipped())
+    if str(card) not in shipped:
+        near = difflib.get_close_matches(str(card), shipped, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ValueError(
+            f"Unknown task: got '{card}', expected the name of a shipped card or the path of a YAML file; "
+            f"{hint}`mpt tasks` lists the names."
+        )
+    return shipped[str(card)]
+
+
+def _shipped() -> Iterator[tuple[str, Traversable]]:
+    def walk(folder: Traversable, prefix: str) -> Iterator[tuple[str, Traversable]]:
+        for entry in folder.iterdir():
+            if entry.is_dir():
+                yield from walk(entry, f"{prefix}{entry.name}/")
+            elif entry.name.endswith(".yaml"):
+                yield prefix + entry.name.removesuffix(".yaml"), entry
+
+    return walk(resources.files("mpt_lightning.tasks"), "")
+
+
+def _from_mapping(content: Mapping[str, Any], source: str) -> TaskCard:
+    values = content.get("init_args", {}).get("card") if "init_args" in content else content
+    if not isinstance(values, Mapping):
+        raise ValueError(f"Task card {source}: got no `init_args.card`, expected the fields of the card there.")
+    known = {item.name for item in fields(TaskCard)}
+    if unknown := sorted(set(map(str, values)) - known):
+        raise ValueError(
+            f"Task card {source}: got unknown keys {', '.join(unknown)}, expected keys out of "
+            f"{', '.join(sorted(known))}; remove or rename them."
+        )
+    if missing := [key for key in ("name", "path", "input", "metrics") if values.get(key) is None]:
+        raise ValueError(f"Task card {source}: got no {', '.join(missing)}, expected these keys; add them.")
+    return TaskCard(**values)
+
+
+def _check_name(name: object) -> None:
+    # Names become file names of exports and keys of logs: no way out of the folder, nothing to escape.
+    good = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*", name)
+    if not good or ".." in str(name):
+        raise ValueError(
+            f"Task name: got {name!r}, expected letters, digits, '.', '_', '-' and single '/', without '..' "
+            "and without a leading '/'; change `name`."
+        )

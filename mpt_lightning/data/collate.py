@@ -1,0 +1,55 @@
+"""Rows become a batch of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+
+class PromptCollator:
+    """Pads rows on the right to the longest in the batch.
+
+    Args:
+        pad_id: Id that pads inputs.
+        choices: Token ids of the task's C choices, for evaluation. Unset: no `choices` in the batch.
+
+    Returns of a call, for B rows: `input_ids [B, L]`, `attention_mask [B, L]` (1 is a token), `labels [B, M]` (-100 is
+    padding), `task_ids [B]`. Rows that carry their text (evaluation) add `references`, `texts`, `groups`, `row_ids`
+    (lists of B) and, where the task has choices, `choices [B, C, M']` (-100 is padding).
+    """
+
+    def __init__(self, pad_id: int, choices: Sequence[Sequence[int]] | None = None) -> None:
+        self.pad_id = pad_id
+        self.choices = None if choices is None else _pad(choices, -100)
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Make a batch.
+
+        Args:
+            rows: B rows with `input_ids`, `labels` and `task_ids`; in evaluation also `references`, `text`, `group`
+                and `row_id`.
+
+        Returns:
+            The batch.
+        """
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        batch: dict[str, Any] = {
+            "input_ids": _pad([row["input_ids"] for row in rows], self.pad_id),
+            "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
+            "labels": _pad([row["labels"] for row in rows], -100),
+            "task_ids": torch.tensor([row["task_ids"] for row in rows]),
+        }
+        if "text" in rows[0]:
+            names = {"references": "references", "texts": "text", "groups": "group", "row_ids": "row_id"}
+            batch |= {name: [row[column] for row in rows] for name, column in names.items()}
+            if self.choices is not None:
+                batch["choices"] = self.choices.expand(len(rows), -1, -1).clone()
+        return batch
+
+
+def _pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)

@@ -1,0 +1,65 @@
+"""Several tasks, mixed in each training batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from mpt_lightning.data.base import PromptDataModule
+from mpt_lightning.data.card import load_card
+from mpt_lightning.data.sampling import Sampling, TaskMixSampler, check_sampling
+
+
+class MultitaskDataModule(PromptDataModule):
+    """Several tasks, mixed in each training batch; evaluation has one loader per task.
+
+    Args:
+        tasks: Names of shipped cards (`mpt tasks` lists them) or paths of cards' YAML files.
+        sampling: How a batch is drawn. `stochastic`: K ~ U{2..kappa} tasks with probability proportional to their
+            rows, the batch split evenly over them. `proportional`, `uniform`, `temperature`: the task of each row is
+            drawn. `all`: every task in each batch.
+        kappa: Most tasks in a batch with `stochastic`. Unset: all.
+        temperature: With `temperature`, probabilities are proportional to rows ** (1 / temperature).
+        size_limit: A task counts as at most so many rows in these probabilities.
+        replace: Whether `stochastic` may draw one task twice, which leaves fewer distinct tasks in the batch.
+        options: See `PromptDataModule`.
+
+    Raises:
+        ValueError: If there is no such card, or if an option has an impossible value.
+    """
+
+    def __init__(
+        self,
+        tasks: list[str],
+        *,
+        sampling: Sampling = "stochastic",
+        kappa: int | None = None,
+        temperature: float = 2.0,
+        size_limit: int = 2**18,
+        replace: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__([load_card(task) for task in tasks], **options)
+        check_sampling(len(tasks), sampling, kappa, temperature, size_limit, replace)
+        if self.group_by_length:
+            raise ValueError(
+                "Got group_by_length=True for several tasks, expected False: task sampling decides which rows share a "
+                "batch; change `group_by_length`."
+            )
+        self.mixing: dict[str, Any] = {
+            "sampling": sampling,
+            "kappa": kappa,
+            "temperature": temperature,
+            "size_limit": size_limit,
+            "replace": replace,
+        }
+        self._save_options("tasks", tasks, {**self.mixing, **options})
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Mixed training batches."""
+        sizes = [len(rows) for rows in self._rows("train")]
+        world_size, rank = self._ranks()
+        return self._train_loader(
+            TaskMixSampler(sizes, self.batch_size, **self.mixing, num_replicas=world_size, rank=rank, seed=self.seed)
+        )

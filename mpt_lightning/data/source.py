@@ -1,0 +1,161 @@
+"""Raw rows of a task: from the Hub, or from local files laid out like the Hub."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets.arrow_dataset import Dataset
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.fingerprint import Hasher
+from datasets.load import load_dataset
+
+from mpt_lightning.data.card import TaskCard
+
+#: Column with the row's number in the Hub's split. Error messages, predictions and references all use it.
+ROW = "__row__"
+_LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+
+Preprocess = Callable[[dict[str, Any], str], list[dict[str, Any]]]
+
+
+def load_raw(card: TaskCard, hub_split: str, data_root: str | None = None, cache_dir: str | None = None) -> Dataset:
+    """Load one split as it is stored.
+
+    Args:
+        card: The task.
+        hub_split: Name of the split on the Hub.
+        data_root: Folder that stands in for the Hub: `<data_root>/<last part of path>[/<subset>]/<split>.parquet`
+            (or .jsonl, .json, .csv). Unset: the environment variable MPT_DATA_ROOT, else the Hub.
+        cache_dir: Folder for cached data. Unset: the `datasets` default.
+
+    Returns:
+        The rows with their number in column `__row__`.
+
+    Raises:
+        FileNotFoundError: If `data_root` has no file for the split.
+        ValueError: If the data cannot be read or has no rows.
+    """
+    root = data_root or os.environ.get("MPT_DATA_ROOT")
+    where = f"'{card.path}'" + (f" ({card.subset})" if card.subset else "") + f", split '{hub_split}'"
+    change = "change `path`, `subset`, `revision` or `splits` of the card, or set `data_root`"
+    try:
+        if root:
+            file = _local_file(card, hub_split, Path(root))
+            where, change = f"'{file}'", "change the file or `data_root`"
+            raw = load_dataset(_LOADERS[file.suffix], data_files=str(file), split="train", cache_dir=cache_dir)
+        else:
+            raw = load_dataset(card.path, card.subset, split=hub_split, revision=card.revision, cache_dir=cache_dir)
+    except DatasetNotFoundError as error:
+        raise ValueError(f"Task '{card.name}': got {where}, which cannot be opened ({error}); {change}.") from error
+    except (DatasetGenerationError, StopIteration, ValueError, RuntimeError, ConnectionError) as error:
+        # `datasets` reports an empty file in as many ways as it has formats.
+        reason = error.__cause__ or error
+        raise ValueError(
+            f"Task '{card.name}': got {where}, which is empty or cannot be read ({type(reason).__name__}: {reason}), "
+            f"expected a data set with at least one row; {change}."
+        ) from error
+    if len(raw) == 0:
+        raise ValueError(f"Task '{card.name}': got an empty data set {where}, expected at least one row; {change}.")
+    return raw.add_column(ROW, np.arange(len(raw)), new_fingerprint=Hasher.hash([raw._fingerprint, ROW]))
+
+
+def _local_file(card: TaskCard, hub_split: str, root: Path) -> Path:
+    folder = root / card.path.rstrip("/").rsplit("/", 1)[-1] / (card.subset or "")
+    for suffix in _LOADERS:
+        if (file := folder / f"{hub_split}{suffix}").is_file():
+            return file
+    raise FileNotFoundError(
+        f"Task '{card.name}': got no file for split '{hub_split}' in '{folder}', expected "
+        f"{hub_split}{{{','.join(_LOADERS)}}}; change `data_root` or the card's `splits`."
+    )
+
+
+def preprocess(card: TaskCard, raw: Dataset, split: str) -> Dataset:
+    """Apply the card's preprocess function to every row.
+
+    Args:
+        card: The task.
+        raw: Rows with a `__row__` column.
+        split: Our name of the split, handed to the function.
+
+    Returns:
+        The new rows, each with the `__row__` of the raw row that it comes from.
+
+    Raises:
+        ValueError: If the function cannot be imported, does not return a list of mappings, or leaves no row.
+    """
+    if card.preprocess is None:
+        return raw
+    function = import_preprocess(card)
+
+    def apply(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        items: list[dict[str, Any]] = []
+        for values in zip(*batch.values(), strict=True):
+            row = dict(zip(batch, values, strict=True))
+            number = row.pop(ROW)
+            made = function(row, split)
+            if not isinstance(made, list) or any(not isinstance(item, Mapping) for item in made):
+                raise ValueError(
+                    f"Task '{card.name}', row {number}: got {type(made).__name__} from {card.preprocess}, "
+                    "expected a list of mappings; change the function."
+                )
+            items += [{**item, ROW: number} for item in made]
+        columns = dict.fromkeys(column for item in items for column in item)
+        return {column: [item.get(column) for item in items] for column in columns} or {ROW: []}
+
+    fingerprint = Hasher.hash([raw._fingerprint, card.preprocess, preprocess_source(card), split])
+    made = raw.map(apply, batched=True, remove_columns=raw.column_names, new_fingerprint=fingerprint)
+    if len(made) == 0:
+        raise ValueError(
+            f"Task '{card.name}': got no rows from {card.preprocess} on {len(raw)} {split} rows, expected at least "
+            "one; change the function or the data."
+        )
+    return made
+
+
+def import_preprocess(card: TaskCard) -> Preprocess:
+    """Import the function that `card.preprocess` names.
+
+    Args:
+        card: The task.
+
+    Returns:
+        The function.
+
+    Raises:
+        ValueError: If there is no such module or function.
+    """
+    module, _, name = str(card.preprocess).rpartition(".")
+    try:
+        function = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"Task '{card.name}': got preprocess={card.preprocess!r}, which cannot be imported ({error}), expected "
+            "the dotted path of a function; change `preprocess`."
+        ) from error
+    if not callable(function):
+        raise ValueError(f"Task '{card.name}': got preprocess={card.preprocess!r}, expected a function there.")
+    return function
+
+
+def preprocess_source(card: TaskCard) -> str:
+    """Source code of the module of the card's preprocess function, or "".
+
+    It is part of every cache key: an edited function must not meet the rows of its old self.
+
+    Args:
+        card: The task.
+
+    Returns:
+        The code.
+    """
+    if card.preprocess is None:
+        return ""
+    function = import_preprocess(card)
+    return inspect.getsource(inspect.getmodule(function) or function)

@@ -1,0 +1,1 @@
+"""The embedded default: a small generated world of tasks, and a small T5 pretrained on it."""

@@ -1,0 +1,85 @@
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import LlamaConfig, PreTrainedTokenizerFast, T5Config
+
+from mpt_lightning.data.card import TaskCard
+
+WORDS = """good bad film a the one two three four five six seven eight nine ten task text question context 0 1 2 3 . :
+yes no""".split()
+
+
+def save_backbone(folder: Path, kind: str) -> str:
+    """A word-level tokenizer and a config; no weights are needed to prepare data."""
+    special = ["<pad>", "</s>", "<unk>", "<s>"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    single = "$A </s>" if kind == "seq2seq" else "<s> $A"
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("</s>", 1), ("<s>", 3)])
+    pad = {"pad_token": "<pad>"} if kind == "seq2seq" else {}
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>", bos_token="<s>", **pad
+    ).save_pretrained(folder)
+    (T5Config() if kind == "seq2seq" else LlamaConfig()).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return {kind: save_backbone(tmp_path_factory.mktemp(kind), kind) for kind in ("seq2seq", "causal")}
+
+
+@pytest.fixture
+def make_card():
+    def make(**fields) -> TaskCard:
+        return TaskCard(
+            **{
+                "name": "film",
+                "path": "someone/film",
+                "input": "task text: {text}",
+                "metrics": ["accuracy"],
+                "choices": ["bad", "good"],
+                **fields,
+            }
+        )
+
+    return make
+
+
+@pytest.fixture
+def write_split(tmp_path: Path):
+    """Write rows as `<tmp_path>/data/<task>/<split>.jsonl` and return the data root."""
+
+    def write(rows: list[dict], task: str = "film", split: str = "train") -> str:
+        file = tmp_path / "data" / task / f"{split}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return str(tmp_path / "data")
+
+    return write
+
+
+@pytest.fixture
+def film_rows():
+    def rows(count: int, words: int = 3) -> list[dict]:
+        """Rows whose text says their number in digits and whose label alternates."""
+        texts = [" ".join([*str(n), *["film"] * (words - 1)]) for n in range(count)]
+        return [{"text": text, "label": n % 2} for n, text in enumerate(texts)]
+
+    return rows
+
+
+@pytest.fixture
+def film(make_card, write_split, film_rows, tmp_path, backbones):
+    """Arguments of a DataModule over 40 training rows and 7 each of validation and test."""
+    for split, count in (("train", 40), ("validation", 7), ("test", 7)):
+        root = write_split(film_rows(count), split=split)
+    return {
+        "card": make_card(),
+        "data_root": root,
+        "backbone": backbones["seq2seq"],
+        "cache_dir": str(tmp_path / "cache"),
+        "batch_size": 8,
+    }

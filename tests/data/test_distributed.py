@@ -1,0 +1,71 @@
+"""Two processes on one machine: disjoint training rows, evaluation rows once."""
+
+import json
+
+import lightning.pytorch as L
+import pytest
+import torch
+
+from mpt_lightning.data import MultitaskDataModule, TaskDataModule
+
+
+class Recorder(L.LightningModule):
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen = {"train": [], "val": []}
+
+    def training_step(self, batch, batch_idx):
+        self.seen["train"].append(batch["input_ids"].tolist())
+        return self.weight * 0
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self.seen["val"] += batch["row_ids"]
+
+    def on_fit_end(self):
+        (self.folder / f"{self.global_rank}.json").write_text(json.dumps(self.seen))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("kind", ["task", "multitask"])
+def test_ranks_share_the_rows(film, film_rows, make_card, write_split, tmp_path, kind):
+    # Texts of 0 to 3 words of four numbers, so that every row is another list of ids.
+    digits = ["one", "two", "three", "four"]
+    rows = [{"text": f"{digits[n % 4]} {digits[n // 4 % 4]} {digits[n // 16]}", "label": n % 2} for n in range(40)]
+    write_split(rows)
+    if kind == "task":
+        data = TaskDataModule(**{**film, "batch_size": 4})
+    else:
+        write_split(rows, task="again")
+        for split in ("validation", "test"):
+            write_split(film_rows(1), task="again", split=split)
+        again = make_card(name="again", path="x/again", input="again {text}")
+        rest = {key: value for key, value in film.items() if key != "card"}
+        data = MultitaskDataModule([film["card"], again], **{**rest, "batch_size": 4})
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp_fork",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        max_epochs=1,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(Recorder(tmp_path), data)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    expected = {"task": 5, "multitask": 10}[kind]
+    assert len(first["train"]) == len(second["train"]) == expected
+    # Padding differs between batches: compare without it.
+    steps = [[[i for i in row if i] for row in [*a, *b]] for a, b in zip(first["train"], second["train"], strict=True)]
+    if kind == "task":
+        assert len({tuple(row) for step in steps for row in step}) == 40
+    for step in steps:
+        assert len({tuple(row) for row in step}) == len(step) == 8
+    # Seven rows, or seven and one: one rank has no row of the second task.
+    whole = [*range(7), 0] if kind == "multitask" else [*range(7)]
+    assert sorted(first["val"] + second["val"]) == sorted(whole)

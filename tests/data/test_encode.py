@@ -1,0 +1,158 @@
+import pytest
+
+from mpt_lightning.data.encode import Encoder, encoded_split, render
+from mpt_lightning.data.rows import Draw, Example
+
+DRAW = Draw()
+
+
+@pytest.fixture(params=["seq2seq", "causal"])
+def encoder(request, backbones):
+    return Encoder.from_backbone(backbones[request.param], 12)
+
+
+@pytest.fixture
+def seq2seq(backbones):
+    return Encoder.from_backbone(backbones["seq2seq"], 12)
+
+
+def example(row_id=0, **values):
+    return Example(row_id, values, "good", ["good"], "")
+
+
+def test_inputs_and_targets(encoder):
+    ids = encoder.tokenizer.convert_tokens_to_ids
+    (inputs,), (target,) = encoder.inputs(["a good film"]), encoder.targets(["good"])
+    assert target == ids(["good", "</s>"])
+    plain = ids(["a", "good", "film"])
+    assert inputs == ([*plain, 1] if encoder.is_encoder_decoder else [3, *plain])
+
+
+def test_trailing_end_of_sequence_of_a_causal_input_goes(backbones):
+    encoder = Encoder.from_backbone(backbones["seq2seq"], 12)
+    encoder.is_encoder_decoder = False
+    assert encoder.inputs(["a film"]) == [encoder.tokenizer.convert_tokens_to_ids(["a", "film"])]
+    assert encoder.targets(["good"])[0][-2:] == encoder.tokenizer.convert_tokens_to_ids(["good", "</s>"])
+
+
+def test_padding_falls_back_to_the_end_of_sequence(backbones):
+    assert [Encoder.from_backbone(backbones[kind], 12).pad_id for kind in ("seq2seq", "causal")] == [0, 1]
+
+
+@pytest.mark.parametrize("truncate", ["context", None])
+def test_only_the_one_column_is_cut(make_card, encoder, truncate):
+    card = make_card(input="question: {question} context: {context} : yes", truncate=truncate)
+    row = example(question="one two three", context="film " * 50)
+    text, ids = encoder.fit(card, row)
+    assert text.startswith("question: one two three context: film")
+    assert text.endswith(" : yes")
+    assert len(ids) == 12
+    assert ids == encoder.inputs([text])[0]
+
+
+def test_as_much_as_fits_is_kept(make_card, seq2seq):
+    card = make_card(input="task {text}")
+    text, ids = seq2seq.fit(card, example(text="one two three four five six seven eight nine ten 0 1 2"))
+    assert text == "task one two three four five six seven eight nine ten"
+    assert len(ids) == 12
+
+
+def test_no_room_for_the_column(make_card, seq2seq):
+    card = make_card(input="{question} {context}", truncate="context")
+    row = example(7, question="one " * 30, context="film")
+    with pytest.raises(
+        ValueError,
+        match=r"'film', row 7: got 31 tokens without column 'context'.*max_input_length=12; raise `max_input_length`",
+    ):
+        seq2seq.fit(card, row)
+
+
+def test_slow_tokenizers_are_cut_by_characters(make_card, seq2seq, monkeypatch):
+    monkeypatch.setattr(type(seq2seq.tokenizer), "is_fast", False)
+    text, ids = seq2seq.fit(make_card(input="task {text}"), example(text="one " * 40))
+    assert len(ids) == 12
+    assert text.startswith("task one one")
+
+
+def test_target_limit_is_for_training_only(make_card, seq2seq):
+    card = make_card(max_target_length=3, choices=None, metrics=["squad"])
+    row = Example(5, {"text": "a"}, "one two three", ["one two three"], "")
+    with pytest.raises(
+        ValueError, match=r"row 5: got a target of 4 tokens, expected at most 3; raise `max_target_length`"
+    ):
+        list(seq2seq.encode(card, iter([row]), "train"))
+    assert len(next(seq2seq.encode(card, iter([row]), "validation"))["labels"]) == 4
+
+
+def test_input_without_tokens(make_card, backbones):
+    encoder = Encoder.from_backbone(backbones["seq2seq"], 12)
+    encoder.is_encoder_decoder = False
+    with pytest.raises(ValueError, match="row 0: got an input without tokens"):
+        list(encoder.encode(make_card(input="{text}", empty_text="keep"), iter([example(text="")]), "train"))
+
+
+def test_render_keeps_braces_in_texts(make_card):
+    assert render(make_card(input="a {text} {{b}}"), {"text": "{text}"}) == "a {text} {b}"
+
+
+def test_tokenizer_without_end_of_sequence(backbones):
+    encoder = Encoder.from_backbone(backbones["seq2seq"], 12)
+    encoder.tokenizer.eos_token = None
+    with pytest.raises(ValueError, match=r"got no end-of-sequence token, expected one"):
+        Encoder(encoder.tokenizer, True, 12)
+
+
+# The cache
+
+
+@pytest.fixture
+def encode_calls(monkeypatch):
+    calls = []
+    original = Encoder.encode
+
+    def counting(self, card, rows, split):
+        calls.append(card.name)
+        return original(self, card, rows, split)
+
+    monkeypatch.setattr(Encoder, "encode", counting)
+    return calls
+
+
+def test_second_run_reads_the_cache(make_card, write_split, film_rows, seq2seq, tmp_path, encode_calls):
+    root, cache = write_split(film_rows(20)), str(tmp_path / "cache")
+    first = encoded_split(make_card(), "train", seq2seq, DRAW, root, cache)
+    second = encoded_split(make_card(), "train", seq2seq, DRAW, root, cache)
+    assert encode_calls == ["film"]
+    assert first.to_list() == second.to_list()
+    assert len(second) == 20
+
+
+@pytest.mark.parametrize("change", ["card", "draw", "length", "kind", "data"])
+def test_any_change_makes_a_new_cache(make_card, write_split, film_rows, backbones, tmp_path, encode_calls, change):
+    root, cache = write_split(film_rows(20)), str(tmp_path / "cache")
+
+    def run(card=None, draw=DRAW, kind="seq2seq", length=12):
+        encoder = Encoder.from_backbone(backbones[kind], length)
+        return encoded_split(card or make_card(), "train", encoder, draw, root, cache)
+
+    run()
+    if change == "data":
+        write_split([*film_rows(20), {"text": "a", "label": 1}])
+        assert len(run()) == 21
+    else:
+        run(
+            **{
+                "card": {"card": make_card(input="text: {text}")},
+                "draw": {"draw": Draw(k_shot=2)},
+                "length": {"length": 11},
+                "kind": {"kind": "causal"},
+            }[change]
+        )
+    assert len(encode_calls) == 2
+
+
+def test_an_error_leaves_nothing_in_the_cache(make_card, write_split, film_rows, seq2seq, tmp_path):
+    root, cache = write_split([*film_rows(1500), {"text": "a", "label": 9}]), tmp_path / "cache"
+    with pytest.raises(ValueError, match="row 1500: got label 9"):
+        encoded_split(make_card(), "train", seq2seq, DRAW, root, str(cache))
+    assert not list((cache / "generator").rglob("*.arrow"))
