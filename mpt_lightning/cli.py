@@ -46,7 +46,10 @@ def main(args: Sequence[str] | None = None) -> None:
     else:
         from mpt_lightning.demo.run import run_demo
 
-        run_demo(Path(options.output), seeds=options.seeds)
+        try:
+            run_demo(Path(options.output), seeds=options.seeds)
+        except ValueError as error:
+            fail(str(error))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -23,7 +23,7 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Leave with the message; the package's own where it is the cause."""
         cause = own_error(ex) if ex is not None else None
-        fail(str(cause) if cause is not None else message)
+        fail(str(cause) if cause is not None else " ".join(message.split()))
 
 
 class MPTCLI(LightningCLI):

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from mpt_lightning.demo import backbone_path
+
 IGNORE = -100
 """The label of padding, Hugging Face's and torch's convention."""
 
@@ -89,7 +91,7 @@ class Backbone(nn.Module, ABC):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that belongs to the model."""
-        return AutoTokenizer.from_pretrained(self.name)
+        return AutoTokenizer.from_pretrained(backbone_path(self.name))
 
     @cached_property
     def fingerprint(self) -> str:

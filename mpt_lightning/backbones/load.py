@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import (
 from mpt_lightning.backbones.base import Backbone
 from mpt_lightning.backbones.causal import CausalBackbone
 from mpt_lightning.backbones.seq2seq import Seq2SeqBackbone
+from mpt_lightning.demo import backbone_path
 
 DType = Literal["float32", "bfloat16"]
 
@@ -26,7 +27,7 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
     if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).expanduser().is_dir():
         raise ValueError(f"The backbone {name_or_path!r} looks like a folder, and there is none.")
     try:
-        return AutoConfig.from_pretrained(str(Path(name_or_path).expanduser()))
+        return AutoConfig.from_pretrained(backbone_path(name_or_path))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"Cannot load the backbone {name_or_path!r}. Expected a folder with a config.json, or the id of a Hub "
@@ -55,7 +56,7 @@ def load_backbone(
         ValueError: the model cannot be found, or is neither of the two kinds.
     """
     config = load_config(name_or_path)
-    path = str(Path(name_or_path).expanduser())
+    path = backbone_path(name_or_path)
     precision = getattr(torch, dtype)
     if config.is_encoder_decoder and config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
         model = AutoModelForSeq2SeqLM.from_pretrained(path, dtype=precision)

@@ -19,8 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from mpt_lightning.data.card import TaskCard
 from mpt_lightning.data.collate import PromptCollator
 from mpt_lightning.data.encode import Encoder, encoded_split
+from mpt_lightning.data.loader import ResumableLoader
 from mpt_lightning.data.rows import Draw, Split
-from mpt_lightning.data.sampling import BatchSampler, EvalSampler, ResumableLoader
+from mpt_lightning.data.sampling import EvalSampler, GlobalBatchSampler
 
 _TRAIN_COLUMNS = ["input_ids", "labels", "task_ids"]
 
@@ -181,7 +182,7 @@ class PromptDataModule(L.LightningDataModule):
         tables = []
         for task_id, card in enumerate(self.cards.values()):
             rows = encoded_split(card, split, self.encoder, draw, self.data_root, self.cache_dir)
-            if cut := sum(rows["cut"]):
+            if cut := int(rows.data.column("cut").to_numpy().sum()):
                 rank_zero_info(
                     f"{card.name}: {cut:,} of {len(rows):,} {split} rows were cut to "
                     f"max_input_length={self.max_input_length} tokens."
@@ -198,9 +199,12 @@ class PromptDataModule(L.LightningDataModule):
         trainer = self.trainer
         return (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
 
-    def _train_loader(self, sampler: BatchSampler) -> DataLoader[Any]:
+    def _train_loader(self, sampler: GlobalBatchSampler) -> DataLoader[Any]:
         rows: Any = concatenate_datasets(self._rows("train")).select_columns(_TRAIN_COLUMNS)
         options = self._loading(self.batch_size, PromptCollator(self.encoder.pad_id))
+        if getattr(self.trainer, "overfit_batches", 0) > 0:
+            # Lightning would put a sequential sampler in place of ours, which shows the first task only.
+            return DataLoader(rows.select(list(sampler)), **options)
         return ResumableLoader(rows, sampler=sampler, **options)
 
     def _eval_loaders(self, split: Split) -> list[DataLoader[Any]]:

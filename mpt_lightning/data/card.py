@@ -56,7 +56,7 @@ class TaskCard:
             nested column (`answers.text`).
         choices: Words of class 0..C-1. Unset for regression and free text.
         value_range: Lowest and highest value of a regression target.
-        value_step: Grid of the regression target; values are written with one decimal.
+        value_step: Grid of the regression target, a multiple of 0.1: values are written with one decimal.
         splits: Our split names to the Hub's. `test` may be missing.
         split_rule: `given`: the splits as they are. `halved`: validation is cut into validation and test (seed 42,
             groups stay together). `held_out`: 1,000 training rows become validation, validation becomes test.
@@ -170,8 +170,9 @@ class TaskCard:
             if not numbers or len(pair) != 2 or not pair[0] < pair[1]:
                 self._fail("value_range", self.value_range, "[lowest, highest] with lowest < highest")
             self.value_range = (float(pair[0]), float(pair[1]))
-            if not 0 < self.value_step <= pair[1] - pair[0]:
-                self._fail("value_step", self.value_step, "a step > 0 and no wider than `value_range`")
+            tenths = round(self.value_step * 10)
+            if abs(tenths - self.value_step * 10) > 1e-6 or not 0 < tenths <= (pair[1] - pair[0]) * 10:
+                self._fail("value_step", self.value_step, "a multiple of 0.1, no wider than `value_range`")
 
     def _check_metrics(self) -> None:
         if not isinstance(self.metrics, list) or not self.metrics:
@@ -234,7 +235,7 @@ def read_card_file(card: str | Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(_find(card).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"Task card '{card}': got a file that cannot be read as YAML ({error}); change it.") from error
+        raise ValueError(f"Task card '{card}': got a file that cannot be read as YAML ({error}); change it.") from None
     if not isinstance(content, dict):
         raise ValueError(f"Task card '{card}': got {type(content).__name__}, expected a YAML mapping; change the file.")
     return content

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -12,11 +12,14 @@ from datasets.arrow_dataset import Dataset
 from datasets.exceptions import DatasetGenerationError
 from datasets.features import Features, List, Value
 from datasets.fingerprint import Hasher
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from mpt_lightning.backbones.load import load_config
 from mpt_lightning.data.card import TaskCard
-from mpt_lightning.data.rows import Draw, Example, Split, examples, select_rows, source_rows
+from mpt_lightning.data.examples import Example
+from mpt_lightning.data.rows import Draw, Split, examples, select_rows, source_rows
 from mpt_lightning.data.source import preprocess_source
+from mpt_lightning.demo import backbone_path
 
 #: Part of the cache key: raise it when the same input would give other ids.
 _FORMAT = 1
@@ -67,8 +70,8 @@ class Encoder:
         Returns:
             The encoder.
         """
-        kind = AutoConfig.from_pretrained(backbone).is_encoder_decoder
-        return cls(AutoTokenizer.from_pretrained(backbone), bool(kind), max_input_length)
+        kind = load_config(backbone).is_encoder_decoder
+        return cls(AutoTokenizer.from_pretrained(backbone_path(backbone)), bool(kind), max_input_length)
 
     @property
     def pad_id(self) -> int:
@@ -76,7 +79,7 @@ class Encoder:
         pad = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id if pad is None else pad)
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """Hash of all that decides which ids a text becomes."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
@@ -130,26 +133,26 @@ class Encoder:
             ValueError: If the rest of the row leaves no room for any of that column.
         """
         column = card.truncate or max(card.columns, key=lambda name: len(example.values[name]))
-        text = example.values[column]
-        ends = self._token_ends(text)
+        ends = self._token_ends(example.values[column])
+        kept = len(ends)
 
-        def render_cut(tokens: int) -> str:
-            kept = text[: ends[tokens - 1]].rstrip() if tokens else ""
-            return render(card, {**example.values, column: kept})
+        def attempt() -> tuple[str, list[int]]:
+            part = example.values[column][: ends[kept - 1]].rstrip() if kept else ""
+            text = render(card, {**example.values, column: part})
+            return text, self.inputs([text])[0]
 
-        def length(tokens: int) -> int:
-            return len(self.inputs([render_cut(tokens)])[0])
-
-        # Tokens merge at the borders, so the length is measured on the whole input, never added up.
-        kept = bisect.bisect_right(range(len(ends) + 1), self.max_input_length, key=length) - 1
-        if kept < 1:
+        # Tokens merge at the borders, so the whole input is measured after each cut; one cut is mostly enough.
+        text, ids = attempt()
+        while len(ids) > self.max_input_length and kept:
+            kept = max(0, kept - (len(ids) - self.max_input_length))
+            text, ids = attempt()
+        if not kept:
             raise ValueError(
-                f"Task '{card.name}', row {example.row_id}: got {length(0)} tokens without column '{column}', the one "
+                f"Task '{card.name}', row {example.row_id}: got {len(ids)} tokens without column '{column}', the one "
                 f"that may be cut, expected fewer than max_input_length={self.max_input_length}; raise "
                 "`max_input_length`, or change `truncate` or `input` of the card."
             )
-        fitted = render_cut(kept)
-        return fitted, self.inputs([fitted])[0]
+        return text, ids
 
     def _token_ends(self, text: str) -> list[int]:
         if not self.tokenizer.is_fast:

@@ -1,9 +1,8 @@
-"""From raw rows to labelled texts: labels, split rule, few-shot draws."""
+"""Which rows a split has: the card's split rule, few-shot draws, caps."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +10,8 @@ import numpy as np
 from datasets.arrow_dataset import Dataset
 
 from mpt_lightning.data.card import TaskCard
-from mpt_lightning.data.source import ROW, load_raw, preprocess
+from mpt_lightning.data.examples import Example, check_columns, read_examples
+from mpt_lightning.data.source import load_raw, preprocess
 
 Split = Literal["train", "validation", "test"]
 #: Seed of the cuts that make a validation or test split; part of the task's definition, so not an option.
@@ -34,25 +34,6 @@ class Draw:
     shots_per: Literal["class", "task"] = "class"
     max_rows: int | None = None
     seed: int = 42
-
-
-@dataclass(frozen=True)
-class Example:
-    """One row as text.
-
-    Args:
-        row_id: Number of the row in the Hub's split.
-        values: Text of each column of the template.
-        target: Text the model learns to write.
-        references: Texts that count as right.
-        group: Id of the group of rows that are scored together, or "".
-    """
-
-    row_id: int
-    values: dict[str, str]
-    target: str
-    references: list[str]
-    group: str
 
 
 def source_rows(card: TaskCard, split: Split, data_root: str | None, cache_dir: str | None) -> Dataset:
@@ -107,8 +88,7 @@ def select_rows(card: TaskCard, raw: Dataset, split: Split, draw: Draw) -> Datas
     rows = preprocess(card, raw, split)
     check_columns(card, rows)
     keep, groups, classes = [], [], []
-    for number, row in enumerate(_iterate(card, rows)):
-        example = to_example(card, row)
+    for number, example in enumerate(read_examples(card, rows)):
         if example is not None:
             keep.append(number)
             groups.append(example.group)
@@ -186,128 +166,4 @@ def examples(card: TaskCard, rows: Dataset) -> Iterator[Example]:
     Yields:
         One example per row.
     """
-    for row in _iterate(card, rows):
-        if (example := to_example(card, row)) is not None:
-            yield example
-
-
-def _iterate(card: TaskCard, rows: Dataset) -> Iterator[dict[str, Any]]:
-    needed = [*card.columns, card.label.split(".")[0], ROW, *([card.group.split(".")[0]] if card.group else [])]
-    yield from rows.select_columns(list(dict.fromkeys(needed)))
-
-
-def check_columns(card: TaskCard, rows: Dataset) -> None:
-    """Check that the columns a card names exist.
-
-    Args:
-        card: The task.
-        rows: Rows of any split.
-
-    Raises:
-        ValueError: If one is missing; the message lists those there are.
-    """
-    named = {"input": card.columns, "label": [card.label], "group": [card.group] if card.group else []}
-    there = [column for column in rows.column_names if column != ROW]
-    for option, columns in named.items():
-        for column in columns:
-            if column.split(".")[0] not in there:
-                raise ValueError(
-                    f"Task '{card.name}': got no column '{column}', expected one of {', '.join(there)}; change "
-                    f"`{option}` of the card."
-                )
-
-
-def to_example(card: TaskCard, row: dict[str, Any]) -> Example | None:
-    """Turn a row into texts, or drop it where the card says so.
-
-    Args:
-        card: The task.
-        row: The columns of the row.
-
-    Returns:
-        The example, or None for a row to drop.
-
-    Raises:
-        ValueError: If a text is empty or a label is missing or out of range, and the card does not drop such rows.
-    """
-    where = f"Task '{card.name}', row {row[ROW]}"
-    values = {column: _text(row[column], column, where) for column in card.columns}
-    if card.empty_text != "keep" and (empty := [column for column, text in values.items() if not text.strip()]):
-        if card.empty_text == "drop":
-            return None
-        raise ValueError(
-            f"{where}: got an empty text in column '{empty[0]}', expected some text; change the data, or set "
-            "`empty_text: drop` or `keep` on the card."
-        )
-    label = _column(row, card.label)
-    if _is_unlabelled(card, label):
-        if card.unlabelled == "drop":
-            return None
-        raise ValueError(
-            f"{where}: got no label ({label!r}) in column '{card.label}', expected a label; change `splits`, or set "
-            "`unlabelled: drop` on the card."
-        )
-    target, references = _label_texts(card, label, where)
-    group = str(_column(row, card.group)) if card.group else ""
-    return Example(int(row[ROW]), values, target, references, group)
-
-
-def _column(row: dict[str, Any], name: str) -> Any:
-    value: Any = row
-    for part in name.split("."):
-        value = value[part]
-    return value
-
-
-def _text(value: Any, column: str, where: str) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, str | int | float):
-        return str(value)
-    raise ValueError(
-        f"{where}: got {type(value).__name__} in column '{column}', expected text; change `input` or add a "
-        "`preprocess` function to the card."
-    )
-
-
-def _is_unlabelled(card: TaskCard, label: Any) -> bool:
-    if label is None or (isinstance(label, float) and math.isnan(label)):
-        return True
-    if isinstance(label, str):
-        return not label.strip()
-    if isinstance(label, Sequence):
-        return not any(str(answer).strip() for answer in label)
-    below = card.choices is not None or (card.value_range is not None and card.value_range[0] > -1)
-    return bool(below and label == -1)
-
-
-def _label_texts(card: TaskCard, label: Any, where: str) -> tuple[str, list[str]]:
-    if card.choices is not None:
-        if isinstance(label, str) and label in card.choices:
-            return label, [label]
-        if not isinstance(label, str) and label in range(len(card.choices)):
-            word = card.choices[int(label)]
-            return word, [word]
-        raise ValueError(
-            f"{where}: got label {label!r}, expected 0 to {len(card.choices) - 1} or one of "
-            f"{', '.join(card.choices)}; change the data, `label` or `choices` of the card."
-        )
-    if card.value_range is not None:
-        low, high = card.value_range
-        try:
-            value = float(label)
-        except (TypeError, ValueError):
-            value = math.nan
-        if not low <= value <= high:
-            raise ValueError(
-                f"{where}: got label {label!r}, expected a number from {low:g} to {high:g}; change the data, `label` "
-                "or `value_range` of the card."
-            )
-        # The model writes the grid; metrics compare with the value as it was annotated.
-        grid = min(high, low + round((value - low) / card.value_step) * card.value_step)
-        return f"{grid:.1f}", [f"{value:.6g}"]
-    answers = [label] if isinstance(label, str) else label
-    if not isinstance(answers, Sequence):
-        answers = [str(label)]
-    texts = [str(answer) for answer in answers if str(answer).strip()]
-    return texts[0], texts
+    return (example for example in read_examples(card, rows) if example is not None)

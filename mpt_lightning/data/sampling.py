@@ -1,4 +1,4 @@
-"""Which rows make a batch: shuffled, grouped by length, or mixed from several tasks; whole on every rank, resumable."""
+"""Which rows make a batch: shuffled, grouped by length, or mixed from several tasks."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence, Sized
 from typing import Any, Literal, cast
 
 import numpy as np
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DistributedSampler
 
 Sampling = Literal["stochastic", "proportional", "uniform", "temperature", "all"]
 
 
-class BatchSampler(DistributedSampler[int]):
+class GlobalBatchSampler(DistributedSampler[int]):
     """Yields row numbers in the order of global batches; each rank takes its share of every global batch.
 
     A `DistributedSampler`, because Lightning leaves those alone and tells them the epoch. All ranks make the same
@@ -61,7 +61,7 @@ class BatchSampler(DistributedSampler[int]):
                 yield from batch[self.rank :: self.num_replicas]
 
 
-class ShuffleSampler(BatchSampler):
+class ShuffleSampler(GlobalBatchSampler):
     """Every row of one task once an epoch (less the few that do not divide over the ranks).
 
     Args:
@@ -86,7 +86,7 @@ class ShuffleSampler(BatchSampler):
         num_replicas: int = 1,
         rank: int = 0,
         seed: int = 42,
-        lengths: Sequence[int] | None = None,
+        lengths: Sequence[int] | np.ndarray | None = None,
     ) -> None:
         super().__init__(size, batch_size, num_replicas, rank, seed)
         if size < num_replicas:
@@ -114,7 +114,7 @@ class ShuffleSampler(BatchSampler):
             yield batches[number].tolist()
 
 
-class TaskMixSampler(BatchSampler):
+class TaskMixSampler(GlobalBatchSampler):
     """Rows of several tasks, stored one task after the other, mixed in each batch.
 
     A task's probability is p ~ min(rows, size_limit), its 1/temperature-th power with `temperature`, or equal.
@@ -257,43 +257,3 @@ class EvalSampler(DistributedSampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.rows)
-
-
-class ResumableLoader(DataLoader[Any]):
-    """A DataLoader over a `BatchSampler` that Lightning saves with the checkpoint and resumes in mid-epoch.
-
-    It counts the batches handed out, not those that workers fetched ahead.
-    """
-
-    sampler: BatchSampler
-    _batches = 0
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # A generator on purpose: workers start with the first `next`, after Lightning has set the epoch.
-        self._batches = self.sampler.start_batch
-        for batch in super().__iter__():
-            self._batches += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """The epoch, the batches of it that are done, and the rows of a batch over all ranks."""
-        return {"epoch": self.sampler.epoch, "batches": self._batches, "rows": self.sampler.global_size}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where a checkpoint stopped.
-
-        Args:
-            state: What `state_dict` gave.
-
-        Raises:
-            ValueError: If the checkpoint stopped in mid-epoch with batches of another size.
-        """
-        unfinished = 0 < state["batches"] < len(self)
-        if unfinished and state["rows"] != self.sampler.global_size:
-            raise ValueError(
-                f"Got batches of {self.sampler.global_size} rows over all devices, expected {state['rows']} as in the "
-                "checkpoint, which stopped in mid-epoch; change `batch_size` or `devices` back, or resume from a "
-                "checkpoint of an epoch's end."
-            )
-        self.sampler.set_epoch(state["epoch"])
-        self.sampler.start_batch = state["batches"]

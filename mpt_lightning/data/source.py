@@ -15,6 +15,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.fingerprint import Hasher
 from datasets.load import load_dataset
 
+from mpt_lightning import demo
 from mpt_lightning.data.card import TaskCard
 
 #: Column with the row's number in the Hub's split. Error messages, predictions and references all use it.
@@ -41,6 +42,8 @@ def load_raw(card: TaskCard, hub_split: str, data_root: str | None = None, cache
         FileNotFoundError: If `data_root` has no file for the split.
         ValueError: If the data cannot be read or has no rows.
     """
+    if card.path == demo.DATA:
+        return _generated(card, hub_split)
     root = data_root or os.environ.get("MPT_DATA_ROOT")
     where = f"'{card.path}'" + (f" ({card.subset})" if card.subset else "") + f", split '{hub_split}'"
     change = "change `path`, `subset`, `revision` or `splits` of the card, or set `data_root`"
@@ -63,6 +66,17 @@ def load_raw(card: TaskCard, hub_split: str, data_root: str | None = None, cache
     if len(raw) == 0:
         raise ValueError(f"Task '{card.name}': got an empty data set {where}, expected at least one row; {change}.")
     return raw.add_column(ROW, np.arange(len(raw)), new_fingerprint=Hasher.hash([raw._fingerprint, ROW]))
+
+
+def _generated(card: TaskCard, split: str) -> Dataset:
+    """Rows of the demo's world, which needs neither network nor files."""
+    if card.subset not in demo.world.TASKS or split not in demo.SPLITS:
+        raise ValueError(
+            f"Task '{card.name}': got subset '{card.subset}', split '{split}' of the demo world, expected one of "
+            f"{', '.join(demo.world.TASKS)} and of {', '.join(demo.SPLITS)}; change `subset` or `splits` of the card."
+        )
+    rows = demo.world.make_rows(card.subset, demo.SPLITS, seed=0)[split]
+    return Dataset.from_list(rows).add_column(ROW, np.arange(len(rows)), new_fingerprint=Hasher.hash([rows, ROW]))
 
 
 def _local_file(card: TaskCard, hub_split: str, root: Path) -> Path:

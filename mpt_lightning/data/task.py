@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.data import DataLoader
 
 from mpt_lightning.data.base import PromptDataModule
@@ -30,10 +31,12 @@ class TaskDataModule(PromptDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled training batches; the last of an epoch may be smaller."""
         (rows,) = self._rows("train")
-        lengths = [len(ids) for ids in rows["input_ids"]] if self.group_by_length else None
-        return self._train_loader(
-            ShuffleSampler(len(rows), self.batch_size, *self._ranks(), seed=self.seed, lengths=lengths)
-        )
+        lengths = None
+        if self.group_by_length:
+            chunks = rows.data.column("input_ids").chunks
+            lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks])
+        sampler = ShuffleSampler(len(rows), self.batch_size, *self._ranks(), seed=self.seed, lengths=lengths)
+        return self._train_loader(sampler)
 
 
 def load_task(name_or_path: str | Path | TaskCard, **options: Any) -> TaskDataModule:

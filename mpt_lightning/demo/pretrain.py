@@ -8,11 +8,12 @@ import argparse
 import json
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from random import Random
+from typing import TypeAlias
 
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -23,10 +24,14 @@ from mpt_lightning.demo.world import Row
 
 SENTINELS = [f"<extra_id_{i}>" for i in range(8)]
 LABEL_WORDS = tuple(sorted({word for task in world.TASKS.values() for word in task.choices}))
-# What an instruction may ask to be said: all label words and as many others, so that saying a word is a general skill.
-SAYABLE = (*LABEL_WORDS, "yes", "no", "left", "right", "one", "two", "sun", "moon", "tea", "milk", *world.PEOPLE,
-           *world.ANIMALS, *world.THINGS)  # fmt: skip
-
+SAYABLE = (*LABEL_WORDS, "yes", "no", "left", "right", "sun", "moon", "tea", "milk", *world.PEOPLE, *world.ANIMALS)
+# Ways to say a class by its number, so that the words of an answer are one thing and the decision another.
+CODES = {
+    "letters": ("a", "b", "c", "d"), "numbers": ("one", "two", "three", "four"),
+    "shapes": ("circle", "square", "star", "cross"), "tools": ("hammer", "saw", "nail", "rope"),
+    "trees": ("oak", "pine", "elm", "birch"), "drinks": ("tea", "milk", "water", "juice"),
+    "metals": ("gold", "iron", "tin", "lead"), "flowers": ("rose", "lily", "tulip", "daisy"),
+}  # fmt: skip
 
 
 def shares(slot: str) -> Callable[[Random, int], Row]:
@@ -43,24 +48,23 @@ def shares(slot: str) -> Callable[[Random, int], Row]:
 
 @dataclass(frozen=True)
 class Skill:
-    """Rows by label, a question about them, its answer per label, and the target task that needs the skill, if any."""
+    """Rows by label, a question about them and its answer per label. No answer is a label word of a target task."""
 
     draw: Callable[[Random, int], Row]
     question: str
     answers: tuple[str, ...]
-    target: str = ""
 
 
 SKILLS = [
-    Skill(world.sentiment, "how did the speaker feel ?", ("upset", "pleased"), "advice"),
-    Skill(world.advice, "how did the speaker feel ?", ("upset", "pleased"), "advice"),
-    Skill(world.acceptability, "how are the words placed ?", ("badly", "well")),
-    Skill(world.voice, "at which end is the doer ?", ("start", "end"), "voice"),
-    Skill(world.topic, "what is it about ?", ("creatures", "dishes", "sky", "journey"), "topic"),
-    Skill(world.paraphrase, "do they mean the same ?", ("differ", "same"), "conflict"),
-    Skill(world.entailment, "does the second follow ?", ("must", "may", "cannot"), "conflict"),
-    Skill(world.conflict, "can both be so ?", ("can", "cannot"), "conflict"),
-    *(Skill(shares(slot), f"is it the same {name} ?", ("same", "other"), "conflict")
+    Skill(world.sentiment, "how did the speaker feel ?", ("upset", "pleased")),
+    Skill(world.advice, "how did the speaker feel ?", ("upset", "pleased")),
+    *2 * [Skill(world.acceptability, "how are the words placed ?", ("badly", "well"))],
+    Skill(world.voice, "at which end is the doer ?", ("start", "end")),
+    Skill(world.topic, "what is it about ?", ("creatures", "dishes", "sky", "journey")),
+    Skill(world.paraphrase, "do they mean the same ?", ("differ", "same")),
+    *2 * [Skill(world.entailment, "does the second follow ?", ("must", "may", "cannot"))],
+    Skill(world.conflict, "can both be so ?", ("can", "cannot")),
+    *(Skill(shares(slot), f"is it the same {name} ?", ("same", "other"))
       for slot, name in zip(world.SLOTS, ("doer", "deed", "object", "colour", "place"), strict=True)),
 ]  # fmt: skip
 
@@ -71,7 +75,7 @@ def layout(row: Row) -> str:
 
 
 def judged(rng: Random) -> tuple[str, str]:
-    """Ask for a skill's answer: in its own words, by yes and no, or in words that the instruction sets."""
+    """Ask for a skill's answer: in its own words, by yes and no, or in a code."""
     skill = rng.choice(SKILLS)
     label = rng.randrange(len(skill.answers))
     row, answer, kind = layout(skill.draw(rng, label)), skill.answers[label], rng.random()
@@ -81,12 +85,8 @@ def judged(rng: Random) -> tuple[str, str]:
         offered = answer if rng.random() < 0.5 else rng.choice([a for a in skill.answers if a != answer])
         form = rng.choice(("{} {} ?", "{} is it {} ?", "{} i think {} ."))
         return f"{form.format(skill.question, offered)} {row}", "yes" if offered == answer else "no"
-    kept_back = world.TARGETS[skill.target].choices if skill.target else ()
-    words = rng.sample([word for word in SAYABLE if word not in kept_back], len(skill.answers))
-    form = rng.choice(("{} for {}", "say {} if {}", "{} means {}"))
-    code = [form.format(*pair) for pair in zip(words, skill.answers, strict=True)]
-    rng.shuffle(code)
-    return f"{skill.question} {' , '.join(code)} . {row}", words[label]
+    code = rng.choice(list(CODES))
+    return f"{skill.question} {rng.choice(('answer in', 'in', 'use'))} {code} . {row}", CODES[code][label]
 
 
 def compared(rng: Random) -> tuple[str, str]:
@@ -135,7 +135,7 @@ def plain(rng: Random) -> str:
     if kind < 0.3:
         event = world.draw_event(rng)
         return f"{event.told(rng)} {world.reword(event, rng).told(rng)}"
-    if kind < 0.45:
+    if kind < 0.6:
         word, person, thing = rng.choice(SAYABLE), rng.choice(world.PEOPLE), rng.choice(world.THINGS)
         return rng.choice((f"the {person} wrote {word} on the {thing} .", f"the word on the {thing} was {word} .",
                            f"the {person} said {word} and the {rng.choice(world.PEOPLE)} wrote {word} ."))  # fmt: skip
@@ -162,17 +162,19 @@ def corrupted(rng: Random) -> tuple[str, str]:
     return " ".join(source), " ".join([*target, SENTINELS[used]])
 
 
-MIXTURE: dict[Callable[[Random], tuple[str, str]], float] = {corrupted: 0.2, judged: 0.4, compared: 0.3, told_again: 0.1}
+Draw: TypeAlias = Callable[[Random], tuple[str, str]]
+MIXTURE: dict[Draw, float] = {corrupted: 0.25, judged: 0.4, compared: 0.25, told_again: 0.1}
 
 
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     """Make a word-level tokenizer of the world's words, most frequent first, with T5's special tokens."""
     rng = Random(f"{seed} words")
-    counts = Counter(word for draw in MIXTURE for _ in range(5000) for text in draw(rng) for word in text.split())
-    for name, task in world.TASKS.items():  # label words and rare words are there whatever the draw
-        rows = chain.from_iterable(world.make_rows(name, {"train": 1000}, seed).values())
-        counts.update(word for row in rows for field in row.values() if isinstance(field, str) for word in field.split())
-        counts.update(task.choices)
+    texts = [text for draw in MIXTURE for _ in range(10_000) for text in draw(rng)]
+    texts += [" ".join(words) for words in (SAYABLE, *CODES.values())]  # words too rare to count on a draw for
+    for name in world.TASKS:
+        rows = world.make_rows(name, {"train": 2000}, seed)["train"]
+        texts += [layout({field: str(text) for field, text in row.items() if field != "label"}) for row in rows]
+    counts = Counter(word for text in texts for word in text.split())
     words = sorted((w for w in counts if w not in SENTINELS), key=lambda w: (-counts[w], w))
     vocabulary = ["<pad>", "</s>", "<unk>", *words, *SENTINELS]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
@@ -193,7 +195,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> T5ForConditionalGeneration
     ))  # fmt: skip
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, rng: Random, size: int):  # type: ignore[no-untyped-def]
+def batches(tokenizer: PreTrainedTokenizerFast, rng: Random, size: int) -> Iterator[dict[str, torch.Tensor]]:
     """Yield batches for ever; rows of eight batches are sorted by length first, so that little is padded."""
     ids = tokenizer.get_vocab()
     draws, weights = list(MIXTURE), list(MIXTURE.values())
@@ -221,7 +223,6 @@ def pretrain(output: Path, steps: int, seed: int, batch_size: int = 64, lr: floa
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min((n + 1) / 300, 1.0, 2.5 * (1 - n / steps)))
     start, running = time.time(), 0.0
-    log = []
     for step, batch in enumerate(islice(batches(tokenizer, Random(f"{seed} text"), batch_size), steps), start=1):
         with torch.autocast("cpu", dtype=torch.bfloat16):  # a third faster where the processor has bf16
             loss = model(**batch).loss
@@ -233,8 +234,8 @@ def pretrain(output: Path, steps: int, seed: int, batch_size: int = 64, lr: floa
         running += loss.item()
         if step % 250 == 0 or step == steps:
             right = evaluate(model, tokenizer, seed)
-            log.append({"step": step, "minutes": round((time.time() - start) / 60, 1), "loss": round(running / 250, 4), **right})
-            print(json.dumps(log[-1]), flush=True)
+            minutes, mean = round((time.time() - start) / 60, 1), round(running / 250, 4)
+            print(json.dumps({"step": step, "minutes": minutes, "loss": mean, **right}), flush=True)
             running = 0.0
         if step % 1000 == 0 or step == steps:
             folder = output if step == steps else output / f"step-{step}"

@@ -128,13 +128,13 @@ def advice(rng: Random, label: int) -> Row:
 
 
 def acceptability(rng: Random, label: int) -> Row:
-    """Is the sentence well formed, or are two words swapped, one missing or one doubled?"""
+    """Is the sentence well formed, or are some words shuffled or doubled?"""
     words = (draw_event(rng).told(rng) if rng.random() < 0.6 else opinion(rng, rng.random() < 0.5, WORKS)).split()
-    if label == 0 and rng.random() < 1 / 3:
-        words.pop(rng.choice([i for i, word in enumerate(words) if word in ("the", "was")]))
-    elif label == 0:
-        i = rng.randrange(len(words) - 2)
-        words[i : i + 2] = rng.choice(([words[i + 1], words[i]], [words[i], words[i], words[i + 1]]))
+    if label == 0:
+        start = rng.randrange(len(words) - 5)
+        part = words[start : start + 4]
+        mess = [word for word in part for _ in (0, 1)] if rng.random() < 0.3 else rng.sample(part, 4)
+        words[start : start + 4] = part[::-1] if mess == part else mess
     return {"sentence": " ".join(words)}
 
 
@@ -258,8 +258,10 @@ def make_rows(name: str, counts: dict[str, int], seed: int) -> dict[str, list[di
     return splits
 
 
-def write_world(folder: str | Path, seed: int = 0, *, train: int = 2000, validation: int = 200, test: int = 300) -> None:
-    """Write all tasks to `<folder>/demo/<task>/{train,validation,test}.jsonl`, where `data_root=folder` finds them.
+def write_world(
+    folder: str | Path, seed: int = 0, *, train: int = 2000, validation: int = 200, test: int = 300
+) -> None:
+    """Write the tasks to `<folder>/demo/<task>/{train,validation,test}.jsonl`, where `data_root=folder` finds them.
 
     Args:
         folder: made where missing; files of an earlier call are overwritten.

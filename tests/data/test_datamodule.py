@@ -171,13 +171,21 @@ def test_hyperparameters_are_plain(two_tasks, film, tmp_path):
     for module in (MultitaskDataModule(**two_tasks, kappa=2), TaskDataModule(**film)):
         torch.save(dict(module.hparams), tmp_path / "hparams.pt")
         saved = torch.load(tmp_path / "hparams.pt", weights_only=True)
-        assert type(module)(**{**saved, **({"card": film["card"]} if "card" in saved else {"tasks": two_tasks["tasks"]})})
+        assert type(module)(
+            **{**saved, **({"card": film["card"]} if "card" in saved else {"tasks": two_tasks["tasks"]})}
+        )
     assert saved["card"]["name"] == "film"
 
 
 def test_load_task_reads_options_of_the_file(film, tmp_path):
     file = tmp_path / "film.yaml"
-    card = {"name": "film", "path": "someone/film", "input": "{text}", "metrics": ["accuracy"], "choices": ["bad", "good"]}
+    card = {
+        "name": "film",
+        "path": "someone/film",
+        "input": "{text}",
+        "metrics": ["accuracy"],
+        "choices": ["bad", "good"],
+    }
     file.write_text(yaml.safe_dump({"init_args": {"card": card, "batch_size": 5, "max_input_length": 20}}))
     module = load_task(file, backbone=film["backbone"], max_input_length=30)
     assert (module.tasks, module.batch_size, module.max_input_length) == (["film"], 5, 30)
@@ -249,3 +257,10 @@ def test_workers_give_the_same_batches(film):
         module.setup("fit")
         seen.append([batch["input_ids"].tolist() for batch in module.train_dataloader()])
     assert seen[0] == seen[1]
+
+
+def test_overfitting_one_batch(film, tmp_path):
+    model = Recorder()
+    trainer(tmp_path, overfit_batches=1, max_epochs=3, limit_val_batches=0).fit(model, TaskDataModule(**film))
+    assert len(model.seen["train"]) == 3
+    assert model.seen["train"][0] == model.seen["train"][2]

@@ -1,7 +1,8 @@
 import pytest
 
 from mpt_lightning.data.encode import Encoder, encoded_split, render
-from mpt_lightning.data.rows import Draw, Example
+from mpt_lightning.data.examples import Example
+from mpt_lightning.data.rows import Draw
 
 DRAW = Draw()
 

@@ -1,0 +1,346 @@
+"""How fast a step is, each time as a ratio to a named reference of the same run.
+
+    python benchmarks/speed.py [--threads 2] [--repeats 15] [--only causal overhead distillation commands]
+
+What is compared runs in turns (A, B, A, B, ...), so that a machine that slows down slows both. A round gives one
+ratio; the table shows the median over the rounds and the middle half of them. Random weights, CPU, fp32.
+"""
+
+import argparse
+import json
+import logging
+import platform
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median, quantiles
+
+import lightning.pytorch as L
+import peft
+import torch
+import transformers
+from peft import MultitaskPromptTuningConfig, PromptTuningConfig, get_peft_model
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+from mpt_lightning import MPTSource, MultitaskPrompt, PromptTuning, SoftPrompt
+from mpt_lightning.backbones import CausalBackbone, Seq2SeqBackbone
+from mpt_lightning.modules import PromptModule
+from mpt_lightning.objectives import token_cross_entropy
+from mpt_lightning.prompts import Prompt
+
+LENGTH = 100  # P
+LABELS = 2  # M: a class word and the end
+TASKS = ["first", "second", "third", "fourth"]
+RESULTS = Path(__file__).parent / "results" / "speed.json"
+
+Step = Callable[[], None]
+Batch = dict[str, Tensor]
+
+
+@dataclass
+class Line:
+    """One line of the table: a ratio of what is measured to its reference.
+
+    Attributes:
+        name: what is measured.
+        reference: what it is compared with.
+        goal: the bound of the ratio.
+        at_least: whether the goal is a speed-up (reference / measured, high is good) or a cost (measured / reference).
+        seconds: of the measured one, per round.
+        reference_seconds: of the reference, per round.
+        note: what shows that both did the same.
+    """
+
+    name: str
+    reference: str
+    goal: float
+    at_least: bool
+    seconds: list[float]
+    reference_seconds: list[float]
+    note: str = ""
+    ratios: list[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        pairs = zip(self.seconds, self.reference_seconds, strict=True)
+        self.ratios = [theirs / ours if self.at_least else ours / theirs for ours, theirs in pairs]
+
+    @property
+    def met(self) -> bool:
+        """Whether the median reaches the goal."""
+        return median(self.ratios) >= self.goal if self.at_least else median(self.ratios) <= self.goal
+
+
+def in_turns(ours: Step, theirs: Step, repeats: int, text: str) -> tuple[list[float], list[float]]:
+    """Time two steps in turns, after two rounds of warming up; every other round begins with the other one."""
+    times: dict[Step, list[float]] = {ours: [], theirs: []}
+    for turn in track(range(repeats + 2), description=f"{text:32}", transient=True):
+        for step in (ours, theirs) if turn % 2 else (theirs, ours):
+            begin = time.perf_counter()
+            step()
+            times[step].append(time.perf_counter() - begin)
+    return times[ours][2:], times[theirs][2:]
+
+
+# -- models and data -----------------------------------------------------------------------------------------------
+
+
+def small_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8000, hidden_size=288, intermediate_size=768, num_hidden_layers=6, num_attention_heads=6,
+        num_key_value_heads=6, max_position_embeddings=512,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def t5_small() -> T5ForConditionalGeneration:
+    """Google's t5-small by shape: 60 million parameters."""
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=32128, d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_heads=8, decoder_start_token_id=0
+    )  # fmt: skip
+    return T5ForConditionalGeneration(config).eval()
+
+
+def make_batch(rows: int, length: int, vocabulary: int, tasks: int) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "input_ids": torch.randint(3, vocabulary, (rows, length), generator=generator),
+        "attention_mask": torch.ones(rows, length, dtype=torch.long),
+        "labels": torch.randint(3, vocabulary, (rows, LABELS), generator=generator),
+        "task_ids": torch.arange(rows) % tasks,
+    }
+
+
+def train_step(parameters: Iterator[nn.Parameter], loss_of: Callable[[], Tensor]) -> Step:
+    """Make a step of forward, backward and AdamW."""
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss_of().backward()
+        optimizer.step()
+
+    return step
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """Give the largest difference, relative to the largest value."""
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+# -- a causal step against PEFT's ----------------------------------------------------------------------------------
+
+
+def against_peft(method: type[Prompt], rows: int, length: int, repeats: int) -> Line:
+    """Compare a training step on the small Llama with PEFT's, which runs the prompt again for every row."""
+    multitask = method is MultitaskPrompt
+    tasks = len(TASKS) if multitask else 1  # PEFT's PROMPT_TUNING has one prompt for all rows
+    batch = make_batch(rows, length, 8000, tasks)
+    options = {"task_type": "CAUSAL_LM", "num_virtual_tokens": LENGTH, "num_transformer_submodules": 1}
+    config = MultitaskPromptTuningConfig(**options, num_tasks=tasks) if multitask else PromptTuningConfig(**options)
+    reference = get_peft_model(small_llama(), config).eval()
+    encoder = reference.prompt_encoder["default"]
+    backbone, prompt = CausalBackbone(small_llama(), "small Llama").eval(), method(tasks, LENGTH, 288)
+    table = prompt.prompt_embeddings
+    pairs = [(table, encoder.embedding.weight)]
+    if isinstance(prompt, MultitaskPrompt):
+        pairs += [(getattr(prompt, name), getattr(encoder, name)) for name in prompt.task_parameters()]
+    with torch.no_grad():
+        for mine, theirs in pairs:
+            theirs.copy_(mine.view_as(theirs))
+
+    def our_loss() -> Tensor:
+        distinct, of_row = batch["task_ids"].unique(return_inverse=True)
+        inputs = (of_row, batch["input_ids"], batch["attention_mask"], batch["labels"])
+        return token_cross_entropy(backbone(prompt(distinct), *inputs).logits, batch["labels"])
+
+    whole = {
+        "input_ids": torch.cat([batch["input_ids"], batch["labels"]], dim=1),
+        "attention_mask": torch.ones(rows, length + LABELS, dtype=torch.long),
+        "labels": torch.cat([torch.full_like(batch["input_ids"], -100), batch["labels"]], dim=1),
+    }
+    if multitask:
+        whole["task_ids"] = batch["task_ids"]
+
+    def peft_loss() -> Tensor:
+        return reference(**whole).loss
+
+    losses = our_loss(), peft_loss()
+    for loss in losses:
+        loss.backward()
+    gradients = max(difference(mine.grad.view_as(theirs), theirs.grad) for mine, theirs in pairs)
+    note = f"relative difference: loss {difference(*(loss.detach() for loss in losses)):.0e}, gradient {gradients:.0e}"
+    theirs = train_step((p for p in reference.parameters() if p.requires_grad), peft_loss)
+    name = "MPT" if multitask else "prompt tuning"
+    times = in_turns(train_step(prompt.parameters(), our_loss), theirs, repeats, f"causal step, {name}")
+    title = f"causal {name} step, P={LENGTH} L={length} B={rows}, {tasks} task{'s' if tasks > 1 else ''}"
+    return Line(title, f"PEFT {peft.__version__} {config.peft_type.value}", 2.5, True, *times, note)
+
+
+def causal(repeats: int) -> Iterator[Line]:
+    yield against_peft(MultitaskPrompt, rows=32, length=32, repeats=repeats)
+    yield against_peft(SoftPrompt, rows=32, length=32, repeats=repeats)
+
+
+# -- a step through the Trainer against the bare model's -----------------------------------------------------------
+
+
+class Turns:
+    """A training loader that runs the bare model's step between the Trainer's.
+
+    The time from handing out a batch to being asked for the next one is the Trainer's whole turn: hooks, logging,
+    forward, backward, optimizer, scheduler.
+    """
+
+    def __init__(self, batch: Batch, bare: Step, rounds: int) -> None:
+        self.batch, self.bare, self.rounds = batch, bare, rounds
+        self.times: tuple[list[float], list[float]] = [], []
+
+    def __len__(self) -> int:
+        return self.rounds
+
+    def __iter__(self) -> Iterator[Batch]:
+        for _ in track(range(self.rounds), description=f"{'Trainer':32}", transient=True):
+            begin = time.perf_counter()
+            self.bare()
+            handed_out = time.perf_counter()
+            yield dict(self.batch)
+            self.times[0].append(time.perf_counter() - handed_out)
+            self.times[1].append(handed_out - begin)
+
+
+def overhead(repeats: int, rows: int = 8, length: int = 64) -> Iterator[Line]:
+    """Compare PromptTuning in a Trainer with transformers' T5 in a hand-written loop."""
+    model = t5_small().requires_grad_(False)
+    batch = make_batch(rows, length, 32128, len(TASKS))
+    torch.manual_seed(2)
+    module = PromptTuning("t5-small's shape", prompt_init="random", tasks=TASKS, schedule="constant", lr=1e-3)
+    module.backbone, module.prompt = Seq2SeqBackbone(model, "t5-small's shape"), SoftPrompt(4, LENGTH, 512, TASKS)
+    table = nn.Parameter(module.prompt.prompt_embeddings.detach().clone())
+    mask = torch.ones(rows, LENGTH + length, dtype=torch.long)
+
+    def loss() -> Tensor:
+        embeds = torch.cat([table[batch["task_ids"]], model.get_input_embeddings()(batch["input_ids"])], dim=1)
+        return model(inputs_embeds=embeds, attention_mask=mask, labels=batch["labels"], use_cache=False).loss
+
+    optimizer = torch.optim.AdamW([table], lr=1e-3, weight_decay=0.0)
+
+    def bare() -> None:
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+
+    turns = Turns(batch, bare, repeats + 3)
+    L.Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, enable_checkpointing=False,
+        enable_model_summary=False,
+    ).fit(module, turns)  # fmt: skip
+    note = f"prompts after the run: relative difference {difference(module.prompt.prompt_embeddings, table):.0e}"
+    ours, theirs = (times[3:] for times in turns.times)
+    title = f"T5 step through the Trainer, t5-small's shape, P={LENGTH} L={length} B={rows}"
+    yield Line(title, "the bare model in a hand-written loop", 1.05, False, ours, theirs, note)
+
+
+# -- distillation ---------------------------------------------------------------------------------------------------
+
+
+def source(backbone: Seq2SeqBackbone | CausalBackbone, distil: bool) -> PromptModule:
+    weight = 1.0 if distil else 0.0
+    module = MPTSource(
+        backbone.name, tasks=TASKS, prompt_init="random", logits_weight=weight, hidden_weight=weight
+    )
+    module.backbone = backbone
+    module.prompt = module.build_prompt(backbone)
+    if distil:
+        module.teacher_prompts = torch.rand(len(TASKS), LENGTH, backbone.dim) - 0.5
+    return module.train()
+
+
+def distillation(repeats: int) -> Iterator[Line]:
+    """Compare a step of source training with the same without teachers."""
+    cases = [
+        (Seq2SeqBackbone(t5_small(), "t5-small's shape"), make_batch(8, 64, 32128, len(TASKS))),
+        (CausalBackbone(small_llama(), "small Llama"), make_batch(32, 32, 8000, len(TASKS))),
+    ]
+    for backbone, batch in cases:
+        modules = [source(backbone, distil) for distil in (True, False)]
+        steps = [train_step(m.prompt.parameters(), lambda m=m, b=batch: m.losses(b)["loss"]) for m in modules]
+        times = in_turns(*steps, repeats, f"distillation, {backbone.name}")
+        rows, length = batch["input_ids"].shape
+        title = f"MPTSource step with teachers, {backbone.name}, P={LENGTH} L={length} B={rows}, 4 tasks"
+        yield Line(title, "the same without (both weights 0)", 1.5, False, *times)
+
+
+# -- light commands -------------------------------------------------------------------------------------------------
+
+
+def commands(repeats: int) -> Iterator[Line]:
+    """Time commands that must answer at once."""
+    mpt = Path(sys.executable).with_name("mpt")
+    for words in (["--help"], ["tasks"], ["configs"]):
+        seconds = []
+        for _ in range(min(repeats, 7)):
+            begin = time.perf_counter()
+            subprocess.run([str(mpt), *words], check=True, capture_output=True)
+            seconds.append(time.perf_counter() - begin)
+        yield Line(f"mpt {' '.join(words)}", "1 second", 1.0, False, seconds, [1.0] * len(seconds))
+
+
+# -- the table ------------------------------------------------------------------------------------------------------
+
+PARTS = {"causal": causal, "overhead": overhead, "distillation": distillation, "commands": commands}
+
+
+def show(lines: list[Line], environment: dict[str, str]) -> None:
+    table = Table(title="Speed: median of the rounds' ratios", caption=", ".join(environment.values()))
+    for column in ("measured", "reference", "goal", "ratio", "middle half", "seconds", "same result"):
+        table.add_column(column, overflow="fold", justify="left" if column in ("measured", "reference") else "right")
+    for line in lines:
+        low, _, high = quantiles(line.ratios, n=4)
+        table.add_row(
+            line.name,
+            line.reference,
+            f"{'>=' if line.at_least else '<='} {line.goal:g}",
+            f"[{'green' if line.met else 'red'}]{median(line.ratios):.3g}[/]",
+            f"{low:.3g} to {high:.3g}",
+            f"{median(line.seconds):.3f} : {median(line.reference_seconds):.3f}",
+            line.note,
+        )
+    Console(width=150).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Ratios of step times, in one run.")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=15, help="rounds, at least 2 (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run (default: all)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="JSON file (default: %(default)s)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    lines = [line for part in options.only for line in PARTS[part](options.repeats)]
+    environment = {
+        "threads": f"{options.threads} CPU threads ({platform.machine()})",
+        "rounds": f"{options.repeats} rounds",
+        "torch": f"torch {torch.__version__}",
+        "transformers": f"transformers {transformers.__version__}",
+        "lightning": f"lightning {L.__version__}",
+    }
+    show(lines, environment)
+    rows = [asdict(line) | {"ratio": median(line.ratios), "met": line.met} for line in lines]
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

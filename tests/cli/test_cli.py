@@ -1,0 +1,169 @@
+"""The command line, as a user types it."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+import mpt_lightning
+from mpt_lightning.cli import main, packaged, packaged_names
+
+FIXTURES = Path(__file__).parents[1] / "data" / "fixtures"
+SHORT = [
+    *("--trainer.max_steps", "2", "--trainer.max_epochs", "-1", "--trainer.accelerator", "cpu"),
+    *("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"),
+]
+
+
+def mpt(*words: str) -> None:
+    main(list(words))
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["mpt"])
+    return tmp_path
+
+
+def error(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """Run a command that must fail; give its one message."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as leaving:
+        mpt(*words)
+    assert leaving.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mpt: error:")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["tasks"], ["configs"], ["--version"]])
+def test_light_commands_do_not_import_torch(words: list[str]) -> None:
+    code = f"import sys; from mpt_lightning.cli import main\ntry: main({words})\nexcept SystemExit: pass\n"
+    code += "heavy = {'torch', 'lightning', 'transformers', 'datasets'} & set(sys.modules); assert not heavy, heavy"
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+    assert time.perf_counter() - start < 5  # a second where nothing else runs
+
+
+def test_importing_the_package_imports_no_model_library() -> None:
+    code = "import sys, mpt_lightning; assert not {'torch', 'transformers'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_public_names_are_there() -> None:
+    for name in mpt_lightning.__all__:
+        assert getattr(mpt_lightning, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        mpt_lightning.Nothing  # noqa: B018
+
+
+def test_tasks_and_configs_show_and_copy(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mpt("tasks", "glue/sst2")
+    assert yaml.safe_load(capsys.readouterr().out)["init_args"]["card"]["name"] == "glue/sst2"
+    mpt("configs", "mpt/source")
+    shown = capsys.readouterr().out
+    mpt("configs", "mpt/source", "mine.yaml")
+    assert (own_folder / "mine.yaml").read_text() == shown
+    assert "exists" in error(capsys, "configs", "mpt/source", "mine.yaml")
+    assert "did you mean" in error(capsys, "tasks", "glue/sst3")
+    assert "mpt/source" in error(capsys, "configs", "mpt/sources")
+
+
+def test_every_recipe_opens_with_its_purpose_and_its_command() -> None:
+    for name in packaged_names("configs"):
+        lines = packaged("configs", name).read_text().splitlines()
+        assert lines[0].startswith("# ")
+        assert f"#   mpt fit --config {name}" in "\n".join(lines) or f"--config {name}" in "\n".join(lines), name
+
+
+@pytest.mark.parametrize("family", ["mpt", "demo"])
+def test_every_recipe_runs_from_teachers_to_predictions(
+    family: str, own_folder: Path, model_folder: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Teachers, source, target, few-shot, test and predict, through the files a user has."""
+    monkeypatch.setenv("MPT_DATA_ROOT", str(FIXTURES))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(own_folder / "cache"))
+    options = [*SHORT, "--data.cache_dir", str(own_folder / "cache"), "--config", "trainer/cpu"]
+    if family == "mpt":
+        options += ["--model.backbone", model_folder("t5"), "--model.warmup_steps", "0"]
+    else:
+        options += ["--data.max_train_rows", "50", "--data.max_eval_rows", "20", "--model.warmup_steps", "0"]
+    stages = {"teachers": [], "source": [], "target": [], "few_shot": ["--data.k_shot", "2"]}
+    ran = []
+    for stage, more in stages.items():
+        if f"{family}/{stage}" not in packaged_names("configs"):
+            continue
+        length = ["--model.prompt_length", "5"] if stage in ("teachers", "source") and family == "mpt" else []
+        mpt("fit", "--config", f"{family}/{stage}", *options, *length, *more, *EVERY_STEP)
+        assert (own_folder / f"runs/{family}/{stage}/best.ckpt").is_file(), stage
+        ran.append(f"{family}/{stage}")
+    assert ran == [name for name in [f"{family}/{stage}" for stage in stages] if name in packaged_names("configs")]
+    assert (own_folder / f"runs/{family}/source/prompt_similarity.png").stat().st_size > 1000
+
+    best = f"runs/{family}/target/best.ckpt"
+    for command in ("validate", "test"):
+        mpt(command, "--config", f"{family}/target", *options, "--ckpt_path", best)
+    mpt("predict", "--config", f"{family}/target", *options, "--ckpt_path", best, "--output", "answers.jsonl")
+    records = [json.loads(line) for line in (own_folder / "answers.jsonl").read_text().splitlines()]
+    assert records
+    for record in records:
+        assert record.keys() == {"task", "row", "text", "prediction", "gold"}
+        assert record["text"]
+        assert record["gold"]
+    assert not list(own_folder.glob("answers.jsonl.*"))
+
+
+EVERY_STEP = ["--trainer.val_check_interval", "1", "--trainer.check_val_every_n_epoch", "null"]
+
+
+@pytest.mark.parametrize("name", [n for n in packaged_names("configs") if n.startswith("trainer/")])
+def test_every_overlay_is_accepted_on_top_of_a_recipe(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        mpt("fit", "--config", "mpt/target", "--config", name, "--print_config")
+    assert leaving.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    overlay = yaml.safe_load(packaged("configs", name).read_text())
+    assert overlay["trainer"].items() <= printed["trainer"].items()
+
+
+def test_an_argument_overrides_a_cards_and_a_recipes_value(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        mpt("fit", "--config", "mpt/target", "--data", "glue/sst2", "--data.batch_size", "7", "--print_config")
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["data"]["init_args"]["batch_size"] == 7
+    assert "sst2" in str(printed["data"]["init_args"]["card"])
+
+
+def test_a_methods_help_names_its_arguments_and_explains_them(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        mpt("fit", "--model.help", "MPTSource")
+    text = capsys.readouterr().out
+    for name in ("teachers", "rank", "shared_lr", "temperature", "backbone_dtype", "warmup_steps"):
+        assert f"--model.{name}" in text or f".{name} " in text, name
+    assert "PromptTuning run over the source tasks" in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["fit", "--config", "mpt/sourc"], "unknown recipe 'mpt/sourc'"),
+        (["fit", "--config", "mpt/target", "--data", "glue/sst3"], "unknown task 'glue/sst3'"),
+        (["fit", "--config", "mpt/target", "--model.optimiser", "adamw"], "optimiser"),
+        (["fit", "--config", "mpt/target", "--model.optimizer", "sgd"], "Expected a typing.Literal"),
+        (["test", "--config", "mpt/target"], "There is no trained prompt to evaluate: give --ckpt_path"),
+        (["test", "--config", "mpt/target", "--ckpt_path", "no.ckpt"], "no.ckpt: there is no such file"),
+        (["fit", "--config", "mpt/teachers", "--data.tasks", "[glue/sst3]"], "did you mean glue/sst2"),
+        (["fit", "--config", "mpt/teachers", "--data.kappa", "1"], "kappa=1, expected at least 2"),
+        (["demo", "--seeds", "0"], "--seeds must be at least 1, got 0"),
+    ],
+)
+def test_mistakes_get_one_message(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in error(capsys, *words)

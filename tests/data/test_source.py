@@ -1,0 +1,66 @@
+"""The Hub's side of loading, without a network."""
+
+import pytest
+from datasets import Dataset
+from datasets.exceptions import DatasetNotFoundError
+
+from mpt_lightning.data import source
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Stand in for the Hub: what was asked for, and what it answers."""
+    monkeypatch.delenv("MPT_DATA_ROOT", raising=False)
+    asked = []
+
+    def answer(with_):
+        def load_dataset(path, name=None, **options):
+            asked.append((path, name, options["split"], options["revision"]))
+            if isinstance(with_, Exception):
+                raise with_
+            return with_
+
+        monkeypatch.setattr(source, "load_dataset", load_dataset)
+        return asked
+
+    return answer
+
+
+def test_path_subset_split_and_revision_reach_the_hub(make_card, hub):
+    asked = hub(Dataset.from_list([{"text": "a", "label": 1}, {"text": "b", "label": 0}]))
+    raw = source.load_raw(make_card(subset="small", revision="refs/convert/parquet"), "dev")
+    assert asked == [("someone/film", "small", "dev", "refs/convert/parquet")]
+    assert raw.to_list() == [{"text": "a", "label": 1, "__row__": 0}, {"text": "b", "label": 0, "__row__": 1}]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        DatasetNotFoundError("Dataset 'someone/film' doesn't exist on the Hub"),
+        ConnectionError("Couldn't reach the Hub"),
+        ValueError('Unknown split "dev". Should be one of train.'),
+        RuntimeError("Dataset scripts are no longer supported"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_message(make_card, hub, error):
+    hub(error)
+    with pytest.raises(ValueError, match=r"Task 'film': got 'someone/film' \(small\), split 'dev'") as caught:
+        source.load_raw(make_card(subset="small"), "dev")
+    assert str(error) in str(caught.value)
+    assert "change `path`, `subset`, `revision` or `splits` of the card, or set `data_root`" in str(caught.value)
+
+
+def test_empty_split_of_the_hub(make_card, hub):
+    hub(Dataset.from_dict({"text": [], "label": []}))
+    with pytest.raises(
+        ValueError, match="got an empty data set 'someone/film', split 'train', expected at least one row"
+    ):
+        source.load_raw(make_card(), "train")
+
+
+def test_an_edited_preprocess_function_makes_new_rows(make_card, monkeypatch):
+    card = make_card(preprocess="mpt_lightning.data.preprocess.copa")
+    before = source.preprocess_source(card)
+    monkeypatch.setattr(source.inspect, "getsource", lambda module: before + "# edited")
+    assert source.preprocess_source(card) != before
+    assert source.preprocess_source(make_card()) == ""

@@ -1,0 +1,111 @@
+"""The demo's world, its cards, its tokenizer and the model that ships with it."""
+
+import json
+from collections import Counter
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from mpt_lightning.data.card import load_card
+from mpt_lightning.demo import pretrain
+from mpt_lightning.demo.world import SOURCES, TARGETS, TASKS, make_rows, write_world
+
+MODEL = str(resources.files("mpt_lightning.demo") / "t5")
+COUNTS = {"train": 240, "validation": 48, "test": 48}
+
+
+def read(path: Path) -> list[dict[str, str | int | float]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def world_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder, seed=3)
+    return folder / "demo"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(MODEL)
+
+
+def test_six_sources_and_four_targets() -> None:
+    assert (len(SOURCES), len(TARGETS), len(TASKS)) == (6, 4, 10)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_rows_depend_on_the_seed_alone(task: str) -> None:
+    assert make_rows(task, COUNTS, seed=1) == make_rows(task, COUNTS, seed=1)
+    assert make_rows(task, COUNTS, seed=1) != make_rows(task, COUNTS, seed=2)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_written_rows_are_balanced_and_never_shared_by_two_splits(task: str, world_folder: Path) -> None:
+    splits = {split: read(world_folder / task / f"{split}.jsonl") for split in ("train", "validation", "test")}
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 2000, "validation": 200, "test": 300}
+    texts = [tuple(v for k, v in row.items() if k != "label") for rows in splits.values() for row in rows]
+    assert len(set(texts)) == len(texts)
+    for rows in splits.values():
+        count = Counter(int(row["label"]) for row in rows)
+        assert set(count) == set(range(len(TASKS[task].choices)))
+        assert max(count.values()) - min(count.values()) <= 1
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_card_names_the_labels_and_the_columns(task: str, world_folder: Path) -> None:
+    card = load_card(f"demo/{task}")
+    row = read(world_folder / task / "test.jsonl")[0]
+    assert (card.path, card.subset) == ("mpt_lightning/demo", task)
+    assert card.input == " ".join(f"{field} : {{{field}}}" for field in row if field != "label")
+    if TASKS[task].numeric:
+        assert card.value_range == (0.0, 5.0)
+        assert card.value_step == 1.0
+    else:
+        assert card.choices == list(TASKS[task].choices)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_word_is_in_the_shipped_vocabulary(
+    task: str, world_folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    card, unknown = load_card(f"demo/{task}"), tokenizer.unk_token_id
+    texts = [card.input.format(**row) for row in read(world_folder / task / "train.jsonl")]
+    assert not [text for text in texts if unknown in tokenizer(text)["input_ids"]]
+    for word in TASKS[task].choices:  # a label is one word, so ranking compares like with like
+        assert len(tokenizer(word)["input_ids"]) == 2
+        assert unknown not in tokenizer(word)["input_ids"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_instructions_never_answer_with_a_target_tasks_words(target: str) -> None:
+    answers = {word for skill in pretrain.SKILLS for word in skill.answers}
+    answers |= {word for code in pretrain.CODES.values() for word in code} | {"yes", "no"}
+    assert not answers & set(TARGETS[target].choices)
+    assert set(TARGETS[target].choices) <= set(pretrain.SAYABLE)  # but plain text says them
+
+
+def test_tokenizer_is_the_one_the_script_makes_and_round_trips(tokenizer: PreTrainedTokenizerBase) -> None:
+    text = "the red cup was found by the dog , in the park ."
+    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+    assert tokenizer("The DOG found it.")["input_ids"][-2:] == tokenizer(".")["input_ids"]
+    assert pretrain.make_tokenizer(0).get_vocab() == tokenizer.get_vocab()
+
+
+def test_shipped_model_is_small_and_does_what_its_readme_says(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = AutoModelForSeq2SeqLM.from_pretrained(MODEL).eval()
+    assert 1e6 < model.num_parameters() < 4e6
+    assert (Path(MODEL) / "model.safetensors").stat().st_size < 8 * 2**20
+    asked = {
+        "how did the speaker feel ? sentence : i loved the film because the story was great .": "pleased",
+        "how did the speaker feel ? sentence : we hated the hotel because the room was awful .": "upset",
+        "what is it about ? sentence : the dog chased the cat in the park today .": "creatures",
+        "which colour ? sentence : the girl found the red cup in the park .": "red",
+    }
+    batch = tokenizer(list(asked), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        written = model.generate(**batch, max_new_tokens=3, do_sample=False)
+    assert tokenizer.batch_decode(written, skip_special_tokens=True) == list(asked.values())
