@@ -143,6 +143,23 @@ def read_checkpoint(path: str, argument: str = "--ckpt_path") -> PromptCheckpoin
     return parse_checkpoint(content, str(path))
 
 
+def close_finished_epoch(checkpoint: dict[str, Any]) -> None:
+    """Let a run that is counted in steps go on with a new epoch where the last one is finished.
+
+    Lightning 2.6 takes such an epoch for an unfinished one, and leaves the next epoch after its first batch.
+
+    Args:
+        checkpoint: the whole checkpoint, changed in place.
+    """
+    loop = checkpoint.get("loops", {}).get("fit_loop", {})
+    epochs, batches = loop.get("epoch_progress"), loop.get("epoch_loop.batch_progress")
+    if not epochs or not batches or not batches["is_last_batch"]:
+        return
+    if epochs["current"]["completed"] == epochs["current"]["processed"]:
+        batches["is_last_batch"] = False
+        batches["current"] = dict.fromkeys(batches["current"], 0)
+
+
 def trainable(module: nn.Module) -> dict[str, Tensor]:
     """Give the trainable parameters by name: what a checkpoint holds."""
     return {name: value for name, value in module.named_parameters() if value.requires_grad}

@@ -88,6 +88,13 @@ class Backbone(nn.Module, ABC):
         table: Tensor = self.model.get_input_embeddings().weight
         return table
 
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence the model was made for, prompt included; None where its positions are relative."""
+        config = self.model.config.get_text_config()
+        found: int | None = getattr(config, "max_position_embeddings", None)
+        return found if found and found > 0 else None
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that belongs to the model."""

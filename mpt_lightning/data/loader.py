@@ -46,5 +46,8 @@ class ResumableLoader(DataLoader[Any]):
                 "checkpoint, which stopped in mid-epoch; change `batch_size` or `devices` back, or resume from a "
                 "checkpoint of an epoch's end."
             )
-        self.sampler.set_epoch(state["epoch"])
-        self.sampler.start_batch = state["batches"]
+        if unfinished:
+            self.sampler.resume(state["epoch"], state["batches"])
+        else:
+            self.sampler.set_epoch(state["epoch"])
+            self.sampler.start_batch = state["batches"]

@@ -32,6 +32,8 @@ class GlobalBatchSampler(DistributedSampler[int]):
         self.size = size
         self.global_size = batch_size * num_replicas
         self.start_batch = 0
+        self._resumed_epoch: int | None = None
+        self._epoch_offset = 0
 
     @abstractmethod
     def global_batches(self, rng: np.random.Generator) -> Iterator[Sequence[int]]:
@@ -45,14 +47,29 @@ class GlobalBatchSampler(DistributedSampler[int]):
         """
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch; another than the one that was resumed starts at its first batch.
+        """Choose the epoch; any but a resumed one starts at its first batch.
 
         Args:
             epoch: Epoch, from 0.
         """
-        if epoch != self.epoch:
+        if self._resumed_epoch is not None:
+            # A trainer that stopped in mid-epoch and saved afterwards has counted that epoch as done.
+            self._epoch_offset = self._resumed_epoch - epoch
+            self._resumed_epoch = None
+        if epoch + self._epoch_offset != self.epoch:
             self.start_batch = 0
+        super().set_epoch(epoch + self._epoch_offset)
+
+    def resume(self, epoch: int, batches: int) -> None:
+        """Go on in mid-epoch, whatever number the trainer gives that epoch.
+
+        Args:
+            epoch: The unfinished epoch.
+            batches: Its batches that are done.
+        """
         super().set_epoch(epoch)
+        self.start_batch = batches
+        self._resumed_epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
         start, self.start_batch = self.start_batch, 0

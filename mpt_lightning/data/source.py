@@ -20,7 +20,13 @@ from mpt_lightning.data.card import TaskCard
 
 #: Column with the row's number in the Hub's split. Error messages, predictions and references all use it.
 ROW = "__row__"
-_LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+# Not `load_dataset`, which reports even the reading of a local file to the Hub and waits where there is no network.
+_READERS: dict[str, Callable[..., Dataset]] = {
+    ".parquet": Dataset.from_parquet,
+    ".jsonl": Dataset.from_json,
+    ".json": Dataset.from_json,
+    ".csv": Dataset.from_csv,
+}
 
 Preprocess = Callable[[dict[str, Any], str], list[dict[str, Any]]]
 
@@ -51,7 +57,7 @@ def load_raw(card: TaskCard, hub_split: str, data_root: str | None = None, cache
         if root:
             file = _local_file(card, hub_split, Path(root))
             where, change = f"'{file}'", "change the file or `data_root`"
-            raw = load_dataset(_LOADERS[file.suffix], data_files=str(file), split="train", cache_dir=cache_dir)
+            raw = _READERS[file.suffix](str(file), cache_dir=cache_dir)
         else:
             raw = load_dataset(card.path, card.subset, split=hub_split, revision=card.revision, cache_dir=cache_dir)
     except DatasetNotFoundError as error:
@@ -81,12 +87,12 @@ def _generated(card: TaskCard, split: str) -> Dataset:
 
 def _local_file(card: TaskCard, hub_split: str, root: Path) -> Path:
     folder = root / card.path.rstrip("/").rsplit("/", 1)[-1] / (card.subset or "")
-    for suffix in _LOADERS:
+    for suffix in _READERS:
         if (file := folder / f"{hub_split}{suffix}").is_file():
             return file
     raise FileNotFoundError(
         f"Task '{card.name}': got no file for split '{hub_split}' in '{folder}', expected "
-        f"{hub_split}{{{','.join(_LOADERS)}}}; change `data_root` or the card's `splits`."
+        f"{hub_split}{{{','.join(_READERS)}}}; change `data_root` or the card's `splits`."
     )
 
 

@@ -6,7 +6,7 @@ Six tasks are sources, four are targets: `SOURCES` and `TARGETS` name them.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -103,7 +103,7 @@ GOODS = {
 }  # fmt: skip
 
 
-def opinion(rng: Random, good: bool, about: dict[str, tuple[str, ...]]) -> str:
+def opinion(rng: Random, good: bool, about: Mapping[str, tuple[str, ...]]) -> str:
     """Give an opinion of one of `about`; a third of the adjectives are negated, so that no single word decides."""
     name = rng.choice(list(about))
     part = rng.choice(about[name])

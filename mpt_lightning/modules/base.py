@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict
 from os import PathLike
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as L
 import torch
@@ -18,6 +18,7 @@ from mpt_lightning import objectives
 from mpt_lightning.backbones import Backbone, load_backbone
 from mpt_lightning.modules import evaluation
 from mpt_lightning.modules.optimization import OptimizerName, ScheduleName, make_optimizer, make_schedule
+from mpt_lightning.modules.start import PromptInit
 from mpt_lightning.prompts import Prompt
 
 Batch = dict[str, Any]
@@ -58,9 +59,8 @@ class PromptModule(L.LightningModule, ABC):
         num_beams: int = 1,
     ) -> None:
         super().__init__()
-        if warmup_steps < 0 or weight_decay < 0:
-            raise ValueError(f"warmup_steps and weight_decay must be 0 or more, got {warmup_steps} and {weight_decay}.")
         self.save_hyperparameters()
+        check_options(self.hparams)
         self.tasks: list[str] = list(tasks or [])
         self.backbone: Backbone | None = None
         self.prompt: Prompt | None = None
@@ -127,6 +127,17 @@ class PromptModule(L.LightningModule, ABC):
             ).to(self.device)
         if self.prompt is None and self._fits():
             self.prompt = self.build_prompt(self.backbone).to(self.device)
+            self._check_positions(self.backbone, self.prompt)
+
+    def _check_positions(self, backbone: Backbone, prompt: Prompt) -> None:
+        """Refuse rows that cannot fit the backbone, where the data says how long they may get."""
+        longest, limit = getattr(self._datamodule(), "max_input_length", None), backbone.max_positions
+        if limit is not None and longest is not None and prompt.length + longest > limit:
+            raise ValueError(
+                f"A prompt of {prompt.length} tokens and inputs of up to {longest} need {prompt.length + longest} "
+                f"positions, and {backbone.name} has {limit}. Lower --data.max_input_length to "
+                f"{max(1, limit - prompt.length)} (less where answers are long), or --model.prompt_length."
+            )
 
     def on_fit_start(self) -> None:
         """Match the data's tasks with the prompt's."""
@@ -324,6 +335,7 @@ class PromptModule(L.LightningModule, ABC):
         self.prompt = found.empty_prompt().to(self.device)
         self.tasks = found.tasks
         self._cards = evaluation.read_cards(found.cards)
+        ckpt.close_finished_epoch(checkpoint)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load the trained tensors: every one and none else, whatever `strict` says of the frozen ones."""
@@ -334,6 +346,32 @@ class PromptModule(L.LightningModule, ABC):
 def plain(card: Any) -> dict[str, Any]:
     """Give a card as plain values that `weights_only` loading accepts."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(card).items()}
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Check arguments that the command line's types do not, or that come from Python.
+
+    Raises:
+        ValueError: one has an impossible value.
+    """
+    allowed = {
+        "backbone_dtype": ("float32", "bfloat16"),
+        "optimizer": get_args(OptimizerName),
+        "schedule": get_args(ScheduleName),
+        "prompt_init": get_args(PromptInit),
+        "hidden_layers": get_args(objectives.Layers),
+        "hidden_positions": get_args(objectives.Positions),
+        "hidden_stacks": get_args(objectives.Stacks),
+    }
+    for name, choices in allowed.items():
+        if name in options and options[name] not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {options[name]!r}.")
+    for name in ("lr", "shared_lr", "task_lr", "warmup_steps", "weight_decay", "logits_weight", "hidden_weight"):
+        if name in options and not options[name] >= 0:
+            raise ValueError(f"{name} must be 0 or more, got {options[name]}.")
+    for name in ("prompt_length", "rank", "max_new_tokens", "num_beams"):
+        if options.get(name) is not None and options[name] < 1:
+            raise ValueError(f"{name} must be 1 or more, got {options[name]}.")
 
 
 NO_PROMPT = (

@@ -83,11 +83,8 @@ class MPTSource(_MultitaskModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(backbone=backbone, **kwargs)
-        if logits_weight < 0 or hidden_weight < 0 or temperature <= 0:
-            raise ValueError(
-                "logits_weight and hidden_weight must be 0 or more and temperature above 0, got "
-                f"{logits_weight}, {hidden_weight} and {temperature}."
-            )
+        if not temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {temperature}.")
         self.distils = logits_weight > 0 or hidden_weight > 0
         # The teachers' prompts, [T, P, H]: no parameter, so neither trained nor saved.
         self.teacher_prompts: Tensor | None

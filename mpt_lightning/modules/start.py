@@ -41,7 +41,9 @@ def initial_prompt(kind: PromptInit, backbone: Backbone, length: int, text: str 
     if kind == "labels":
         if not words:
             raise ValueError("prompt_init='labels' needs tasks with choices; use 'vocabulary' for the others.")
-        ids = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
+        # A decoder-only model reads an answer behind a space, which can make it other tokens.
+        space = "" if backbone.model.config.is_encoder_decoder else " "
+        ids = [tokenizer(space + word, add_special_tokens=False)["input_ids"] for word in words]
         return init.from_class_labels(table, ids, length)
     return init.sampled_vocabulary(table, length, exclude=tokenizer.all_special_ids)
 

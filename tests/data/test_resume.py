@@ -104,3 +104,12 @@ def test_resume_in_mid_epoch_wants_the_same_batches(fit, film, tmp_path):
     film["batch_size"] = 4
     with pytest.raises(ValueError, match=r"Got batches of 4 rows over all devices, expected 8 as in the checkpoint"):
         fit("task", ckpt_path=tmp_path / "saved" / "step=3.ckpt", max_epochs=1)
+
+
+def test_resume_after_epochs_that_a_limit_cut_short(fit, tmp_path):
+    options = {"max_epochs": 3, "limit_train_batches": 3}
+    whole = fit("task", callbacks=[saver(tmp_path, "end of an epoch")], **options)
+    saved = list((tmp_path / "saved").glob("*.ckpt"))
+    assert len(saved) == 3
+    for path in saved:
+        check_resume(path, whole, fit("task", ckpt_path=path, **options))

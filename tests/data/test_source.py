@@ -64,3 +64,13 @@ def test_an_edited_preprocess_function_makes_new_rows(make_card, monkeypatch):
     monkeypatch.setattr(source.inspect, "getsource", lambda module: before + "# edited")
     assert source.preprocess_source(card) != before
     assert source.preprocess_source(make_card()) == ""
+
+
+def test_local_files_are_read_without_a_network(make_card, write_split, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a connection was opened")
+
+    root = write_split([{"text": "a", "label": 1}])
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    monkeypatch.setattr("socket.create_connection", refuse)
+    assert len(source.load_raw(make_card(), "train", root, str(tmp_path / "cache"))) == 1
