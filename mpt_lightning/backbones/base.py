@@ -132,6 +132,10 @@ class Backbone(nn.Module, ABC):
         """Do once what depends on the prompts `[U, P, H]` alone; the result stands for them in every verb."""
         return prompts
 
+    def select_prompts(self, encoded: Any, ids: Tensor) -> Any:
+        """Give some of the encoded prompts, `ids` `[U]`, as `encode_prompts` of these alone would."""
+        return encoded[ids]
+
     @abstractmethod
     def forward(
         self,

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mpt_lightning.data.base import PromptDataModule as PromptDataModule
     from mpt_lightning.data.card import TaskCard as TaskCard
     from mpt_lightning.data.card import card_names as card_names
     from mpt_lightning.data.card import list_cards as list_cards
@@ -22,6 +23,7 @@ _HOMES = {
     "list_cards": "card",
     "load_card": "card",
     "PromptCollator": "collate",
+    "PromptDataModule": "base",
     "TaskDataModule": "task",
     "load_task": "task",
     "MultitaskDataModule": "multitask",

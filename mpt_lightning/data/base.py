@@ -20,7 +20,7 @@ from mpt_lightning.data.card import TaskCard
 from mpt_lightning.data.collate import PromptCollator
 from mpt_lightning.data.encode import Encoder, encoded_split
 from mpt_lightning.data.loader import ResumableLoader
-from mpt_lightning.data.rows import Draw, Split
+from mpt_lightning.data.rows import SPLIT_SEED, Draw, Split
 from mpt_lightning.data.sampling import EvalSampler, GlobalBatchSampler
 
 _TRAIN_COLUMNS = ["input_ids", "labels", "task_ids"]
@@ -40,7 +40,7 @@ class PromptDataModule(L.LightningDataModule):
         k_shot: Train on so many rows, drawn with `seed`. Unset: all rows.
         shots_per: Count `k_shot` per `class` or per `task`; a task without classes counts per task.
         max_train_rows: Most training rows per task, drawn with `seed`. Unset: all.
-        max_eval_rows: Most validation, test and prediction rows per task, drawn with `seed`. Unset: all.
+        max_eval_rows: Most validation, test and prediction rows per task, the same for every seed. Unset: all.
         seed: Seed of draws and of the order of training rows.
         group_by_length: Put rows of like length into one batch (single task only).
         predict_split: Split that `predict` reads: `train`, `validation` or `test`.
@@ -105,8 +105,8 @@ class PromptDataModule(L.LightningDataModule):
         self.cache_dir = cache_dir
         self.num_workers = num_workers
         self._train_draw = Draw(k_shot, shots_per, max_train_rows, seed)
-        # Without a cap nothing is drawn, and runs with different seeds share one cached split.
-        self._eval_draw = Draw(max_rows=max_eval_rows, seed=seed if max_eval_rows else 0)
+        # The same evaluation rows for every seed: a deviation over seeds is then the training's alone.
+        self._eval_draw = Draw(max_rows=max_eval_rows, seed=SPLIT_SEED)
         self._encoder: Encoder | None = None
         self._splits: dict[Split, list[Dataset]] = {}
 

@@ -39,7 +39,8 @@ class Draw:
 def source_rows(card: TaskCard, split: Split, data_root: str | None, cache_dir: str | None) -> Dataset:
     """The raw rows that a split is made from, before labels are looked at.
 
-    With `split_rule: held_out`, validation is min(1,000, a tenth) of the training rows, at least one.
+    With `split_rule: held_out`, validation is min(1,000, a tenth) of the training rows, at least one;
+    rows of one group stay together.
 
     Args:
         card: The task.
@@ -65,7 +66,9 @@ def source_rows(card: TaskCard, split: Split, data_root: str | None, cache_dir: 
         )
     raw = load_raw(card, hub[split], data_root, cache_dir)
     if card.split_rule == "held_out" and split != "test":
-        held_out, rest = cut(np.arange(len(raw)), None, max(1, min(HELD_OUT_ROWS, len(raw) // 10)), SPLIT_SEED)
+        grouped = card.group is not None and card.group in raw.column_names
+        groups = np.array([str(group) for group in raw[card.group]], dtype=object) if grouped else None
+        held_out, rest = cut(np.arange(len(raw)), groups, max(1, min(HELD_OUT_ROWS, len(raw) // 10)), SPLIT_SEED)
         raw = raw.select(rest if split == "train" else held_out)
     return raw
 

@@ -20,6 +20,8 @@ from mpt_lightning.data.card import TaskCard
 
 #: Column with the row's number in the Hub's split. Error messages, predictions and references all use it.
 ROW = "__row__"
+#: The branch with the Hub's own Parquet conversion of a data set that is a loading script.
+CONVERTED = "refs/convert/parquet"
 # Not `load_dataset`, which reports even the reading of a local file to the Hub and waits where there is no network.
 _READERS: dict[str, Callable[..., Dataset]] = {
     ".parquet": Dataset.from_parquet,
@@ -59,7 +61,7 @@ def load_raw(card: TaskCard, hub_split: str, data_root: str | None = None, cache
             where, change = f"'{file}'", "change the file or `data_root`"
             raw = _READERS[file.suffix](str(file), cache_dir=cache_dir)
         else:
-            raw = load_dataset(card.path, card.subset, split=hub_split, revision=card.revision, cache_dir=cache_dir)
+            raw = _from_hub(card, hub_split, cache_dir)
     except DatasetNotFoundError as error:
         raise ValueError(f"Task '{card.name}': got {where}, which cannot be opened ({error}); {change}.") from error
     except (DatasetGenerationError, StopIteration, ValueError, RuntimeError, ConnectionError) as error:
@@ -72,6 +74,16 @@ def load_raw(card: TaskCard, hub_split: str, data_root: str | None = None, cache
     if len(raw) == 0:
         raise ValueError(f"Task '{card.name}': got an empty data set {where}, expected at least one row; {change}.")
     return raw.add_column(ROW, np.arange(len(raw)), new_fingerprint=Hasher.hash([raw._fingerprint, ROW]))
+
+
+def _from_hub(card: TaskCard, split: str, cache_dir: str | None) -> Dataset:
+    if card.revision == CONVERTED:
+        # On this branch a subset is a folder, which `datasets` does not take for a configuration.
+        files = f"{card.subset or 'default'}/{split}/*.parquet"
+        return load_dataset(
+            card.path, data_files={split: files}, split=split, revision=CONVERTED, cache_dir=cache_dir
+        )
+    return load_dataset(card.path, card.subset, split=split, revision=card.revision, cache_dir=cache_dir)
 
 
 def _generated(card: TaskCard, split: str) -> Dataset:

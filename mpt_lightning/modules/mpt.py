@@ -89,6 +89,7 @@ class MPTSource(_MultitaskModule):
         # The teachers' prompts, [T, P, H]: no parameter, so neither trained nor saved.
         self.teacher_prompts: Tensor | None
         self.register_buffer("teacher_prompts", None, persistent=False)
+        self._teachers: Any = None
 
     def setup(self, stage: str) -> None:
         """Check the teachers before anything is loaded."""
@@ -163,7 +164,11 @@ class MPTSource(_MultitaskModule):
         inputs = (rows, batch["input_ids"], batch["attention_mask"], batch["labels"])
         hidden = options["hidden_weight"] > 0
         with torch.no_grad():
-            teacher = backbone(self.teacher_prompts[distinct], *inputs, hidden_states=hidden)
+            if self._teachers is None:
+                # Teachers do not change, so what depends on their prompts alone is computed once for the run.
+                self._teachers = backbone.encode_prompts(self.teacher_prompts)
+            teachers = backbone.select_prompts(self._teachers, distinct)
+            teacher = backbone(teachers, *inputs, hidden_states=hidden)
         student = backbone(prompt(distinct), *inputs, hidden_states=hidden)
         terms = {"task_loss": objectives.token_cross_entropy(student.logits, batch["labels"])}
         loss = terms["task_loss"]

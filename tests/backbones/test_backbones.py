@@ -126,6 +126,18 @@ def test_encoded_prompts_stand_for_prompts_in_every_verb(
         )
 
 
+def test_selected_prompts_are_those_encoded_alone(
+    backbone: Backbone, prompts: torch.Tensor, batch: dict[str, torch.Tensor]
+) -> None:
+    chosen = torch.tensor([2, 0])
+    some = batch | {"task_ids": torch.tensor([0, 1, 1, 0, 1])}
+    selected = backbone.select_prompts(backbone.encode_prompts(prompts), chosen)
+    ours, theirs = (run(backbone, p, some, hidden_states=True) for p in (selected, prompts[chosen]))
+    torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-9, atol=1e-9)
+    for key, segment in theirs.hidden.items():
+        torch.testing.assert_close(ours.hidden[key].layers, segment.layers, rtol=1e-9, atol=1e-9)
+
+
 def test_gradient_checkpointing_changes_nothing(
     backbone: Backbone, prompts: torch.Tensor, batch: dict[str, torch.Tensor]
 ) -> None:

@@ -15,7 +15,7 @@ def hub(monkeypatch):
 
     def answer(with_):
         def load_dataset(path, name=None, **options):
-            asked.append((path, name, options["split"], options["revision"]))
+            asked.append((path, name, options["split"], options["revision"], options.get("data_files")))
             if isinstance(with_, Exception):
                 raise with_
             return with_
@@ -26,10 +26,19 @@ def hub(monkeypatch):
     return answer
 
 
-def test_path_subset_split_and_revision_reach_the_hub(make_card, hub):
+@pytest.mark.parametrize(
+    ("subset", "revision", "expected"),
+    [
+        ("small", "v2", ("someone/film", "small", "dev", "v2", None)),
+        # The branch of converted files has a folder per subset and split, and no configurations.
+        ("small", source.CONVERTED, ("someone/film", None, "dev", source.CONVERTED, {"dev": "small/dev/*.parquet"})),
+        (None, source.CONVERTED, ("someone/film", None, "dev", source.CONVERTED, {"dev": "default/dev/*.parquet"})),
+    ],
+)
+def test_path_subset_split_and_revision_reach_the_hub(make_card, hub, subset, revision, expected):
     asked = hub(Dataset.from_list([{"text": "a", "label": 1}, {"text": "b", "label": 0}]))
-    raw = source.load_raw(make_card(subset="small", revision="refs/convert/parquet"), "dev")
-    assert asked == [("someone/film", "small", "dev", "refs/convert/parquet")]
+    raw = source.load_raw(make_card(subset=subset, revision=revision), "dev")
+    assert asked == [expected]
     assert raw.to_list() == [{"text": "a", "label": 1, "__row__": 0}, {"text": "b", "label": 0, "__row__": 1}]
 
 
