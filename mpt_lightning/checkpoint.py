@@ -112,9 +112,7 @@ def parse_checkpoint(content: Mapping[str, Any], path: str) -> PromptCheckpoint:
     if values["prompt_class"] not in PROMPTS:
         raise ValueError(f"{path} holds a {values['prompt_class']!r}; known are {', '.join(PROMPTS)}.")
     arguments = dict(content.get("hyper_parameters") or {})
-    return PromptCheckpoint(
-        path=path, state_dict=dict(content["state_dict"]), hyper_parameters=arguments, **values
-    )
+    return PromptCheckpoint(path=path, state_dict=dict(content["state_dict"]), hyper_parameters=arguments, **values)
 
 
 def read_checkpoint(path: str, argument: str = "--ckpt_path") -> PromptCheckpoint:

@@ -60,7 +60,7 @@ class MPTCLI(LightningCLI):
         if options is None or options.get("model") is None:
             return
         name = options.model.class_path.rsplit(".", 1)[-1]
-        ours = {cls.__name__: cls for cls in _subclasses(PromptModule)}.get(name)
+        ours = {cls.__name__: cls for cls in _subclasses(PromptModule)}.get(name)  # type: ignore[type-abstract]
         path = options.get("ckpt_path")
         if ours is not None and command != "fit" and not path:
             fail(NO_PROMPT)

@@ -18,6 +18,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+# Lightning 2.6 calls what jsonargparse 4.49 deprecated; this is jsonargparse's own switch.
+os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
+
 VOCABULARY = 120
 WORDS = """the a good bad film plot was is not very great awful yes no positive negative sentence question answer
 what where when who red blue green 0 1 2 3 4 5 . , ? : true false first second same other park house dog cat ran sat

@@ -188,9 +188,7 @@ def webnlg(row: Row, split: str) -> list[Row]:
         triples.append(" | ".join(parts))
     references = _unique(row.get("references") or [row["target"]])
     if not triples or not references:
-        raise ValueError(
-            f"WebNLG row: got {len(triples)} triples and {len(references)} texts, expected some of both."
-        )
+        raise ValueError(f"WebNLG row: got {len(triples)} triples and {len(references)} texts, expected some of both.")
     label = row["target"] if split == "train" else references
     return [{**row, "triples": " && ".join(triples), "label": label}]
 

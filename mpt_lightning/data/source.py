@@ -80,9 +80,7 @@ def _from_hub(card: TaskCard, split: str, cache_dir: str | None) -> Dataset:
     if card.revision == CONVERTED:
         # On this branch a subset is a folder, which `datasets` does not take for a configuration.
         files = f"{card.subset or 'default'}/{split}/*.parquet"
-        return load_dataset(
-            card.path, data_files={split: files}, split=split, revision=CONVERTED, cache_dir=cache_dir
-        )
+        return load_dataset(card.path, data_files={split: files}, split=split, revision=CONVERTED, cache_dir=cache_dir)
     return load_dataset(card.path, card.subset, split=split, revision=card.revision, cache_dir=cache_dir)
 
 

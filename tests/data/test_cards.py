@@ -43,9 +43,7 @@ def raw_rows(name, split):
 
 
 def render(name, example):
-    return "".join(
-        text + (example.values[column] if column else "") for text, column in load_card(name).parts
-    )
+    return "".join(text + (example.values[column] if column else "") for text, column in load_card(name).parts)
 
 
 def test_every_card_is_expected_here():
@@ -107,16 +105,12 @@ def test_columns_appear_whole(name, load):
 
 
 def test_winogrande_shows_both_options(load):
-    rows = {
-        row["sentence"]: row for split in ("train", "validation") for row in raw_rows("winogrande", split)
-    }
+    rows = {row["sentence"]: row for split in ("train", "validation") for row in raw_rows("winogrande", split)}
     for split in SPLITS:
         for example in load("winogrande", split):
             raw = rows[example.values["sentence"]]
             assert raw["option1"] != raw["option2"]
-            assert render("winogrande", example).endswith(
-                f"option1: {raw['option1']} option2: {raw['option2']}"
-            )
+            assert render("winogrande", example).endswith(f"option1: {raw['option1']} option2: {raw['option2']}")
             assert example.target == f"option{raw['answer']}"
 
 
@@ -155,9 +149,7 @@ def test_scitail_uses_the_official_test_split(load):
 
 def test_tasks_keep_their_own_metrics():
     # The reference registry scores every task with the metrics of the first.
-    cards = [
-        load_card(name) for name in ("glue/sst2", "glue/stsb", "glue/cola", "squad", "super_glue/multirc")
-    ]
+    cards = [load_card(name) for name in ("glue/sst2", "glue/stsb", "glue/cola", "squad", "super_glue/multirc")]
     assert len({tuple(card.metrics) for card in cards}) == len(cards)
 
 

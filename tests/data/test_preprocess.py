@@ -164,9 +164,7 @@ def test_winogrande_refuses_another_answer(answer):
         preprocess.winogrande({**WINOGRANDE, "answer": answer}, "train")
 
 
-@pytest.mark.parametrize(
-    ("asked", "words"), [("cause", "What was the cause?"), ("effect", "What was the effect?")]
-)
+@pytest.mark.parametrize(("asked", "words"), [("cause", "What was the cause?"), ("effect", "What was the effect?")])
 def test_copa_asks_in_words(asked, words):
     assert preprocess.copa({**COPA, "question": asked}, "test") == [{**COPA, "question": words}]
 

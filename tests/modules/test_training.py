@@ -145,7 +145,7 @@ def test_distillation_pulls_the_student_to_the_teachers(
         if module.teacher_prompts is None:
             module.teacher_prompts = torch.stack([t.prompt().fold(n) for n, t in module._teacher_checkpoints().items()])
         batch = next(iter(data.train_dataloader()))
-        return {name: float(value) for name, value in module.losses(batch).items()}
+        return {name: value.item() for name, value in module.losses(batch).items()}
 
     without, with_teachers = terms(0.0), terms(5.0)
     assert with_teachers["logits_loss"] < without["logits_loss"]
@@ -160,8 +160,8 @@ def test_a_student_equal_to_its_teacher_has_no_distillation_loss(
     run.fit(module, datamodule=data)
     module.prompt = PromptTuning.load_from_checkpoint(module.hparams["teachers"]).prompt
     terms = module.losses(next(iter(data.train_dataloader())))
-    assert float(terms["logits_loss"]) == pytest.approx(0, abs=1e-6)
-    assert float(terms["hidden_loss"]) == 0
+    assert terms["logits_loss"].item() == pytest.approx(0, abs=1e-6)
+    assert terms["hidden_loss"].item() == 0
     torch.testing.assert_close(terms["loss"], terms["task_loss"], rtol=0, atol=1e-6)
 
 
