@@ -255,9 +255,7 @@ def overhead(repeats: int, rows: int = 8, length: int = 64) -> Iterator[Line]:
 
 def source(backbone: Seq2SeqBackbone | CausalBackbone, distil: bool) -> PromptModule:
     weight = 1.0 if distil else 0.0
-    module = MPTSource(
-        backbone.name, tasks=TASKS, prompt_init="random", logits_weight=weight, hidden_weight=weight
-    )
+    module = MPTSource(backbone.name, tasks=TASKS, prompt_init="random", logits_weight=weight, hidden_weight=weight)
     module.backbone = backbone
     module.prompt = module.build_prompt(backbone)
     if distil:

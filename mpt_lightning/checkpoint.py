@@ -171,6 +171,10 @@ def keep_trainable(module: nn.Module, state_dict: dict[str, Any], prefix: str, _
     kept = {prefix + name for name in trainable(module)}
     for name in [name for name in state_dict if name.startswith(prefix) and name not in kept]:
         del state_dict[name]
+    # torch also lists every module, which for a large backbone is longer than a prompt.
+    versions = getattr(state_dict, "_metadata", {})
+    for path in [p for p in versions if p.startswith(prefix) and not any(k.startswith(f"{p}.") for k in kept)]:
+        del versions[path]
 
 
 def check_state(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:

@@ -129,12 +129,11 @@ class Backbone(nn.Module, ABC):
         return self.model.get_input_embeddings()(input_ids)
 
     def encode_prompts(self, prompts: Tensor) -> Any:
-        """Do once what depends on the prompts `[U, P, H]` alone; the result stands for them in every verb."""
-        return prompts
+        """Do once what depends on the prompts `[U, P, H]` alone.
 
-    def select_prompts(self, encoded: Any, ids: Tensor) -> Any:
-        """Give some of the encoded prompts, `ids` `[U]`, as `encode_prompts` of these alone would."""
-        return encoded[ids]
+        The result stands for the prompts in every verb, and is indexed by `[N]` rows as they are.
+        """
+        return prompts
 
     @abstractmethod
     def forward(

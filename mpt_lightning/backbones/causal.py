@@ -58,11 +58,6 @@ class CausalBackbone(Backbone):
         )
         return EncodedPrompts(cache.contents(), tuple(output.hidden_states[1:]), prompts.shape[1])
 
-    def select_prompts(self, encoded: EncodedPrompts, ids: Tensor) -> EncodedPrompts:
-        """Give some of the encoded prompts; see `Backbone.select_prompts`."""
-        hidden = tuple(states.index_select(0, ids) for states in encoded.hidden)
-        return EncodedPrompts(tuple(gather(encoded.layers, ids)), hidden, encoded.length)
-
     def _read(
         self, cache: Any, past: Tensor, input_ids: Tensor, mask: Tensor, keep: int, hidden_states: bool = False
     ) -> Any:

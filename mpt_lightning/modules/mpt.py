@@ -138,6 +138,11 @@ class MPTSource(_MultitaskModule):
                 prompts.append(teacher.prompt().fold(task))
             self.teacher_prompts = torch.stack(prompts).to(self.device)
 
+    def on_fit_start(self) -> None:
+        """Match the data's tasks with the prompt's, and forget teachers encoded on another device."""
+        super().on_fit_start()
+        self._teachers = None
+
     def build_prompt(self, backbone: Backbone) -> MultitaskPrompt:
         """Make the shared prompt and one pair of factors per task."""
         options, length = self.hparams, self.hparams["prompt_length"]
@@ -158,17 +163,11 @@ class MPTSource(_MultitaskModule):
             return super().losses(batch)
         options = self.hparams
         backbone, prompt = self.parts()
-        if self.teacher_prompts is None:
-            raise RuntimeError("the teachers are loaded when a fit begins")
         distinct, rows = self.task_rows(batch).unique(return_inverse=True)
         inputs = (rows, batch["input_ids"], batch["attention_mask"], batch["labels"])
         hidden = options["hidden_weight"] > 0
         with torch.no_grad():
-            if self._teachers is None:
-                # Teachers do not change, so what depends on their prompts alone is computed once for the run.
-                self._teachers = backbone.encode_prompts(self.teacher_prompts)
-            teachers = backbone.select_prompts(self._teachers, distinct)
-            teacher = backbone(teachers, *inputs, hidden_states=hidden)
+            teacher = backbone(self._encoded_teachers(backbone)[distinct], *inputs, hidden_states=hidden)
         student = backbone(prompt(distinct), *inputs, hidden_states=hidden)
         terms = {"task_loss": objectives.token_cross_entropy(student.logits, batch["labels"])}
         loss = terms["task_loss"]
@@ -187,6 +186,16 @@ class MPTSource(_MultitaskModule):
             )
             loss = loss + options["hidden_weight"] * terms["hidden_loss"]
         return {"loss": loss, **terms}
+
+    def _encoded_teachers(self, backbone: Backbone) -> Any:
+        """Teachers do not change, so what depends on their prompts alone is computed once (dropout draws anew)."""
+        if self.teacher_prompts is None:
+            raise RuntimeError("the teachers are loaded when a fit begins")
+        if self.hparams["backbone_dropout"]:
+            return self.teacher_prompts
+        if self._teachers is None:
+            self._teachers = backbone.encode_prompts(self.teacher_prompts)
+        return self._teachers
 
 
 class MPTTarget(_MultitaskModule):
