@@ -339,6 +339,13 @@ class PromptModule(L.LightningModule, ABC):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load the trained tensors: every one and none else, whatever `strict` says of the frozen ones."""
+        if self.prompt is None:
+            # Forking strategies (notebooks) train in other processes and hand this one tensors without their names.
+            rank_zero_warn(
+                "The module in this process is not built, so it does not take the trained prompt. Load the run's "
+                f"checkpoint: {type(self).__name__}.load_from_checkpoint(...)."
+            )
+            return super().load_state_dict({}, strict=False)
         ckpt.check_state(self, state_dict)
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 

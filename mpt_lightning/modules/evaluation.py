@@ -10,7 +10,7 @@ from torchmetrics import MeanMetric
 
 from mpt_lightning.backbones import Backbone
 from mpt_lightning.data.card import TaskCard
-from mpt_lightning.metrics import TaskMetrics
+from mpt_lightning.metrics import TaskMetrics, average
 from mpt_lightning.objectives import IGNORE
 
 
@@ -58,7 +58,7 @@ class Evaluator(nn.Module):
             if isinstance(metrics, TaskMetrics):
                 found = metrics.compute()
                 values |= {f"{task}/{name}": value for name, value in found.items()}
-                means.append(torch.stack([v.float() for n, v in found.items() if n != "invalid"]).mean())
+                means.append(average(found))
         values["loss"] = torch.stack(losses).mean()
         if means:
             values["average"] = torch.stack(means).mean()
