@@ -17,7 +17,7 @@ import statistics
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import lightning.pytorch as L
 import torch
 import transformers
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from mpt_lightning import MPTSource, MPTTarget, MultitaskDataModule, PromptTuning, load_task
 from mpt_lightning.data import PromptDataModule, load_card
@@ -100,16 +100,10 @@ class Runs:
 
 def trainer(steps: int = -1) -> L.Trainer:
     """Make a trainer that neither logs, validates nor saves by itself."""
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
+    quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
     validation = {"limit_val_batches": 0} if steps > 0 else {}
-    return L.Trainer(
-        max_steps=steps, max_epochs=-1, accelerator="cpu", devices=1, gradient_clip_val=1.0, **quiet, **validation
-    )
+    options = {"max_steps": steps, "max_epochs": -1, "gradient_clip_val": 1.0}
+    return L.Trainer(accelerator="cpu", devices=1, **options, **quiet, **validation)
 
 
 def fit(module: PromptModule, data: PromptDataModule, steps: int) -> tuple[L.Trainer, dict[str, float]]:
@@ -155,8 +149,8 @@ class Benchmark:
             module = make()
             fitted, cost = fit(module, data, steps)
             fitted.save_checkpoint(path)
-            (scores,) = merged(trainer().validate(module, data, verbose=False))
-            return {"scores": {key: round(value, 4) for key, value in scores.items()}, **cost}
+            results = trainer().validate(module, data, verbose=False)
+            return {"scores": {key: round(value, 4) for scores in results for key, value in scores.items()}, **cost}
 
         self.runs.once({"stage": name, "steps": steps}, run)
         return str(path)
@@ -235,11 +229,6 @@ class Benchmark:
         return rows
 
 
-def merged(results: Iterable[dict[str, float]]) -> list[dict[str, float]]:
-    """Join what Lightning returns per dataloader."""
-    return [{key: value for result in results for key, value in result.items()}]
-
-
 def golds(loaders: list[Any]) -> list[str]:
     """Give the gold answers of a task, row by row."""
     return [answers[0] for batch in loaders[0] for answers in batch["references"]]
@@ -252,16 +241,14 @@ def summary(rows: list[dict[str, Any]]) -> list[list[str]]:
         values = [100 * row["accuracy"] for row in chosen]
         return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
 
-    lines = []
+    lines, methods = [], [*METHODS, "majority"]
     for k in [*SETTINGS["few"]["shots"], "full"]:
         for task in TARGETS:
-            of = {
-                m: [r for r in rows if (r["method"], r["task"], r["k"]) == (m, task, k)] for m in [*METHODS, "majority"]
-            }
+            of = {m: [r for r in rows if (r["method"], r["task"], r["k"]) == (m, task, k)] for m in methods}
             seconds = [f"{statistics.mean(row['cpu_seconds'] for row in of[method]):.0f}" for method in METHODS]
             lines.append([task, str(k), *(cell(chosen) for chosen in of.values()), " / ".join(seconds)])
-        means = {m: [r["accuracy"] for r in rows if r["method"] == m and r["k"] == k] for m in [*METHODS, "majority"]}
-        lines.append(["mean", str(k), *(f"{100 * statistics.mean(values):.1f}" for values in means.values()), ""])
+        means = [[100 * r["accuracy"] for r in rows if (r["method"], r["k"]) == (m, k)] for m in methods]
+        lines.append(["mean", str(k), *(f"{statistics.mean(values):.1f}" for values in means), ""])
     return lines
 
 
@@ -284,7 +271,8 @@ def main() -> None:
     rows = benchmark.run()
     columns = ["task", "k", "MPT", "prompt tuning", "majority", "CPU seconds (MPT / PT)"]
     lines = summary(rows)
-    table = Table(*columns, title=f"Test accuracy, %, mean ± deviation of {len(SETTINGS['seeds'])} seeds")
+    headers = [Column(name, no_wrap=name == "task") for name in columns]
+    table = Table(*headers, title=f"Test accuracy, %, mean ± deviation of {len(SETTINGS['seeds'])} seeds")
     for line in lines:
         table.add_row(*line, style="bold" if line[0] == "mean" else None, end_section=line[0] == "mean")
     Console().print(table)

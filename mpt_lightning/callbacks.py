@@ -119,6 +119,8 @@ def draw_similarity(axes: Any, prompt: Prompt) -> None:
     axes.set_yticks(range(prompt.num_tasks), prompt.tasks)
     for row in range(prompt.num_tasks):
         for column in range(prompt.num_tasks):
-            axes.text(column, row, f"{values[row, column]:.2f}", ha="center", va="center", fontsize=7)
+            value = values[row, column]
+            colour = "white" if abs(value) > 0.8 else "black"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
     axes.set_title("Cosine similarity of the tasks' prompts")
     axes.figure.colorbar(image, ax=axes, shrink=0.8)

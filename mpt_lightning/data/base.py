@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as L
 import numpy as np
@@ -20,7 +20,7 @@ from mpt_lightning.data.card import TaskCard
 from mpt_lightning.data.collate import PromptCollator
 from mpt_lightning.data.encode import Encoder, encoded_split
 from mpt_lightning.data.loader import ResumableLoader
-from mpt_lightning.data.rows import SPLIT_SEED, Draw, Split
+from mpt_lightning.data.rows import SPLIT_SEED, Draw, ShotsPer, Split
 from mpt_lightning.data.sampling import EvalSampler, GlobalBatchSampler
 
 _TRAIN_COLUMNS = ["input_ids", "labels", "task_ids"]
@@ -38,7 +38,8 @@ class PromptDataModule(L.LightningDataModule):
         eval_batch_size: Evaluation rows per device and batch. Unset: `batch_size`.
         max_input_length: Most tokens of an input; the card names the column that is cut to fit.
         k_shot: Train on so many rows, drawn with `seed`. Unset: all rows.
-        shots_per: Count `k_shot` per `class` or per `task`; a task without classes counts per task.
+        shots_per: Count `k_shot` per `class` or per `task`; `balanced` is per task, evenly over its classes. A task
+            without classes counts per task.
         max_train_rows: Most training rows per task, drawn with `seed`. Unset: all.
         max_eval_rows: Most validation, test and prediction rows per task, the same for every seed. Unset: all.
         seed: Seed of draws and of the order of training rows.
@@ -61,7 +62,7 @@ class PromptDataModule(L.LightningDataModule):
         eval_batch_size: int | None = None,
         max_input_length: int = 256,
         k_shot: int | None = None,
-        shots_per: Literal["class", "task"] = "class",
+        shots_per: ShotsPer = "class",
         max_train_rows: int | None = None,
         max_eval_rows: int | None = None,
         seed: int = 42,
@@ -85,7 +86,7 @@ class PromptDataModule(L.LightningDataModule):
             if value is not None and value < 1:
                 raise ValueError(f"Got {option}={value}, expected 1 or more; change `{option}`.")
         for option, got, allowed in (
-            ("shots_per", shots_per, ("class", "task")),
+            ("shots_per", shots_per, get_args(ShotsPer)),
             ("predict_split", predict_split, ("train", "validation", "test")),
         ):
             if got not in allowed:

@@ -14,6 +14,7 @@ from mpt_lightning.data.examples import Example, check_columns, read_examples
 from mpt_lightning.data.source import load_raw, preprocess
 
 Split = Literal["train", "validation", "test"]
+ShotsPer = Literal["class", "task", "balanced"]
 #: Seed of the cuts that make a validation or test split; part of the task's definition, so not an option.
 SPLIT_SEED = 42
 HELD_OUT_ROWS = 1000
@@ -25,13 +26,14 @@ class Draw:
 
     Args:
         k_shot: Rows per class or per task. Unset: all.
-        shots_per: Whether `k_shot` counts per `class` or per `task`; a task without classes counts per task.
+        shots_per: Whether `k_shot` counts per `class` or per `task`; `balanced` is per task, evenly over its classes.
+            A task without classes counts per task.
         max_rows: Most rows to use. Unset: all.
         seed: Seed of the draw; a larger draw with the same seed contains the smaller one.
     """
 
     k_shot: int | None = None
-    shots_per: Literal["class", "task"] = "class"
+    shots_per: ShotsPer = "class"
     max_rows: int | None = None
     seed: int = 42
 
@@ -147,17 +149,21 @@ def cut(positions: np.ndarray, groups: np.ndarray | None, size: int, seed: int) 
 
 def _draw_shots(card: TaskCard, positions: np.ndarray, classes: np.ndarray, draw: Draw) -> np.ndarray:
     order = np.random.default_rng(draw.seed).permutation(positions)
-    per_class = draw.shots_per == "class" and card.choices is not None
-    wanted = int(draw.k_shot or 0)
+    per_class = draw.shots_per != "task" and card.choices is not None
+    shots = int(draw.k_shot or 0)
     pools = {word: order[classes[order] == word] for word in card.choices or []} if per_class else {"": order}
-    for word, pool in pools.items():
+    drawn = []
+    for place, (word, pool) in enumerate(pools.items()):
+        # k rows over C classes: the first classes take one more where k does not divide.
+        wanted = shots if draw.shots_per != "balanced" else (shots + len(pools) - 1 - place) // len(pools)
         if len(pool) < wanted:
             what = f"class '{word}'" if per_class else "the task"
             raise ValueError(
-                f"Task '{card.name}': got k_shot={wanted}, but {what} has only {len(pool)} training rows; lower "
-                "`k_shot`" + (" or set `shots_per: task`." if per_class else ".")
+                f"Task '{card.name}': got k_shot={shots}, which needs {wanted} training rows, but {what} has only "
+                f"{len(pool)}; lower `k_shot`" + (" or set `shots_per: task`." if per_class else ".")
             )
-    return np.sort(np.concatenate([pool[:wanted] for pool in pools.values()]))
+        drawn.append(pool[:wanted])
+    return np.sort(np.concatenate(drawn))
 
 
 def examples(card: TaskCard, rows: Dataset) -> Iterator[Example]:

@@ -134,7 +134,7 @@ def test_missing_test_split_says_what_to_do(film, make_card):
         ({"batch_size": 0}, "Got batch_size=0, expected 1 or more; change `batch_size`"),
         ({"k_shot": 0}, "Got k_shot=0"),
         ({"max_input_length": -1}, "Got max_input_length=-1"),
-        ({"shots_per": "row"}, "Got shots_per='row', expected one of class, task"),
+        ({"shots_per": "row"}, "Got shots_per='row', expected one of class, task, balanced"),
         ({"predict_split": "dev"}, "Got predict_split='dev'"),
     ],
 )

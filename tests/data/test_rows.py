@@ -237,6 +237,12 @@ def test_shots_per_task(make_card, write_split, film_rows, read):
     assert len(read(numbers, root, k_shot=5)) == 5
 
 
+@pytest.mark.parametrize(("k_shot", "expected"), [(6, {"bad": 3, "good": 3}), (7, {"bad": 4, "good": 3})])
+def test_balanced_shots_are_even_over_classes(make_card, write_split, film_rows, read, k_shot, expected):
+    got = read(make_card(), write_split(film_rows(40)), k_shot=k_shot, shots_per="balanced")
+    assert Counter(example.target for example in got) == expected
+
+
 def test_draws_follow_the_seed_and_grow(make_card, write_split, film_rows, read):
     root, card = write_split(film_rows(40)), make_card()
     few, same, other, more = (
@@ -252,10 +258,13 @@ def test_more_shots_than_rows(make_card, write_split, read):
     rows = [{"text": "a", "label": 1}] * 5 + [{"text": "b", "label": 0}] * 2
     root = write_split(rows)
     with pytest.raises(
-        ValueError, match=r"got k_shot=4, but class 'bad' has only 2 training rows; lower `k_shot` or set"
+        ValueError,
+        match=r"got k_shot=4, which needs 4 training rows, but class 'bad' has only 2; lower `k_shot` or set",
     ):
         read(make_card(), root, k_shot=4)
-    with pytest.raises(ValueError, match=r"got k_shot=8, but the task has only 7 training rows; lower `k_shot`"):
+    with pytest.raises(
+        ValueError, match=r"got k_shot=8, which needs 8 training rows, but the task has only 7; lower `k_shot`"
+    ):
         read(make_card(), root, k_shot=8, shots_per="task")
 
 
