@@ -160,10 +160,9 @@ class Benchmark:
         regime = SETTINGS["full" if k == "full" else "few"]
         steps = SETTINGS["search"]["full_steps"] if search and k == "full" else regime["steps"]
         few = {"group_by_length": True} if k == "full" else {"k_shot": k, "shots_per": regime["shots_per"]}
-        data = load_task(self.cards[task], batch_size=regime["batch_size"], seed=seed, **few, **self.data)
         rows = SETTINGS["search"]["max_rows"] if search else SETTINGS["max_test_rows"]
-        # A DataModule of its own, since a cap is drawn with the seed: all seeds are tested on the same rows.
-        held_out = load_task(self.cards[task], max_eval_rows=rows, seed=0, **self.data)
+        options = {"batch_size": regime["batch_size"], "max_eval_rows": rows, **few, **self.data}
+        data = load_task(self.cards[task], seed=seed, **options)
         L.seed_everything(seed, verbose=False)
         module: PromptModule
         if method == "mpt":
@@ -173,7 +172,7 @@ class Benchmark:
             module = PromptTuning(lr=rate, **self.model, **self.length)
         _, cost = fit(module, data, steps)
         evaluate = trainer().validate if search else trainer().test
-        (scores,) = evaluate(module, held_out, verbose=False)
+        (scores,) = evaluate(module, data, verbose=False)
         return {"accuracy": round(scores[f"{'val' if search else 'test'}/{task}/accuracy"], 4), **cost}
 
     def choose_rate(self, method: str, k: int | str) -> float:
@@ -193,7 +192,7 @@ class Benchmark:
         few = {} if k == "full" else {"k_shot": k, "shots_per": SETTINGS["few"]["shots_per"]}
         options = {"backbone": self.backbone, **self.data}
         train = load_task(self.cards[task], predict_split="train", seed=seed, **few, **options)
-        test = load_task(self.cards[task], max_eval_rows=SETTINGS["max_test_rows"], seed=0, **options)
+        test = load_task(self.cards[task], max_eval_rows=SETTINGS["max_test_rows"], **options)
         train.setup("predict")
         test.setup("test")
         ((common, _),) = Counter(golds(train.predict_dataloader())).most_common(1)

@@ -163,6 +163,9 @@ class Backbone(nn.Module, ABC):
     def score(self, prompts: Any, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, choices: Tensor) -> Tensor:
         """Give the log-likelihood of each choice; the input is encoded once.
 
+        It is the sum over the choice's tokens, not their mean: of two choices that a model finds equally likely per
+        token, the shorter one wins.
+
         Args:
             prompts: [U, P, H], or encoded.
             rows: [B] in 0..U-1.

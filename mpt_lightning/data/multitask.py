@@ -7,7 +7,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from mpt_lightning.data.base import PromptDataModule
-from mpt_lightning.data.card import load_card
+from mpt_lightning.data.card import TaskCard, load_card
 from mpt_lightning.data.sampling import Sampling, TaskMixSampler, check_sampling
 
 
@@ -15,7 +15,7 @@ class MultitaskDataModule(PromptDataModule):
     """Several tasks, mixed in each training batch; evaluation has one loader per task.
 
     Args:
-        tasks: Names of shipped cards (`mpt tasks` lists them) or paths of cards' YAML files.
+        tasks: Names of shipped cards (`mpt tasks` lists them), paths of cards' YAML files, or cards.
         sampling: How a batch is drawn. `stochastic`: K ~ U{2..kappa} tasks with probability proportional to their
             rows, the batch split evenly over them. `proportional`, `uniform`, `temperature`: the task of each row is
             drawn. `all`: every task in each batch.
@@ -31,7 +31,7 @@ class MultitaskDataModule(PromptDataModule):
 
     def __init__(
         self,
-        tasks: list[str],
+        tasks: list[str | TaskCard],
         *,
         sampling: Sampling = "stochastic",
         kappa: int | None = None,

@@ -8,9 +8,10 @@ from torch import Tensor
 from mpt_lightning import objectives
 from mpt_lightning.backbones import Backbone
 from mpt_lightning.checkpoint import PromptCheckpoint, read_checkpoint
-from mpt_lightning.modules.base import Batch, PromptModule
+from mpt_lightning.modules.base import PromptModule
+from mpt_lightning.modules.built import Batch
+from mpt_lightning.modules.options import PromptInit
 from mpt_lightning.modules.start import (
-    PromptInit,
     check_length,
     checkpoint_prompts,
     class_words,
@@ -59,7 +60,7 @@ class MPTSource(_MultitaskModule):
         hidden_layers: the last layer, or all.
         hidden_positions: text tokens, prompt tokens, or all.
         hidden_stacks: encoder, decoder, or both where the model has both.
-        **kwargs: see `PromptModule`.
+        **kwargs: see `BuiltModule`.
     """
 
     def __init__(
@@ -211,7 +212,7 @@ class MPTTarget(_MultitaskModule):
         shared_lr: learning rate of the shared prompt.
         task_lr: learning rate of the task factors.
         prompt_length: P. By default the source's; any other value is refused.
-        **kwargs: see `PromptModule`.
+        **kwargs: see `BuiltModule`.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Optimizers and schedules for prompts, by name."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -9,8 +9,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 from transformers.optimization import Adafactor
 
-OptimizerName = Literal["adamw", "adafactor"]
-ScheduleName = Literal["linear", "constant", "cosine"]
+from mpt_lightning.modules.options import OptimizerName, ScheduleName
 
 _SCHEDULES = {"linear": "linear", "constant": "constant_with_warmup", "cosine": "cosine"}
 

@@ -6,7 +6,8 @@ import torch
 
 from mpt_lightning.backbones import Backbone
 from mpt_lightning.modules.base import PromptModule
-from mpt_lightning.modules.start import PromptInit, checkpoint_prompts, class_words, initial_prompt
+from mpt_lightning.modules.options import PromptInit
+from mpt_lightning.modules.start import checkpoint_prompts, class_words, initial_prompt
 from mpt_lightning.prompts import SoftPrompt
 
 
@@ -24,7 +25,7 @@ class PromptTuning(PromptModule):
         init_text: the text of prompt_init="text".
         init_checkpoint: the checkpoint of prompt_init="checkpoint".
         lr: learning rate.
-        **kwargs: see `PromptModule`.
+        **kwargs: see `BuiltModule`.
     """
 
     def __init__(

@@ -1,16 +1,15 @@
 """Where a module's prompts start: the choices of `prompt_init`, applied to a backbone and its tasks."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mpt_lightning.backbones import Backbone
 from mpt_lightning.checkpoint import read_checkpoint
+from mpt_lightning.modules.options import PromptInit
 from mpt_lightning.prompts import init
-
-PromptInit = Literal["vocabulary", "text", "labels", "random", "checkpoint"]
 
 
 def initial_prompt(kind: PromptInit, backbone: Backbone, length: int, text: str | None, words: Sequence[str]) -> Tensor:

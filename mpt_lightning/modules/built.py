@@ -1,0 +1,220 @@
+"""Building a prompt module, and its checkpoints: what is known before and after training."""
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict
+from os import PathLike
+from typing import Any, Literal
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from mpt_lightning import checkpoint as ckpt
+from mpt_lightning.backbones import Backbone, load_backbone
+from mpt_lightning.modules import evaluation
+from mpt_lightning.modules.options import OptimizerName, ScheduleName, check_options
+from mpt_lightning.prompts import Prompt
+
+Batch = dict[str, Any]
+
+
+class BuiltModule(L.LightningModule, ABC):
+    """A prompt in front of a frozen backbone.
+
+    Takes batches `{input_ids [B, L], attention_mask [B, L], labels [B, M], task_ids [B]}` from any DataModule;
+    `task_ids` count along the DataModule's `tasks`, or, where it has none, along this module's.
+
+    Args:
+        backbone: Hub id ("google-t5/t5-base") or folder of the frozen model.
+        tasks: names of the tasks; by default those of the DataModule.
+        backbone_dtype: precision of the frozen weights. Prompts, losses and optimizer stay in fp32.
+        backbone_dropout: keep the backbone's dropout on while prompts train. Off is usually worth several points.
+        gradient_checkpointing: recompute the backbone's layers in the backward pass: less memory, more time.
+        optimizer: "adamw" or "adafactor".
+        schedule: the learning rate after the warm-up: linearly to 0, constant, or along a cosine to 0.
+        warmup_steps: optimizer steps over which the learning rate rises from 0.
+        weight_decay: decoupled weight decay of the trained tensors.
+        max_new_tokens: longest generated answer, in tokens, for tasks without choices.
+        num_beams: beams of the generation; 1 is greedy.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        tasks: list[str] | None = None,
+        backbone_dtype: Literal["float32", "bfloat16"] = "float32",
+        backbone_dropout: bool = False,
+        gradient_checkpointing: bool = False,
+        optimizer: OptimizerName = "adamw",
+        schedule: ScheduleName = "linear",
+        warmup_steps: int = 0,
+        weight_decay: float = 0.0,
+        max_new_tokens: int = 64,
+        num_beams: int = 1,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        check_options(self.hparams)
+        self.tasks: list[str] = list(tasks or [])
+        self.backbone: Backbone | None = None
+        self.prompt: Prompt | None = None
+        self.evaluator: evaluation.Evaluator | None = None
+        self._encoded: Any = None  # the prompts of all tasks, while evaluating
+        self._row_of_task: Tensor | None = None  # from the data's task ids to this module's
+        self._cards: dict[str, Any] = {}
+        self.register_state_dict_post_hook(ckpt.keep_trainable)
+
+    @abstractmethod
+    def build_prompt(self, backbone: Backbone) -> Prompt:
+        """Make the prompt that training starts from, for `self.tasks`."""
+
+    @property
+    def cards(self) -> dict[str, Any]:
+        """The tasks' cards by name: the DataModule's, else the checkpoint's."""
+        module = self._datamodule()
+        return dict(getattr(module, "cards", None) or self._cards)
+
+    def _datamodule(self) -> Any:
+        return getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
+
+    def _fits(self) -> bool:
+        """Whether this is a training run, so that a prompt is needed to start from."""
+        return self._trainer is not None and self.trainer.state.fn == "fit"
+
+    def setup(self, stage: str) -> None:
+        """Find the task names, and check what can be checked before the backbone is loaded."""
+        if not self.hparams["backbone_dropout"]:
+            # The backbone is in eval mode because it was asked for.
+            warnings.filterwarnings("ignore", "Found .* in eval mode at the start of training")
+        if stage != "fit":
+            return
+        if not self.tasks:
+            self.tasks = list(getattr(self._datamodule(), "tasks", []))
+        if not self.tasks:
+            raise ValueError(
+                "The tasks have no names: the data has no `tasks`. Set --model.tasks to a list of names, in the "
+                "order of the batches' task_ids."
+            )
+
+    def configure_model(self) -> None:
+        """Load the backbone, and make the prompt where a fit begins."""
+        if self.backbone is None:
+            options = self.hparams
+            self.backbone = load_backbone(
+                options["backbone"],
+                options["backbone_dtype"],
+                options["backbone_dropout"],
+                options["gradient_checkpointing"],
+            ).to(self.device)
+        if self.prompt is None and self._fits():
+            self.prompt = self.build_prompt(self.backbone).to(self.device)
+            self._check_positions(self.backbone, self.prompt)
+
+    def _check_positions(self, backbone: Backbone, prompt: Prompt) -> None:
+        """Refuse rows that cannot fit the backbone, where the data says how long they may get."""
+        longest, limit = getattr(self._datamodule(), "max_input_length", None), backbone.max_positions
+        if limit is not None and longest is not None and prompt.length + longest > limit:
+            raise ValueError(
+                f"A prompt of {prompt.length} tokens and inputs of up to {longest} need {prompt.length + longest} "
+                f"positions, and {backbone.name} has {limit}. Lower --data.max_input_length to "
+                f"{max(1, limit - prompt.length)} (less where answers are long), or --model.prompt_length."
+            )
+
+    def _match_tasks(self) -> None:
+        module = self._datamodule()
+        names = list(getattr(module, "tasks", self.tasks))
+        unknown = [name for name in names if name not in self.tasks]
+        if unknown:
+            raise ValueError(
+                f"The data has the task{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}, and the prompt has "
+                f"{', '.join(self.tasks)}. Train the prompt on these tasks, or leave them out of the data."
+            )
+        self._row_of_task = torch.tensor([self.tasks.index(name) for name in names], device=self.device)
+
+    def parts(self) -> tuple[Backbone, Prompt]:
+        """Give the backbone and the prompt.
+
+        Raises:
+            RuntimeError: they are not built yet.
+        """
+        if self.backbone is None or self.prompt is None:
+            raise RuntimeError(
+                "The module is not built yet: train it with a Trainer, or use load_from_checkpoint(...)."
+            )
+        return self.backbone, self.prompt
+
+    def task_rows(self, batch: Batch) -> Tensor:
+        """Give the prompt's row `[B]` of each row of the batch."""
+        ids: Tensor = batch["task_ids"]
+        return ids if self._row_of_task is None else self._row_of_task[ids]
+
+    @classmethod
+    def check_stage(cls, checkpoint: ckpt.PromptCheckpoint) -> None:
+        """Refuse to go on from another class's checkpoint.
+
+        Raises:
+            ValueError: the checkpoint is of another stage; names the argument that takes it.
+        """
+        if checkpoint.stage != cls.__name__:
+            hint = HAND_OVER.get((checkpoint.stage, cls.__name__), "")
+            raise ValueError(
+                f"--ckpt_path {checkpoint.path} was saved by {checkpoint.stage}, and this run is {cls.__name__}. "
+                f"--ckpt_path only takes a checkpoint of the same class.{hint}"
+            )
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a trained module; see Lightning's method of the same name.
+
+        Raises:
+            ValueError: there is no such file, it is damaged, or another class saved it.
+        """
+        if isinstance(checkpoint_path, str | PathLike):
+            cls.check_stage(ckpt.read_checkpoint(str(checkpoint_path), "checkpoint_path"))
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add how to use the tensors: class, backbone, tasks, cards."""
+        backbone, prompt = self.parts()
+        cards = {name: plain(card) for name, card in self.cards.items() if name in prompt.tasks}
+        checkpoint[ckpt.KEY] = ckpt.metadata(type(self).__name__, backbone.name, backbone.fingerprint, prompt, cards)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint fits, and make a prompt of its shape."""
+        found = ckpt.parse_checkpoint(checkpoint, str(getattr(self._trainer, "ckpt_path", None) or "the checkpoint"))
+        self.check_stage(found)
+        self.configure_model()
+        if self.backbone is not None:
+            found.check_backbone(self.backbone.name, self.backbone.fingerprint, "--ckpt_path")
+        self.prompt = found.empty_prompt().to(self.device)
+        self.tasks = found.tasks
+        self._cards = evaluation.read_cards(found.cards)
+        ckpt.close_finished_epoch(checkpoint)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load the trained tensors: every one and none else, whatever `strict` says of the frozen ones."""
+        if self.prompt is None:
+            # Forking strategies (notebooks) train in other processes and hand this one tensors without their names.
+            rank_zero_warn(
+                "The module in this process is not built, so it does not take the trained prompt. Load the run's "
+                f"checkpoint: {type(self).__name__}.load_from_checkpoint(...)."
+            )
+            return super().load_state_dict({}, strict=False)
+        ckpt.check_state(self, state_dict)
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+
+def plain(card: Any) -> dict[str, Any]:
+    """Give a card as plain values that `weights_only` loading accepts."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(card).items()}
+
+
+HAND_OVER = {
+    ("PromptTuning", "MPTSource"): " To distil from these teachers, use --model.teachers.",
+    ("MPTSource", "MPTTarget"): " To start target tasks from it, use --model.source.",
+    ("PromptTuning", "MPTTarget"): " MPTTarget starts from an MPTSource checkpoint, given as --model.source.",
+}
+"""Which argument takes a checkpoint of one class into a run of another."""

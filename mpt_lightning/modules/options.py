@@ -1,0 +1,36 @@
+"""The values that arguments of the modules may have."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from mpt_lightning.objectives import Layers, Positions, Stacks
+
+OptimizerName = Literal["adamw", "adafactor"]
+ScheduleName = Literal["linear", "constant", "cosine"]
+PromptInit = Literal["vocabulary", "text", "labels", "random", "checkpoint"]
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Check arguments that the command line's types do not, or that come from Python.
+
+    Raises:
+        ValueError: one has an impossible value.
+    """
+    allowed = {
+        "backbone_dtype": ("float32", "bfloat16"),
+        "optimizer": get_args(OptimizerName),
+        "schedule": get_args(ScheduleName),
+        "prompt_init": get_args(PromptInit),
+        "hidden_layers": get_args(Layers),
+        "hidden_positions": get_args(Positions),
+        "hidden_stacks": get_args(Stacks),
+    }
+    for name, choices in allowed.items():
+        if name in options and options[name] not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {options[name]!r}.")
+    for name in ("lr", "shared_lr", "task_lr", "warmup_steps", "weight_decay", "logits_weight", "hidden_weight"):
+        if name in options and not options[name] >= 0:
+            raise ValueError(f"{name} must be 0 or more, got {options[name]}.")
+    for name in ("prompt_length", "rank", "max_new_tokens", "num_beams"):
+        if options.get(name) is not None and options[name] < 1:
+            raise ValueError(f"{name} must be 1 or more, got {options[name]}.")
