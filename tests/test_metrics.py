@@ -1,13 +1,14 @@
 """Scores against values worked out by hand and against plain formulas."""
 
+import json
 import math
-import os
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import launch
 
 from mpt_lightning.data.card import METRICS, TaskCard
 from mpt_lightning.metrics import TaskMetrics, average
@@ -192,31 +193,30 @@ ROWS = {
 }
 
 
-def rank_scores(rank, folder, share):
+GROUPS = ["q1", "q1", "q2", "q3", "q3"]
+SHARES = (5, 1)  # three and two rows, then one and none
+
+
+def rank_scores(folder):
     """One of two processes: every metric over its share of the rows."""
-    os.environ |= {"OMP_NUM_THREADS": "1"}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     results = {}
-    for name, (metrics, predictions, references) in ROWS.items():
-        whole = TaskMetrics(card(*metrics))
-        groups = ["q1", "q1", "q2", "q3", "q3"]
-        for start in range(rank, share, 2):
-            whole.update(*(column[start : start + 1] for column in (predictions, references, groups)))
-        results[name] = whole.compute()
-    torch.save(results, f"{folder}/{rank}.pt")
+    for share in SHARES:
+        for name, (metrics, predictions, references) in ROWS.items():
+            whole = TaskMetrics(card(*metrics))
+            for start in range(rank, share, 2):
+                whole.update(*(column[start : start + 1] for column in (predictions, references, GROUPS)))
+            results[f"{name}/{share}"] = {key: value.item() for key, value in whole.compute().items()}
+    Path(folder, f"{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("share", [5, 1])
-def test_two_ranks_equal_one(tmp_path, share):
-    """Shares of three and two rows, then of one and none."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        mp.start_processes(rank_scores, (str(tmp_path), share), nprocs=2, start_method="fork")
-    for name, (metrics, predictions, references) in ROWS.items():
-        expected = scores(
-            card(*metrics), predictions[:share], references[:share], ["q1", "q1", "q2", "q3", "q3"][:share]
-        )
-        for rank in range(2):
-            got = torch.load(tmp_path / f"{rank}.pt")[name]
-            assert {key: value.item() for key, value in got.items()} == pytest.approx(expected, abs=1e-5)
+def test_two_ranks_equal_one(tmp_path):
+    launch(rank_scores, str(tmp_path))
+    got = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    for share in SHARES:
+        for name, (metrics, predictions, references) in ROWS.items():
+            expected = scores(card(*metrics), predictions[:share], references[:share], GROUPS[:share])
+            for rank in range(2):
+                assert got[rank][f"{name}/{share}"] == pytest.approx(expected, abs=1e-5), (name, share, rank)

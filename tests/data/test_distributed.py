@@ -1,12 +1,16 @@
 """Two processes on one machine: disjoint training rows, evaluation rows once."""
 
 import json
+from dataclasses import asdict
+from pathlib import Path
 
 import lightning.pytorch as L
 import pytest
 import torch
+from ranks import launch
 
 from mpt_lightning.data import MultitaskDataModule, TaskDataModule
+from mpt_lightning.data.card import TaskCard
 
 
 class Recorder(L.LightningModule):
@@ -30,25 +34,16 @@ class Recorder(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-@pytest.mark.parametrize("kind", ["task", "multitask"])
-def test_ranks_share_the_rows(film, film_rows, make_card, write_split, tmp_path, kind):
-    # Texts of 0 to 3 words of four numbers, so that every row is another list of ids.
-    digits = ["one", "two", "three", "four"]
-    rows = [{"text": f"{digits[n % 4]} {digits[n // 4 % 4]} {digits[n // 16]}", "label": n % 2} for n in range(40)]
-    write_split(rows)
+def train(kind, card, again, options, folder):
+    """One of two processes: an epoch over the rows."""
     if kind == "task":
-        data = TaskDataModule(**{**film, "batch_size": 4})
+        data = TaskDataModule(TaskCard(**card), **options)
     else:
-        write_split(rows, task="again")
-        for split in ("validation", "test"):
-            write_split(film_rows(1), task="again", split=split)
-        again = make_card(name="again", path="x/again", input="again {text}")
-        rest = {key: value for key, value in film.items() if key != "card"}
-        data = MultitaskDataModule([film["card"], again], **{**rest, "batch_size": 4})
+        data = MultitaskDataModule([TaskCard(**card), TaskCard(**again)], **options)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=2,
-        strategy="ddp_fork",
+        strategy="ddp",
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -56,7 +51,22 @@ def test_ranks_share_the_rows(film, film_rows, make_card, write_split, tmp_path,
         max_epochs=1,
         num_sanity_val_steps=0,
     )
-    trainer.fit(Recorder(tmp_path), data)
+    trainer.fit(Recorder(Path(folder)), data)
+
+
+@pytest.mark.parametrize("kind", ["task", "multitask"])
+def test_ranks_share_the_rows(film, film_rows, make_card, write_split, tmp_path, kind):
+    # Texts of 0 to 3 words of four numbers, so that every row is another list of ids.
+    digits = ["one", "two", "three", "four"]
+    rows = [{"text": f"{digits[n % 4]} {digits[n // 4 % 4]} {digits[n // 16]}", "label": n % 2} for n in range(40)]
+    write_split(rows)
+    if kind == "multitask":
+        write_split(rows, task="again")
+        for split in ("validation", "test"):
+            write_split(film_rows(1), task="again", split=split)
+    again = make_card(name="again", path="x/again", input="again {text}")
+    options = {key: value for key, value in film.items() if key != "card"} | {"batch_size": 4}
+    launch(train, kind, asdict(film["card"]), asdict(again), options, str(tmp_path))
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     expected = {"task": 5, "multitask": 10}[kind]
     assert len(first["train"]) == len(second["train"]) == expected

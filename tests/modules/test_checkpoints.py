@@ -314,3 +314,25 @@ def test_a_checkpoint_carries_the_cards(trainer: MakeTrainer, tmp_path: Path) ->
     run.save_checkpoint(tmp_path / "topic.ckpt")
     loaded = PromptTuning.load_from_checkpoint(str(tmp_path / "topic.ckpt"))
     assert loaded.cards["demo/topic"].choices == ["animals", "food", "weather", "travel"]
+
+
+def test_prompts_start_from_a_checkpoint(chain: dict[str, str], data: AnyData, trainer: MakeTrainer) -> None:
+    """A task of the checkpoint starts from its own prompt, another one from the mean of all."""
+    module = PromptTuning(
+        torch.load(chain["PromptTuning"], weights_only=True)[KEY]["backbone"],
+        prompt_length=4,
+        prompt_init="checkpoint",
+        init_checkpoint=chain["PromptTuning"],
+        lr=0.0,
+    )
+    trainer().fit(module, datamodule=AnyData(["three", "new"]))
+    trained = torch.load(chain["PromptTuning"], weights_only=True)["state_dict"]["prompt.prompt_embeddings"]
+    expected = torch.stack([trained[TASKS.index("three")], trained.mean(dim=0)])
+    torch.testing.assert_close(module.prompt.prompt_embeddings.detach(), expected)
+
+
+def test_rows_that_cannot_fit_the_backbone_are_told(model_folder: Callable[[str], str], trainer: MakeTrainer) -> None:
+    data = AnyData()
+    data.max_input_length = 90
+    with pytest.raises(ValueError, match=r"prompt of 10 tokens .* need 100 positions, and .* has 96\. .* to 86"):
+        trainer().fit(PromptTuning(model_folder("llama"), prompt_length=10), datamodule=data)
