@@ -11,16 +11,18 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from mpt_lightning.backbones import load_backbone
     from mpt_lightning.data import MultitaskDataModule, TaskDataModule, load_task
-    from mpt_lightning.modules import MPTSource, MPTTarget, PromptTuning
-    from mpt_lightning.prompts import MultitaskPrompt, SoftPrompt
+    from mpt_lightning.modules import CPT, MPTSource, MPTTarget, PromptTuning
+    from mpt_lightning.prompts import ContextPrompt, MultitaskPrompt, SoftPrompt
 
 _HOMES = {
     "SoftPrompt": "mpt_lightning.prompts",
     "MultitaskPrompt": "mpt_lightning.prompts",
+    "ContextPrompt": "mpt_lightning.prompts",
     "load_backbone": "mpt_lightning.backbones",
     "PromptTuning": "mpt_lightning.modules",
     "MPTSource": "mpt_lightning.modules",
     "MPTTarget": "mpt_lightning.modules",
+    "CPT": "mpt_lightning.modules",
     "TaskDataModule": "mpt_lightning.data",
     "MultitaskDataModule": "mpt_lightning.data",
     "load_task": "mpt_lightning.data",
@@ -29,10 +31,12 @@ _HOMES = {
 __all__ = [  # noqa: RUF022  (the order of a reader: prompts, backbones, modules, data)
     "SoftPrompt",
     "MultitaskPrompt",
+    "ContextPrompt",
     "load_backbone",
     "PromptTuning",
     "MPTSource",
     "MPTTarget",
+    "CPT",
     "TaskDataModule",
     "MultitaskDataModule",
     "load_task",

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpt_lightning.prompts import MultitaskPrompt, Prompt, SoftPrompt
+from mpt_lightning.prompts import ContextPrompt, MultitaskPrompt, Prompt, SoftPrompt
 
 KEY = "mpt_lightning"
 FORMAT = 1
-PROMPTS: dict[str, type[Prompt]] = {"SoftPrompt": SoftPrompt, "MultitaskPrompt": MultitaskPrompt}
+PROMPTS: dict[str, type[Prompt]] = {kind.__name__: kind for kind in (SoftPrompt, MultitaskPrompt, ContextPrompt)}
 
 
 @dataclass
@@ -26,7 +26,7 @@ class PromptCheckpoint:
         stage: the class that trained it: "PromptTuning", "MPTSource", ...
         backbone: Hub id or folder of the frozen model.
         fingerprint: hash of that model's embeddings.
-        prompt_class: "SoftPrompt" or "MultitaskPrompt".
+        prompt_class: "SoftPrompt", "MultitaskPrompt" or "ContextPrompt".
         prompt_config: that class's arguments.
         cards: the tasks' cards by name, as plain values; empty where the data had none.
         state_dict: the trained tensors.

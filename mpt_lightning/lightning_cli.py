@@ -62,7 +62,7 @@ class MPTCLI(LightningCLI):
         name = options.model.class_path.rsplit(".", 1)[-1]
         ours = {cls.__name__: cls for cls in _subclasses(PromptModule)}.get(name)  # type: ignore[type-abstract]
         path = options.get("ckpt_path")
-        if ours is not None and command != "fit" and not path:
+        if ours is not None and command != "fit" and not path and ours.needs_checkpoint(options.model.init_args):
             fail(NO_PROMPT)
         if ours is None or not path or path in ("best", "last", "hpc"):
             return

@@ -14,6 +14,7 @@ IGNORE = -100
 
 Layers = Literal["last", "all"]
 Positions = Literal["all", "text", "prompt"]
+Normalize = Literal["paper", "weights"]
 Stacks = Literal["both", "encoder", "decoder"]
 
 
@@ -44,6 +45,47 @@ def token_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         tensor(1.3863)
     """
     return functional.cross_entropy(_precise(logits).flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
+
+
+def context_cross_entropy(
+    context_logits: Tensor,
+    context_labels: Tensor,
+    distances: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    decay: float = 0.95,
+    normalize: Normalize = "paper",
+) -> Tensor:
+    """Cross-entropy of the context's labels and of the rows' own, the older the less (CPT sections 3.2 and 3.3).
+
+    The context's part is the same for every row, so it comes in once, and counts B times.
+
+    Args:
+        context_logits: [N, V], one for each label token of the context.
+        context_labels: [N].
+        distances: [N] examples from a label to the row: 1 for the last example of the context. Weight: decay^distance.
+        logits: [B, M, V] of the rows' own labels, which have weight 1.
+        labels: [B, M], -100 for padding.
+        decay: above 0, at most 1; 1 weighs all alike.
+        normalize: "paper" divides by the number of label tokens, as PEFT does, so that the loss shrinks with more
+            examples; "weights" divides by the sum of their weights.
+
+    Returns:
+        A scalar, in nats.
+
+    Example:
+        >>> even = [torch.zeros(2, 4), torch.tensor([0, 3]), torch.tensor([2, 1]), torch.zeros(1, 1, 4)]
+        >>> context_cross_entropy(*even, torch.tensor([[1]]), decay=0.5, normalize="weights")
+        tensor(1.3863)
+    """
+    of_context = functional.cross_entropy(_precise(context_logits), context_labels, reduction="none")
+    own = functional.cross_entropy(
+        _precise(logits).flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    weights = decay ** distances.to(of_context.dtype)
+    size, own_tokens = len(labels), (labels != IGNORE).sum()
+    count = len(context_labels) if normalize == "paper" else weights.sum()
+    return (size * (weights * of_context).sum() + own) / (size * count + own_tokens)
 
 
 def logit_distillation(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:

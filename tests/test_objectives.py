@@ -1,10 +1,18 @@
 """Losses against loops written out by hand, in float64."""
 
+import math
+
 import pytest
 import torch
 
 from mpt_lightning.backbones import Segment
-from mpt_lightning.objectives import IGNORE, hidden_distillation, logit_distillation, token_cross_entropy
+from mpt_lightning.objectives import (
+    IGNORE,
+    context_cross_entropy,
+    hidden_distillation,
+    logit_distillation,
+    token_cross_entropy,
+)
 
 torch.manual_seed(0)
 LABELS = torch.tensor([[1, 2, IGNORE], [0, IGNORE, IGNORE]])
@@ -107,3 +115,49 @@ def test_states_that_do_not_exist_are_told(states) -> None:
     student, teacher = states
     with pytest.raises(ValueError, match="stacks='decoder', positions='prompt', and the model has encoder/prompt"):
         hidden_distillation(student, teacher, positions="prompt", stacks="decoder")
+
+
+def context_inputs(examples: int, tokens: int = 2) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(9, (examples * tokens,), generator=generator)
+    distances = torch.arange(examples, 0, -1).repeat_interleave(tokens)
+    own = torch.tensor([[3, 4], [5, -100]])
+    return torch.randn(len(labels), 9, generator=generator), labels, distances, torch.randn(2, 2, 9), own
+
+
+@pytest.mark.parametrize("normalize", ["paper", "weights"])
+def test_context_loss_is_the_loop_over_rows_and_labels(normalize: str) -> None:
+    context_logits, context_labels, distances, logits, labels = context_inputs(3)
+    total, count, weights = 0.0, 0, 0.0
+    for row in range(2):
+        for logit, label, distance in zip(context_logits, context_labels, distances, strict=True):
+            weight = 0.7 ** int(distance)
+            total -= weight * torch.log_softmax(logit, 0)[label]
+            count, weights = count + 1, weights + weight
+        for logit, label in zip(logits[row], labels[row], strict=True):
+            if label >= 0:
+                total -= torch.log_softmax(logit, 0)[label]
+                count, weights = count + 1, weights + 1
+    expected = total / (count if normalize == "paper" else weights)
+    got = context_cross_entropy(context_logits, context_labels, distances, logits, labels, 0.7, normalize)
+    torch.testing.assert_close(got, expected)
+
+
+def test_context_loss_by_weights_does_not_drift_with_the_number_of_examples() -> None:
+    losses = {}
+    for normalize in ("paper", "weights"):
+        losses[normalize] = []
+        for examples in (2, 10, 50):
+            _, labels, distances, _, own = context_inputs(examples)
+            even = torch.zeros(len(labels), 9), labels, distances, torch.zeros(2, 2, 9), own
+            losses[normalize].append(context_cross_entropy(*even, 0.9, normalize).item())
+    assert losses["weights"] == pytest.approx([math.log(9)] * 3, rel=1e-6)
+    assert losses["paper"][2] < 0.6 * losses["paper"][0]
+
+
+def test_context_loss_of_half_precision_logits_is_in_fp32() -> None:
+    context_logits, context_labels, distances, logits, labels = context_inputs(3)
+    half = context_logits.bfloat16(), context_labels, distances, logits.bfloat16(), labels
+    precise = half[0].float(), context_labels, distances, half[3].float(), labels
+    assert context_cross_entropy(*half).dtype == torch.float32
+    torch.testing.assert_close(context_cross_entropy(*half), context_cross_entropy(*precise), rtol=0, atol=0)

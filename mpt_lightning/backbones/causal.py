@@ -42,29 +42,45 @@ class CausalBackbone(Backbone):
                 # Our caches are read-only, so that recomputing a layer with them is safe.
                 layer._can_checkpoint_with_cache = True
 
-    def encode_prompts(self, prompts: Tensor | EncodedPrompts) -> EncodedPrompts:
-        """Run the model over the prompts `[U, P, H]`, once each."""
+    def encode_prompts(self, prompts: Tensor | EncodedPrompts, predict_at: Tensor | None = None) -> EncodedPrompts:
+        """Run the model over the prompts, once each.
+
+        Args:
+            prompts: [U, P, H], or encoded already.
+            predict_at: [N] positions in 0..P-1 whose logits for the next token are wanted.
+        """
         if isinstance(prompts, EncodedPrompts):
             return prompts
         cache = PrefixCache(self._num_layers)
-        # `logits_to_keep=1`: a prompt predicts nothing, so no vocabulary-sized output is made for it.
+        # `logits_to_keep=1`: mostly a prompt predicts nothing, and no vocabulary-sized output is made for it.
         output = self.model(
             inputs_embeds=prompts.to(self.embeddings.dtype),
             past_key_values=cache,
             use_cache=not self.gradient_checkpointing,
             output_hidden_states=True,
-            logits_to_keep=1,
+            logits_to_keep=1 if predict_at is None else predict_at,
             return_dict=True,
         )
-        return EncodedPrompts(cache.contents(), tuple(output.hidden_states[1:]), prompts.shape[1])
+        logits = None if predict_at is None else output.logits
+        return EncodedPrompts(cache.contents(), tuple(output.hidden_states[1:]), prompts.shape[1], logits)
 
     def _read(
-        self, cache: Any, past: Tensor, input_ids: Tensor, mask: Tensor, keep: int, hidden_states: bool = False
+        self,
+        cache: Any,
+        past: Tensor,
+        before: Tensor | int,
+        input_ids: Tensor,
+        mask: Tensor,
+        keep: int,
+        hidden_states: bool = False,
     ) -> Any:
-        """Run tokens `[N, S]` on top of a cache whose mask is `past` `[N, P]`; logits for the last `keep` ones."""
+        """Run tokens `[N, S]` on top of a cache whose mask is `past` `[N, P]`; logits for the last `keep` ones.
+
+        `before`, `[N, 1]` or a number, says how many tokens the cache has, whether the rows see them or not.
+        """
         full = torch.cat([past, mask], dim=1)
         # Positions count tokens, not columns: neither padding nor its side moves a token.
-        positions = (full.cumsum(dim=1) - 1).clamp(min=0)[:, past.shape[1] :]
+        positions = (before + mask.cumsum(dim=1) - 1).clamp(min=0)
         options = {"position_ids": positions} if self._takes_positions else {}
         return self.model(
             input_ids=input_ids,
@@ -85,15 +101,20 @@ class CausalBackbone(Backbone):
         attention_mask: Tensor,
         labels: Tensor,
         hidden_states: bool = False,
+        prompt_mask: Tensor | None = None,
     ) -> BackboneOutput:
-        """Predict the label tokens; see `Backbone.forward`."""
+        """Predict the label tokens; see `Backbone.forward`.
+
+        `prompt_mask` `[B, P]` is 1 where a row sees its prompt's token; by default it sees all.
+        """
         encoded = self.encode_prompts(prompts)
         # With the padding on the left the text ends in one column, and the labels' logits are the last M columns.
         input_ids, attention_mask = align(input_ids, attention_mask, "left")
         given = labels[:, :-1]  # the last label is predicted, never read
         output = self._read(
             PrefixCache(gather(encoded.layers, rows)),
-            past=attention_mask.new_ones(len(rows), encoded.length),
+            past=attention_mask.new_ones(len(rows), encoded.length) if prompt_mask is None else prompt_mask,
+            before=encoded.length,
             input_ids=torch.cat([input_ids, given.clamp(min=0)], dim=1),
             mask=torch.cat([attention_mask, (given != IGNORE).to(attention_mask.dtype)], dim=1),
             keep=labels.shape[1],
@@ -122,7 +143,7 @@ class CausalBackbone(Backbone):
         input_ids, attention_mask = align(input_ids, attention_mask, "left")
         past = attention_mask.new_ones(len(rows), encoded.length)
         cache = PrefixCache(gather(encoded.layers, rows))
-        first = self._read(cache, past, input_ids, attention_mask, keep=1).logits
+        first = self._read(cache, past, encoded.length, input_ids, attention_mask, keep=1).logits
         exists = (choices != IGNORE).any(dim=2)
         row, _ = exists.nonzero(as_tuple=True)
         labels = choices[exists]
@@ -133,6 +154,7 @@ class CausalBackbone(Backbone):
             rest = self._read(
                 PrefixCache(gather(cache.contents(), row)),
                 past=torch.cat([past, attention_mask], dim=1)[row],
+                before=encoded.length + attention_mask.sum(dim=1, keepdim=True)[row],
                 input_ids=given.clamp(min=0),
                 mask=(given != IGNORE).to(attention_mask.dtype),
                 keep=given.shape[1],

@@ -18,11 +18,13 @@ class EncodedPrompts:
         layers: per layer the keys and values, `[U, heads, P, D]` each.
         hidden: per layer the hidden states `[U, P, H]`.
         length: P.
+        logits: `[U, N, V]` at the positions that were asked for, else nothing.
     """
 
     layers: tuple[tuple[Tensor, Tensor], ...]
     hidden: tuple[Tensor, ...]
     length: int
+    logits: Tensor | None = None
 
     def __getitem__(self, rows: Tensor) -> "EncodedPrompts":
         """Give some of the prompts, in the order of `rows` `[N]` in 0..U-1."""

@@ -152,6 +152,11 @@ class BuiltModule(L.LightningModule, ABC):
         return ids if self._row_of_task is None else self._row_of_task[ids]
 
     @classmethod
+    def needs_checkpoint(cls, arguments: Mapping[str, Any]) -> bool:
+        """Say whether evaluating with these arguments takes a trained prompt."""
+        return True
+
+    @classmethod
     def check_stage(cls, checkpoint: ckpt.PromptCheckpoint) -> None:
         """Refuse to go on from another class's checkpoint.
 
@@ -189,7 +194,8 @@ class BuiltModule(L.LightningModule, ABC):
         self.configure_model()
         if self.backbone is not None:
             found.check_backbone(self.backbone.name, self.backbone.fingerprint, "--ckpt_path")
-        self.prompt = found.empty_prompt().to(self.device)
+            self.prompt = found.empty_prompt().to(self.device)
+            self.prompt.attach(self.backbone.embeddings)
         self.tasks = found.tasks
         self._cards = evaluation.read_cards(found.cards)
         ckpt.close_finished_epoch(checkpoint)

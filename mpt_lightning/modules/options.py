@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from mpt_lightning.objectives import Layers, Positions, Stacks
+from mpt_lightning.objectives import Layers, Normalize, Positions, Stacks
+from mpt_lightning.prompts.context import EpsilonScale
 
 OptimizerName = Literal["adamw", "adafactor"]
 ScheduleName = Literal["linear", "constant", "cosine"]
+Method = Literal["cpt", "prompt_tuning", "instruction", "icl"]
 PromptInit = Literal["vocabulary", "text", "labels", "random", "checkpoint"]
 
 
@@ -24,6 +26,9 @@ def check_options(options: Mapping[str, Any]) -> None:
         "hidden_layers": get_args(Layers),
         "hidden_positions": get_args(Positions),
         "hidden_stacks": get_args(Stacks),
+        "method": get_args(Method),
+        "epsilon_scale": get_args(EpsilonScale),
+        "normalize": get_args(Normalize),
     }
     for name, choices in allowed.items():
         if name in options and options[name] not in choices:
@@ -31,6 +36,11 @@ def check_options(options: Mapping[str, Any]) -> None:
     for name in ("lr", "shared_lr", "task_lr", "warmup_steps", "weight_decay", "logits_weight", "hidden_weight"):
         if name in options and not options[name] >= 0:
             raise ValueError(f"{name} must be 0 or more, got {options[name]}.")
-    for name in ("prompt_length", "rank", "max_new_tokens", "num_beams"):
+    for name in ("epsilon", "template_epsilon"):
+        if options.get(name) is not None and not options[name] > 0:
+            raise ValueError(f"{name} must be above 0, or null for no bound; got {options[name]}.")
+    if "decay" in options and not 0 < options["decay"] <= 1:
+        raise ValueError(f"decay must be above 0 and at most 1 (1 weighs all examples alike), got {options['decay']}.")
+    for name in ("prompt_length", "rank", "max_new_tokens", "num_beams", "instruction_length"):
         if options.get(name) is not None and options[name] < 1:
             raise ValueError(f"{name} must be 1 or more, got {options[name]}.")

@@ -47,6 +47,9 @@ class Prompt(nn.Module, ABC):
             [U, P, H] prompt embeddings.
         """
 
+    def attach(self, embeddings: Tensor) -> None:
+        """Take what the prompt needs of the backbone's embeddings `[V, H]`; nothing by default."""
+
     @abstractmethod
     def task_parameters(self) -> list[str]:
         """Give the names of the parameters that have one row per task in their first dimension."""

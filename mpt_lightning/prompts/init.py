@@ -43,12 +43,30 @@ def sampled_vocabulary(
         >>> sampled_vocabulary(torch.eye(6), length=3, exclude=[0]).shape
         torch.Size([3, 6])
     """
+    drawn = torch.tensor(vocabulary_ids(len(embeddings), length, top, exclude, generator))
+    return embeddings.detach()[drawn.to(embeddings.device)].clone()
+
+
+def vocabulary_ids(
+    size: int, length: int, top: int = 5000, exclude: Iterable[int] = (), generator: Generator | None = None
+) -> list[int]:
+    """Draw distinct token ids from the most frequent ones.
+
+    Args:
+        size: V.
+        length: how many.
+        top: how many of the first ids to draw from.
+        exclude: ids that are never drawn.
+        generator: the source of randomness.
+
+    Raises:
+        ValueError: fewer than `length` tokens to draw from.
+    """
     banned = set(exclude)
-    ids = [token for token in range(min(top, len(embeddings))) if token not in banned]
+    ids = [token for token in range(min(top, size)) if token not in banned]
     if len(ids) < length:
         raise ValueError(f"A prompt of {length} distinct tokens needs as many to draw from; there are {len(ids)}.")
-    drawn = torch.tensor(ids)[torch.randperm(len(ids), generator=generator)[:length]]
-    return embeddings.detach()[drawn.to(embeddings.device)].clone()
+    return torch.tensor(ids)[torch.randperm(len(ids), generator=generator)[:length]].tolist()
 
 
 def from_token_ids(embeddings: Tensor, token_ids: Sequence[int], length: int) -> Tensor:

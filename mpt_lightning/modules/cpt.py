@@ -1,0 +1,214 @@
+"""Context-aware prompt tuning (Blau et al., 2024), and the methods it stands between, as arguments."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+
+from mpt_lightning import objectives
+from mpt_lightning.backbones import Backbone, CausalBackbone
+from mpt_lightning.modules.base import PromptModule
+from mpt_lightning.modules.built import Batch
+from mpt_lightning.modules.options import Method
+from mpt_lightning.objectives import Normalize
+from mpt_lightning.prompts import ContextPrompt
+from mpt_lightning.prompts.context import INSTRUCTION, EpsilonScale, Trained
+from mpt_lightning.prompts.init import vocabulary_ids
+
+TRAINED: dict[str, Trained] = {
+    "cpt": "inputs", "prompt_tuning": "all", "instruction": "instruction", "icl": "nothing",
+}  # fmt: skip
+
+
+class CPT(PromptModule):
+    """CPT: a few training examples stand before every row, and their embeddings are trained within small balls.
+
+    The examples come from the DataModule's `context`, which has `token_ids` and `token_types` (`ContextPrompt` says
+    what they mean); `TaskDataModule(card, context_shots=4)` makes one. Decoder-only backbones only: the method trains
+    on the context's own labels, which an encoder does not predict. The context is run once per step, not once per row.
+
+    Args:
+        backbone: Hub id ("gpt2") or folder of the frozen model.
+        method: "cpt"; or what it is compared with: "icl", in-context learning, which trains nothing (`validate`, `test`
+            and `predict` need no checkpoint); "prompt_tuning", every token of the context trained, labels too;
+            "instruction", instruction prompt tuning: free tokens before a frozen context.
+        epsilon: radius of the ball of an input token's perturbation, times sqrt(H / 2048); null: no bound. 0.2 is the
+            authors' value.
+        template_epsilon: the same for templates, separators and instructions. 0.1 is the authors' value.
+        epsilon_scale: "width" as above, "embedding" for shares of each token's embedding's norm.
+        context_loss: train on the context's labels too; by default with "cpt" alone.
+        decay: weight of a context label: decay^(examples from it to the row). Above 0, at most 1. 0.95 is the authors'.
+        normalize: "paper" takes the mean over label tokens, whatever their weights; "weights" the weighted mean.
+        leave_one_out: a training row does not see its own copy in the context (Lu et al., 2025).
+        instruction_length: tokens of method="instruction", drawn from the most frequent ones.
+        instruction_text: a text to start them from instead.
+        lr: learning rate. 1e-4 is the authors'.
+        **kwargs: see `BuiltModule`.
+
+    Raises:
+        ValueError: an argument has an impossible value.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        method: Method = "cpt",
+        epsilon: float | None = 0.2,
+        template_epsilon: float | None = 0.1,
+        epsilon_scale: EpsilonScale = "width",
+        context_loss: bool | None = None,
+        decay: float = 0.95,
+        normalize: Normalize = "paper",
+        leave_one_out: bool = False,
+        instruction_length: int = 16,
+        instruction_text: str | None = None,
+        lr: float = 1e-4,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(backbone=backbone, **kwargs)
+        self.trains_on_context = method == "cpt" if context_loss is None else context_loss
+
+    def _fits(self) -> bool:
+        # In-context learning has no training that a prompt could come from.
+        return super()._fits() or (self.hparams["method"] == "icl" and self._trainer is not None)
+
+    @classmethod
+    def needs_checkpoint(cls, arguments: Any) -> bool:
+        """Say whether evaluating with these arguments takes a trained prompt."""
+        return bool(arguments.get("method") != "icl")
+
+    def setup(self, stage: str) -> None:
+        """Check that the data has one task and a context, before the backbone is loaded."""
+        super().setup(stage)
+        names = list(getattr(self._datamodule(), "tasks", self.tasks))
+        if len(names) > 1:
+            raise ValueError(
+                f"CPT has the context of one task, and the data has {len(names)} ({', '.join(names)}). "
+                "Run it once per task, with --data.class_path TaskDataModule."
+            )
+        if self.hparams["method"] == "icl":
+            if stage == "fit":
+                raise ValueError(
+                    "method='icl' trains nothing: run `mpt validate` or `mpt test` (in Python trainer.validate or "
+                    "trainer.test), or choose another --model.method."
+                )
+            self.tasks = names
+        if self._fits() and getattr(self._datamodule(), "context", None) is None:
+            raise ValueError(NO_CONTEXT)
+
+    def build_prompt(self, backbone: Backbone) -> ContextPrompt:
+        """Make the prompt from the data's context, with an instruction before it where there is one.
+
+        Raises:
+            ValueError: the backbone is an encoder-decoder.
+        """
+        options = self.hparams
+        if not isinstance(backbone, CausalBackbone):
+            raise ValueError(
+                f"CPT trains on the labels in its context, and the encoder of {backbone.name} does not predict them. "
+                "Set --model.backbone to a decoder-only model, or use PromptTuning or MPTTarget."
+            )
+        context = self._datamodule().context
+        ids, types = list(context.token_ids), list(context.token_types)
+        if options["method"] == "instruction":
+            instruction = self._instruction(backbone)
+            ids, types = [*instruction, *ids], [INSTRUCTION] * len(instruction) + types
+        prompt = ContextPrompt(
+            ids, types, backbone.dim, self.tasks, TRAINED[options["method"]], options["epsilon"],
+            options["template_epsilon"], options["epsilon_scale"],
+        )  # fmt: skip
+        if self.trains_on_context and not len(prompt.label_ids):
+            raise ValueError("The context has no label tokens to train on (types 4, 8, ...); set --model.context_loss.")
+        prompt.attach(backbone.embeddings)
+        return prompt
+
+    def _instruction(self, backbone: Backbone) -> list[int]:
+        tokenizer, length = backbone.tokenizer, self.hparams["instruction_length"]
+        text = self.hparams["instruction_text"]
+        if text is None:
+            return vocabulary_ids(len(backbone.embeddings), length, exclude=tokenizer.all_special_ids)
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if not ids:
+            raise ValueError(f"instruction_text={text!r} has no tokens; give at least one word.")
+        return ids
+
+    def _check_positions(self, backbone: Backbone, prompt: Any) -> None:
+        """Refuse a context that leaves too little room for rows."""
+        longest, limit = getattr(self._datamodule(), "max_input_length", None), backbone.max_positions
+        if limit is None or prompt.length + (longest or 1) <= limit:
+            return
+        each = prompt.length / max(1, prompt.num_examples)
+        fits = max(0, int((limit - (longest or 1)) / each))
+        raise ValueError(
+            f"The context has {prompt.length} tokens ({prompt.num_examples} examples); with inputs of up to "
+            f"{longest or 1} that is more than the {limit} positions of {backbone.name}. About {fits} such examples "
+            "fit: lower --data.context_shots or --data.max_input_length."
+        )
+
+    def _match_tasks(self) -> None:
+        super()._match_tasks()
+        (_, prompt), data = self.parts(), self._datamodule()
+        if not hasattr(data, "context") or not isinstance(prompt, ContextPrompt):
+            return  # somebody else's data: the batches are laid out as its author says
+        context: Any = data.context
+        start = sum(kind == INSTRUCTION for kind in prompt.token_types)
+        if context is None or list(context.token_ids) != prompt.token_ids[start:]:
+            raise ValueError(
+                "The data's context is not the one that the prompt was trained with, so that rows would be laid out "
+                "differently. Use the training run's data: the same card, seed, context_shots, context_per, "
+                "separator, answer_prefix and max_input_length."
+            )
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Give "loss", and its parts unweighted: "row" and, where it is trained on, "context"."""
+        backbone, prompt = self.parts()
+        if not isinstance(backbone, CausalBackbone) or not isinstance(prompt, ContextPrompt):
+            raise RuntimeError("build_prompt has not run")
+        rows = self.task_rows(batch)
+        options, labels = self.hparams, batch["labels"]
+        wanted = prompt.label_positions - 1 if self.trains_on_context else None
+        context = backbone.encode_prompts(prompt(rows[:1]), predict_at=wanted)
+        mask = None
+        if options["leave_one_out"]:
+            mask = prompt.visible(self._own_examples(batch))
+        logits = backbone(
+            context, torch.zeros_like(rows), batch["input_ids"], batch["attention_mask"], labels, prompt_mask=mask
+        ).logits
+        row = objectives.token_cross_entropy(logits, labels)
+        if context.logits is None:
+            return {"loss": row}
+        predicted = context.logits[0]
+        loss = objectives.context_cross_entropy(
+            predicted, prompt.label_ids, prompt.label_distances, logits, labels, options["decay"], options["normalize"]
+        )
+        of_context = objectives.token_cross_entropy(predicted.detach()[None], prompt.label_ids[None])
+        return {"loss": loss, "row": row.detach(), "context": of_context}
+
+    def _own_examples(self, batch: Batch) -> Tensor:
+        if "context_examples" not in batch:
+            raise ValueError(
+                "leave_one_out needs to know which context example each row is: the batch has no `context_examples` "
+                "[B] (-1 for none). Use TaskDataModule(context_shots=...), or set leave_one_out=False."
+            )
+        own: Tensor = batch["context_examples"]
+        return own
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Give one group: the perturbation."""
+        _, prompt = self.parts()
+        return [{"params": list(prompt.parameters()), "lr": self.hparams["lr"], "name": "context"}]
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Make the optimizer; each of its steps ends with the projection, before anyone can see the parameters."""
+        made = super().configure_optimizers()
+        _, prompt = self.parts()
+        if isinstance(prompt, ContextPrompt):
+            made["optimizer"].register_step_post_hook(lambda *_: prompt.project())
+        return made
+
+
+NO_CONTEXT = (
+    "CPT needs examples to put before every row, and the data has no `context`. Set --data.context_shots, or give a "
+    "DataModule with an attribute `context` that has `token_ids` and `token_types`."
+)

@@ -1,0 +1,201 @@
+"""Context-aware prompt tuning (Blau et al., 2024): a context of examples whose embeddings move within small balls."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mpt_lightning.prompts.base import Prompt
+
+Trained = Literal["inputs", "all", "instruction", "nothing"]
+EpsilonScale = Literal["width", "embedding"]
+
+INSTRUCTION = -1
+"""The token type of a free instruction in front of the context."""
+REFERENCE_WIDTH = 2048
+"""The hidden size at which an epsilon is what it says (`peft/tuners/cpt/model.py`)."""
+
+
+class ContextPrompt(Prompt):
+    r"""A context of training examples: its frozen embeddings plus a trained, bounded perturbation `[P, H]`.
+
+    Token types are PEFT's. For the example k, counted from 0: 4k+1 its input template, 4k+2 its input, 4k+3 its
+    output template, 4k+4 its label. 0 is what separates examples. -1 is ours: a free instruction before them.
+
+    After an optimizer step `project` pulls each token's perturbation back into its L2 ball. The centre of the balls is
+    the backbone's own embedding, taken anew from the backbone and never saved, so it cannot move. `forward` changes
+    nothing.
+
+    Args:
+        token_ids: [P] the context.
+        token_types: [P].
+        dim: H.
+        tasks: [1] the task's name.
+        trained: which tokens move. "inputs" is CPT: inputs and templates, not labels and separators. "all" is prompt
+            tuning that starts from the context, "instruction" is instruction prompt tuning (Singhal et al., 2022),
+            "nothing" in-context learning.
+        epsilon: radius of an input token's ball, times sqrt(H / 2048); none: no bound. Labels have it too under "all".
+        template_epsilon: the same of template tokens, separators and the instruction.
+        epsilon_scale: "width" as above; "embedding" takes the epsilons as shares of the token's embedding's norm.
+
+    Raises:
+        ValueError: no tokens, lengths that differ, a type below -1, a label that nothing precedes, an epsilon that is
+            not above 0.
+
+    Example:
+        >>> prompt = ContextPrompt([5, 6, 7, 2], [1, 2, 4, 0], dim=8)
+        >>> prompt.attach(torch.randn(10, 8))
+        >>> prompt(torch.tensor([0])).shape
+        torch.Size([1, 4, 8])
+    """
+
+    embeddings: Tensor
+    moves: Tensor
+    radius: Tensor
+    label_positions: Tensor
+    label_ids: Tensor
+    label_distances: Tensor
+    examples: Tensor
+
+    def __init__(
+        self,
+        token_ids: Sequence[int],
+        token_types: Sequence[int],
+        dim: int,
+        tasks: Sequence[str] | None = None,
+        trained: Trained = "inputs",
+        epsilon: float | None = 0.2,
+        template_epsilon: float | None = 0.1,
+        epsilon_scale: EpsilonScale = "width",
+    ) -> None:
+        super().__init__(1, len(token_ids), dim, tasks)
+        check_types(token_ids, token_types)
+        for name, value in (("epsilon", epsilon), ("template_epsilon", template_epsilon)):
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, or none for no bound; got {value}.")
+        self.token_ids, self.token_types = list(token_ids), list(token_types)
+        self.trained, self.epsilon_scale = trained, epsilon_scale
+        self.epsilon, self.template_epsilon = epsilon, template_epsilon
+        types = torch.tensor(self.token_types)
+        is_label = (types > 0) & (types % 4 == 0)
+        moves = {
+            "inputs": (types > 0) & ~is_label,
+            "all": torch.ones_like(is_label),
+            "instruction": types == INSTRUCTION,
+            "nothing": torch.zeros_like(is_label),
+        }[trained]
+        self.delta_embedding = nn.Parameter(torch.zeros(self.length, dim), requires_grad=trained != "nothing")
+        # A factor of the forward pass, not a gradient hook, which copies would lose. Nothing of this is saved: all of
+        # it follows from the constructor's arguments and the backbone.
+        self._hold("moves", moves[:, None].to(torch.get_default_dtype()))
+        self._hold("embeddings", torch.zeros(self.length, dim))
+        self._hold("radius", torch.zeros(self.length, 1))
+        examples = torch.where(types > 0, (types - 1) // 4, -1)
+        self._hold("examples", examples)
+        self._hold("label_positions", is_label.nonzero()[:, 0])
+        self._hold("label_ids", torch.tensor(self.token_ids)[is_label])
+        self._hold("label_distances", (examples.max() + 1 - examples)[is_label])
+        self._attached = False
+
+    def _hold(self, name: str, value: Tensor) -> None:
+        self.register_buffer(name, value, persistent=False)
+
+    @property
+    def num_examples(self) -> int:
+        """N, the examples of the context."""
+        return int(self.examples.max()) + 1
+
+    def attach(self, embeddings: Tensor) -> None:
+        """Take the context's embeddings from the backbone's table `[V, H]`: the centre of the balls.
+
+        Raises:
+            ValueError: the table is of another width, or has too few rows.
+        """
+        if embeddings.shape[1] != self.dim or len(embeddings) <= max(self.token_ids):
+            raise ValueError(
+                f"The context has token ids up to {max(self.token_ids)} of width {self.dim}, and the backbone's "
+                f"embeddings are {list(embeddings.shape)}. Use the backbone that the context was made for."
+            )
+        ids = torch.tensor(self.token_ids, device=embeddings.device)
+        centre = embeddings.detach()[ids].to(self.delta_embedding)
+        self.embeddings.copy_(centre)
+        kinds = torch.tensor([kind > 0 and kind % 4 in (0, 2) for kind in self.token_types], device=centre.device)
+        input_bound, template_bound = (
+            torch.tensor(float("inf") if bound is None else bound).to(centre)
+            for bound in (self.epsilon, self.template_epsilon)
+        )
+        radius = torch.where(kinds, input_bound, template_bound)[:, None]
+        scale = (self.dim / REFERENCE_WIDTH) ** 0.5
+        self.radius.copy_(radius * (scale if self.epsilon_scale == "width" else centre.norm(dim=1, keepdim=True)))
+        self._attached = True
+
+    def forward(self, task_ids: Tensor) -> Tensor:
+        """Give the context `[U, P, H]`, U times the same one.
+
+        Raises:
+            RuntimeError: `attach` has not been called.
+        """
+        if not self._attached:
+            raise RuntimeError("The context has no embeddings yet: call attach(backbone.embeddings) first.")
+        return (self.embeddings + self.delta_embedding * self.moves).expand(len(task_ids), -1, -1)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Pull each perturbation back onto its ball, in place; for after every optimizer step (CPT section 3)."""
+        norm = torch.linalg.vector_norm(self.delta_embedding, dim=1, keepdim=True)
+        # Within the ball the factor is exactly 1; an infinite radius never binds.
+        self.delta_embedding.mul_(torch.where(norm > self.radius, self.radius / norm, 1.0))
+
+    def visible(self, examples: Tensor) -> Tensor:
+        """Say which tokens of the context each row sees if it must not see its own copy (leave-one-out).
+
+        Args:
+            examples: [B] the context example that a row is a copy of, -1 for none.
+
+        Returns:
+            [B, P], 1 where the row sees the token.
+        """
+        own = (self.examples[None] == examples[:, None]) & (examples[:, None] >= 0)
+        return (~own).long()
+
+    def task_parameters(self) -> list[str]:
+        """Give no names: a context has one task."""
+        return []
+
+    def add_task(self, task: str, like: str | None = None) -> None:
+        """Refuse: a context belongs to one task.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"A context belongs to one task ({self.tasks[0]}); train another one for {task!r}.")
+
+    def config(self) -> dict[str, Any]:
+        """Give the constructor's arguments."""
+        return {
+            "token_ids": self.token_ids,
+            "token_types": self.token_types,
+            "dim": self.dim,
+            "tasks": list(self.tasks),
+            "trained": self.trained,
+            "epsilon": self.epsilon,
+            "template_epsilon": self.template_epsilon,
+            "epsilon_scale": self.epsilon_scale,
+        }
+
+
+def check_types(token_ids: Sequence[int], token_types: Sequence[int]) -> None:
+    """Check a context's token types.
+
+    Raises:
+        ValueError: they cannot be those of a context.
+    """
+    if len(token_types) != len(token_ids):
+        raise ValueError(f"A context needs one type per token: got {len(token_ids)} ids, {len(token_types)} types.")
+    if min(token_types) < INSTRUCTION:
+        raise ValueError(f"Token types are {INSTRUCTION}, 0 or above; got {min(token_types)}.")
+    if token_types[0] > 0 and token_types[0] % 4 == 0:
+        raise ValueError(
+            "The context begins with a label, which nothing can predict; begin with an input or a template."
+        )
