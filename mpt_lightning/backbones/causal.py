@@ -36,11 +36,28 @@ class CausalBackbone(Backbone):
                 "Prompts need a decoder with full or sliding-window attention in every layer."
             )
         self._num_layers: int = config.num_hidden_layers
+        layers = getattr(config, "layer_types", None)
+        slides = layers is None or "sliding_attention" in layers
+        self._window: int | None = getattr(config, "sliding_window", None) if slides else None
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         for layer in model.modules():
             if isinstance(layer, GradientCheckpointingLayer):
                 # Our caches are read-only, so that recomputing a layer with them is safe.
                 layer._can_checkpoint_with_cache = True
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence, prompt included: the model's positions, or its attention window where that is less."""
+        limits = [limit for limit in (super().max_positions, self._window) if limit is not None]
+        return min(limits, default=None)
+
+    def _check_window(self, columns: int) -> None:
+        """Refuse what a sliding window would cut: it counts columns, so that padding would change the result."""
+        if self._window is not None and columns > self._window:
+            raise ValueError(
+                f"The prompt, text and answer take {columns} columns, and {self.name} attends to the last "
+                f"{self._window} only. Use shorter texts (max_input_length) or a shorter prompt."
+            )
 
     def encode_prompts(self, prompts: Tensor | EncodedPrompts, predict_at: Tensor | None = None) -> EncodedPrompts:
         """Run the model over the prompts, once each.
@@ -79,6 +96,7 @@ class CausalBackbone(Backbone):
         `before`, `[N, 1]` or a number, says how many tokens the cache has, whether the rows see them or not.
         """
         full = torch.cat([past, mask], dim=1)
+        self._check_window(full.shape[1])
         # Positions count tokens, not columns: neither padding nor its side moves a token.
         positions = (before + mask.cumsum(dim=1) - 1).clamp(min=0)
         options = {"position_ids": positions} if self._takes_positions else {}
@@ -177,6 +195,7 @@ class CausalBackbone(Backbone):
         input_ids, attention_mask = align(input_ids, attention_mask, "left")
         # `generate` wants ids for every cached position; it skips these, so any id does.
         stand_in = input_ids.new_zeros(len(rows), encoded.length)
+        self._check_window(encoded.length + input_ids.shape[1] + (options.get("max_new_tokens") or 1))
         copies = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
         tokens = self.model.generate(
             input_ids=torch.cat([stand_in, input_ids], dim=1),

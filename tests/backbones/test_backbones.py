@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 from mpt_lightning import load_backbone
 from mpt_lightning.backbones import Backbone, CausalBackbone, Seq2SeqBackbone
 from mpt_lightning.backbones.base import align, log_likelihood
-from tests.conftest import KINDS, build_model, make_batch
+from tests.conftest import KINDS, VOCABULARY, build_model, make_batch
 
 IGNORE = -100
 
@@ -215,3 +216,32 @@ def test_an_encoder_is_refused(tmp_path) -> None:
     BertForMaskedLM(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="neither an encoder-decoder nor a decoder-only"):
         load_backbone(str(tmp_path))
+
+
+def sliding(window: int) -> CausalBackbone:
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.2, sliding_window=window,
+    )  # fmt: skip
+    return CausalBackbone(MistralForCausalLM(config).double(), "sliding").eval()
+
+
+def test_a_sliding_window_is_exact_or_refused(prompts: torch.Tensor, batch: dict[str, torch.Tensor]) -> None:
+    """A window counts columns: beyond it, padding would decide what a row sees."""
+    wide, narrow = sliding(64), sliding(10)
+    assert (wide.max_positions, narrow.max_positions) == (64, 10)
+    logits = run(wide, prompts, batch).logits
+    embed = wide.model.get_input_embeddings()
+    for row, task in enumerate(batch["task_ids"]):
+        text, answer = batch["input_ids"][row][batch["attention_mask"][row] == 1], batch["labels"][row]
+        answer = answer[answer != IGNORE]
+        alone = torch.cat([prompts[task], embed(text), embed(answer)])[None]
+        expected = wide.model(inputs_embeds=alone).logits[0, -len(answer) - 1 : -1]
+        torch.testing.assert_close(logits[row, : len(answer)], expected, rtol=1e-9, atol=1e-9)
+    inputs = (prompts, batch["task_ids"], batch["input_ids"], batch["attention_mask"])
+    for verb, extra in ((narrow.forward, (batch["labels"],)), (narrow.score, (batch["labels"][:, None],))):
+        with pytest.raises(ValueError, match=r"attends to the last 10 only\. Use shorter texts"):
+            verb(*inputs, *extra)
+    with pytest.raises(ValueError, match="attends to the last 10 only"):
+        narrow.generate(*inputs, max_new_tokens=2)
