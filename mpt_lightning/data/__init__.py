@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from mpt_lightning.data.card import list_cards as list_cards
     from mpt_lightning.data.card import load_card as load_card
     from mpt_lightning.data.collate import PromptCollator as PromptCollator
+    from mpt_lightning.data.context import Context as Context
+    from mpt_lightning.data.context import build_context as build_context
     from mpt_lightning.data.multitask import MultitaskDataModule as MultitaskDataModule
     from mpt_lightning.data.task import TaskDataModule as TaskDataModule
     from mpt_lightning.data.task import load_task as load_task
@@ -23,6 +25,8 @@ _HOMES = {
     "list_cards": "card",
     "load_card": "card",
     "PromptCollator": "collate",
+    "Context": "context",
+    "build_context": "context",
     "PromptDataModule": "base",
     "TaskDataModule": "task",
     "load_task": "task",

@@ -16,9 +16,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from mpt_lightning.data.cache import encoded_split
 from mpt_lightning.data.card import TaskCard
 from mpt_lightning.data.collate import PromptCollator
-from mpt_lightning.data.encode import Encoder, encoded_split
+from mpt_lightning.data.context import Context
+from mpt_lightning.data.encode import Encoder
 from mpt_lightning.data.loader import ResumableLoader
 from mpt_lightning.data.rows import SPLIT_SEED, Draw, ShotsPer, Split
 from mpt_lightning.data.sampling import EvalSampler, GlobalBatchSampler
@@ -37,6 +39,8 @@ class PromptDataModule(L.LightningDataModule):
         batch_size: Training rows per device and batch.
         eval_batch_size: Evaluation rows per device and batch. Unset: `batch_size`.
         max_input_length: Most tokens of an input; the card names the column that is cut to fit.
+        answer_prefix: Words between the input and the answer, such as `label:`; joined with one space, never cut. An
+            encoder-decoder reads them at the end of the encoder's input.
         k_shot: Train on so many rows, drawn with `seed`. Unset: all rows.
         shots_per: Count `k_shot` per `class` or per `task`; `balanced` is per task, evenly over its classes. A task
             without classes counts per task.
@@ -61,6 +65,7 @@ class PromptDataModule(L.LightningDataModule):
         batch_size: int = 32,
         eval_batch_size: int | None = None,
         max_input_length: int = 256,
+        answer_prefix: str = "",
         k_shot: int | None = None,
         shots_per: ShotsPer = "class",
         max_train_rows: int | None = None,
@@ -74,23 +79,16 @@ class PromptDataModule(L.LightningDataModule):
         super().__init__()
         # With fewer evaluation rows than devices some device has none, which is no mistake.
         self.allow_zero_length_dataloader_with_multiple_devices = True
-        counts = {
-            "batch_size": batch_size,
-            "eval_batch_size": eval_batch_size,
-            "max_input_length": max_input_length,
-            "k_shot": k_shot,
-            "max_train_rows": max_train_rows,
-            "max_eval_rows": max_eval_rows,
-        }
-        for option, value in counts.items():
-            if value is not None and value < 1:
-                raise ValueError(f"Got {option}={value}, expected 1 or more; change `{option}`.")
-        for option, got, allowed in (
-            ("shots_per", shots_per, get_args(ShotsPer)),
-            ("predict_split", predict_split, ("train", "validation", "test")),
-        ):
-            if got not in allowed:
-                raise ValueError(f"Got {option}={got!r}, expected one of {', '.join(allowed)}; change `{option}`.")
+        check_counts(
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            max_input_length=max_input_length,
+            k_shot=k_shot,
+            max_train_rows=max_train_rows,
+            max_eval_rows=max_eval_rows,
+        )
+        check_allowed("shots_per", shots_per, get_args(ShotsPer))
+        check_allowed("predict_split", predict_split, get_args(Split))
         names = [card.name for card in cards]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"Got tasks {names}, expected one or more different names; change `tasks`.")
@@ -100,6 +98,7 @@ class PromptDataModule(L.LightningDataModule):
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.max_input_length = max_input_length
+        self.answer_prefix = answer_prefix
         self.group_by_length = group_by_length
         self.predict_split: Split = predict_split
         self.seed = seed
@@ -108,6 +107,7 @@ class PromptDataModule(L.LightningDataModule):
         self._train_draw = Draw(k_shot, shots_per, max_train_rows, seed)
         # The same evaluation rows for every seed: a deviation over seeds is then the training's alone.
         self._eval_draw = Draw(max_rows=max_eval_rows, seed=SPLIT_SEED)
+        self._has_context = False
         self._encoder: Encoder | None = None
         self._splits: dict[Split, list[Dataset]] = {}
 
@@ -132,6 +132,11 @@ class PromptDataModule(L.LightningDataModule):
         return self.encoder.tokenizer
 
     @property
+    def context(self) -> Context | None:
+        """Examples that come before every row; None where the DataModule has no such thing."""
+        return None
+
+    @property
     def encoder(self) -> Encoder:
         """How the backbone reads and writes text."""
         if self._encoder is None:
@@ -142,7 +147,9 @@ class PromptDataModule(L.LightningDataModule):
                     "Got no backbone to take the tokenizer from, expected a Hub id or a folder; set `backbone` of the "
                     "DataModule, or use a module with a hyperparameter `backbone`."
                 )
-            self._encoder = Encoder.from_backbone(str(backbone), self.max_input_length)
+            self._encoder = Encoder.from_backbone(
+                str(backbone), self.max_input_length, answer_prefix=self.answer_prefix, with_bos=not self._has_context
+            )
         return self._encoder
 
     @property
@@ -200,8 +207,11 @@ class PromptDataModule(L.LightningDataModule):
         trainer = self.trainer
         return (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
 
+    def _train_rows(self) -> Dataset:
+        return concatenate_datasets(self._rows("train")).select_columns(_TRAIN_COLUMNS)
+
     def _train_loader(self, sampler: GlobalBatchSampler) -> DataLoader[Any]:
-        rows: Any = concatenate_datasets(self._rows("train")).select_columns(_TRAIN_COLUMNS)
+        rows: Any = self._train_rows()
         options = self._loading(self.batch_size, PromptCollator(self.encoder.pad_id))
         if getattr(self.trainer, "overfit_batches", 0) > 0:
             # Lightning would put a sequential sampler in place of ours, which shows the first task only.
@@ -236,3 +246,32 @@ class PromptDataModule(L.LightningDataModule):
     def predict_dataloader(self) -> list[DataLoader[Any]]:
         """One loader per task over `predict_split`, in the order of `tasks`."""
         return self._eval_loaders(self.predict_split)
+
+
+def check_counts(**options: int | None) -> None:
+    """Check options that count something.
+
+    Args:
+        **options: Values by the option's name; None is unset.
+
+    Raises:
+        ValueError: If one is below 1.
+    """
+    for option, value in options.items():
+        if value is not None and value < 1:
+            raise ValueError(f"Got {option}={value}, expected 1 or more; change `{option}`.")
+
+
+def check_allowed(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Check an option that is one of some words.
+
+    Args:
+        option: Its name.
+        value: Its value.
+        allowed: The words.
+
+    Raises:
+        ValueError: If it is none of them.
+    """
+    if value not in allowed:
+        raise ValueError(f"Got {option}={value!r}, expected one of {', '.join(allowed)}; change `{option}`.")

@@ -18,8 +18,9 @@ class PromptCollator:
         choices: Token ids of the task's C choices, for evaluation. Unset: no `choices` in the batch.
 
     Returns of a call, for B rows: `input_ids [B, L]`, `attention_mask [B, L]` (1 is a token), `labels [B, M]` (-100 is
-    padding), `task_ids [B]`. Rows that carry their text (evaluation) add `references`, `texts`, `groups`, `row_ids`
-    (lists of B) and, where the task has choices, `choices [B, C, M']` (-100 is padding).
+    padding), `task_ids [B]`, and in training after a context `context_examples [B]` (the place in the context, from 0,
+    of the row's copy; -1 is none). Rows that carry their text (evaluation) add `references`, `texts`, `groups`,
+    `row_ids` (lists of B) and, where the task has choices, `choices [B, C, M']` (-100 is padding).
     """
 
     def __init__(self, pad_id: int, choices: Sequence[Sequence[int]] | None = None) -> None:
@@ -30,8 +31,8 @@ class PromptCollator:
         """Make a batch.
 
         Args:
-            rows: B rows with `input_ids`, `labels` and `task_ids`; in evaluation also `references`, `text`, `group`
-                and `row_id`.
+            rows: B rows with `input_ids`, `labels` and `task_ids`; after a context also `context_examples`, in
+                evaluation also `references`, `text`, `group` and `row_id`.
 
         Returns:
             The batch.
@@ -43,6 +44,8 @@ class PromptCollator:
             "labels": _pad([row["labels"] for row in rows], -100),
             "task_ids": torch.tensor([row["task_ids"] for row in rows]),
         }
+        if "context_examples" in rows[0]:
+            batch["context_examples"] = torch.tensor([row["context_examples"] for row in rows])
         if "text" in rows[0]:
             names = {"references": "references", "texts": "text", "groups": "group", "row_ids": "row_id"}
             batch |= {name: [row[column] for row in rows] for name, column in names.items()}

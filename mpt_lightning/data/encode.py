@@ -1,38 +1,23 @@
-"""From texts to token ids: the tokenizer's side of a task, cached on disk."""
+"""From texts to token ids: the tokenizer's side of a task."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any
 
-from datasets.arrow_dataset import Dataset
-from datasets.exceptions import DatasetGenerationError
-from datasets.features import Features, List, Value
 from datasets.fingerprint import Hasher
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mpt_lightning.backbones.load import load_config
 from mpt_lightning.data.card import TaskCard
 from mpt_lightning.data.examples import Example
-from mpt_lightning.data.rows import Draw, Split, examples, select_rows, source_rows
-from mpt_lightning.data.source import preprocess_source
+from mpt_lightning.data.rows import Split
 from mpt_lightning.demo import backbone_path
 
-#: Part of the cache key: raise it when the same input would give other ids.
-_FORMAT = 1
 _CHUNK = 1000
-_FEATURES = Features(
-    input_ids=List(Value("int32")),
-    labels=List(Value("int32")),
-    text=Value("string"),
-    references=List(Value("string")),
-    group=Value("string"),
-    row_id=Value("int64"),
-    cut=Value("bool"),
-)
 
 
 @dataclass
@@ -45,11 +30,16 @@ class Encoder:
             pretrained. Otherwise the input stays open and the target is " " + text + end of sequence, tokenised on
             its own because some tokenizers merge across the border.
         max_input_length: Most tokens of an input.
+        answer_prefix: Words at the end of every input, joined with one space where there is no whitespace yet.
+        with_bos: Whether inputs begin with what the tokenizer puts before a text; off where a context, which begins
+            with it, comes before them. Decoder-only models.
     """
 
     tokenizer: PreTrainedTokenizerBase
     is_encoder_decoder: bool
     max_input_length: int
+    answer_prefix: str = ""
+    with_bos: bool = True
 
     def __post_init__(self) -> None:
         """Check that a target can be closed."""
@@ -60,18 +50,19 @@ class Encoder:
             )
 
     @classmethod
-    def from_backbone(cls, backbone: str, max_input_length: int) -> Encoder:
+    def from_backbone(cls, backbone: str, max_input_length: int, **options: Any) -> Encoder:
         """Load the tokenizer and kind of a backbone.
 
         Args:
             backbone: Hub id or local folder.
             max_input_length: Most tokens of an input.
+            **options: `answer_prefix` and `with_bos`.
 
         Returns:
             The encoder.
         """
         kind = load_config(backbone).is_encoder_decoder
-        return cls(AutoTokenizer.from_pretrained(backbone_path(backbone)), bool(kind), max_input_length)
+        return cls(AutoTokenizer.from_pretrained(backbone_path(backbone)), bool(kind), max_input_length, **options)
 
     @property
     def pad_id(self) -> int:
@@ -84,8 +75,29 @@ class Encoder:
         """Hash of all that decides which ids a text becomes."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         state = backend.to_str() if backend is not None else sorted(self.tokenizer.get_vocab().items())
-        special = (self.tokenizer.eos_token_id, self.is_encoder_decoder, self.max_input_length)
-        return str(Hasher.hash([type(self.tokenizer).__name__, state, special]))
+        kind = (self.tokenizer.eos_token_id, self.is_encoder_decoder, self.max_input_length)
+        return str(Hasher.hash([type(self.tokenizer).__name__, state, kind, self.answer_prefix, self.with_bos]))
+
+    @property
+    def opening(self) -> list[int]:
+        """Ids that the tokenizer puts before a text: BOS, or none."""
+        encoded = self.tokenizer("a", return_special_tokens_mask=True, verbose=False)
+        first = [*encoded["special_tokens_mask"], 0].index(0)
+        return list(encoded["input_ids"][:first])
+
+    def text(self, card: TaskCard, values: dict[str, str]) -> str:
+        """The input text: the card's template, filled, then the answer prefix.
+
+        Args:
+            card: The task.
+            values: Text of each column.
+
+        Returns:
+            The text.
+        """
+        text = render(card, values)
+        joined = not self.answer_prefix or self.answer_prefix[0].isspace() or not text or text[-1].isspace()
+        return f"{text}{self.answer_prefix}" if joined else f"{text} {self.answer_prefix}"
 
     def inputs(self, texts: list[str]) -> list[list[int]]:
         """Token ids of input texts, of any length.
@@ -96,9 +108,11 @@ class Encoder:
         Returns:
             B lists of ids.
         """
-        ids = self._ids(texts)
+        if self.is_encoder_decoder:
+            return self._ids(texts)
         eos = self.tokenizer.eos_token_id
-        return ids if self.is_encoder_decoder else [row[:-1] if row[-1:] == [eos] else row for row in ids]
+        ids = self._ids(texts, add_special_tokens=self.with_bos)
+        return [row[:-1] if row[-1:] == [eos] else row for row in ids]
 
     def targets(self, texts: list[str]) -> list[list[int]]:
         """Token ids of target texts, closed by the end of sequence.
@@ -112,14 +126,24 @@ class Encoder:
         if self.is_encoder_decoder:
             encoded = self.tokenizer(text_target=texts, verbose=False)["input_ids"]
             return [list(row) for row in encoded]
-        opened = self._ids([f" {text}" for text in texts], add_special_tokens=False)
-        return [[*row, self.tokenizer.eos_token_id] for row in opened]
+        return [[*row, self.tokenizer.eos_token_id] for row in self.plain([f" {text}" for text in texts])]
+
+    def plain(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of texts as they stand, without special tokens around them.
+
+        Args:
+            texts: B texts.
+
+        Returns:
+            B lists of ids.
+        """
+        return self._ids(texts, add_special_tokens=False)
 
     def _ids(self, texts: list[str], **options: Any) -> list[list[int]]:
         encoded = self.tokenizer(texts, return_attention_mask=False, verbose=False, **options)["input_ids"]
         return [list(row) for row in encoded]
 
-    def fit(self, card: TaskCard, example: Example) -> tuple[str, list[int]]:
+    def fit(self, card: TaskCard, example: Example) -> tuple[Example, list[int]]:
         """Cut the one column that may be cut until the input fits.
 
         Args:
@@ -127,32 +151,37 @@ class Encoder:
             example: The row.
 
         Returns:
-            The text that fits and its ids.
+            The example as it fits, the same object where it does already, and the ids of its input.
 
         Raises:
-            ValueError: If the rest of the row leaves no room for any of that column.
+            ValueError: If the input has no tokens, or if the rest of the row leaves no room for any of that column.
         """
+        where = f"Task '{card.name}', row {example.row_id}"
+        ids = self._input(card, example)
+        if not ids:
+            raise ValueError(f"{where}: got an input without tokens, expected some; change the data.")
+        if len(ids) <= self.max_input_length:
+            return example, ids
         column = card.truncate or max(card.columns, key=lambda name: len(example.values[name]))
-        ends = self._token_ends(example.values[column])
-        kept = len(ends)
-
-        def attempt() -> tuple[str, list[int]]:
-            part = example.values[column][: ends[kept - 1]].rstrip() if kept else ""
-            text = render(card, {**example.values, column: part})
-            return text, self.inputs([text])[0]
-
+        whole = example.values[column]
+        ends = self._token_ends(whole)
+        kept, fitted = len(ends), example
         # Tokens merge at the borders, so the whole input is measured after each cut; one cut is mostly enough.
-        text, ids = attempt()
         while len(ids) > self.max_input_length and kept:
             kept = max(0, kept - (len(ids) - self.max_input_length))
-            text, ids = attempt()
+            part = whole[: ends[kept - 1]].rstrip() if kept else ""
+            fitted = replace(example, values={**example.values, column: part})
+            ids = self._input(card, fitted)
         if not kept:
             raise ValueError(
-                f"Task '{card.name}', row {example.row_id}: got {len(ids)} tokens without column '{column}', the one "
-                f"that may be cut, expected fewer than max_input_length={self.max_input_length}; raise "
-                "`max_input_length`, or change `truncate` or `input` of the card."
+                f"{where}: got {len(ids)} tokens without column '{column}', the one that may be cut, expected fewer "
+                f"than max_input_length={self.max_input_length}; raise `max_input_length`, or change `truncate` or "
+                "`input` of the card."
             )
-        return text, ids
+        return fitted, ids
+
+    def _input(self, card: TaskCard, example: Example) -> list[int]:
+        return self.inputs([self.text(card, example.values)])[0]
 
     def _token_ends(self, text: str) -> list[int]:
         if not self.tokenizer.is_fast:
@@ -175,28 +204,24 @@ class Encoder:
             ValueError: If an input has no tokens or cannot be cut to fit, or a training target is too long.
         """
         while chunk := list(islice(rows, _CHUNK)):
-            texts = [render(card, example.values) for example in chunk]
-            inputs = self.inputs(texts)
+            inputs = self.inputs([self.text(card, example.values) for example in chunk])
             targets = self.targets([example.target for example in chunk])
-            for example, text, ids, target in zip(chunk, texts, inputs, targets, strict=True):
-                where = f"Task '{card.name}', row {example.row_id}"
-                too_long = len(ids) > self.max_input_length
-                fitted = self.fit(card, example) if too_long else (text, ids)
-                if not ids:
-                    raise ValueError(f"{where}: got an input without tokens, expected some; change the data.")
+            for example, whole, target in zip(chunk, inputs, targets, strict=True):
+                fits = 0 < len(whole) <= self.max_input_length
+                fitted, ids = (example, whole) if fits else self.fit(card, example)
                 if split == "train" and card.max_target_length and len(target) > card.max_target_length:
                     raise ValueError(
-                        f"{where}: got a target of {len(target)} tokens, expected at most "
-                        f"{card.max_target_length}; raise `max_target_length` of the card or drop the row."
+                        f"Task '{card.name}', row {example.row_id}: got a target of {len(target)} tokens, expected at "
+                        f"most {card.max_target_length}; raise `max_target_length` of the card or drop the row."
                     )
                 yield {
-                    "input_ids": fitted[1],
+                    "input_ids": ids,
                     "labels": target,
-                    "text": fitted[0],
+                    "text": self.text(card, fitted.values),
                     "references": example.references,
                     "group": example.group,
                     "row_id": example.row_id,
-                    "cut": too_long,
+                    "cut": fitted is not example,
                 }
 
 
@@ -208,44 +233,6 @@ def render(card: TaskCard, values: dict[str, str]) -> str:
         values: Text of each column.
 
     Returns:
-        The input text.
+        The text.
     """
     return "".join(literal + (values[column] if column else "") for literal, column in card.parts)
-
-
-def encoded_split(
-    card: TaskCard, split: Split, encoder: Encoder, draw: Draw, data_root: str | None, cache_dir: str | None
-) -> Dataset:
-    """The encoded rows of a split, made once and then read from the cache.
-
-    Args:
-        card: The task.
-        split: Our name of the split.
-        encoder: How the backbone reads text.
-        draw: Which rows to use.
-        data_root: Folder that stands in for the Hub, or None.
-        cache_dir: Folder for cached data, or None for the `datasets` default.
-
-    Returns:
-        Rows with `input_ids`, `labels`, `text`, `references`, `group`, `row_id` and `cut`.
-
-    Raises:
-        ValueError: If the data or the card does not fit; nothing is left in the cache then.
-        FileNotFoundError: If `data_root` has no file for the split.
-    """
-    raw = source_rows(card, split, data_root, cache_dir)
-    key = Hasher.hash(
-        [_FORMAT, raw._fingerprint, asdict(card), preprocess_source(card), split, encoder.identity, asdict(draw)]
-    )
-
-    def generate() -> Iterator[dict[str, Any]]:
-        return encoder.encode(card, examples(card, select_rows(card, raw, split, draw)), split)
-
-    try:
-        cache: Any = cache_dir  # its annotation forgets None, its default
-        return Dataset.from_generator(generate, features=_FEATURES, cache_dir=cache, fingerprint=key)
-    except DatasetGenerationError as error:
-        # `datasets` wraps what the generator raised; the user needs that message, not the wrapper's.
-        if isinstance(error.__cause__, ValueError):
-            raise error.__cause__ from None
-        raise

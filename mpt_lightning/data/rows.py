@@ -30,12 +30,16 @@ class Draw:
             A task without classes counts per task.
         max_rows: Most rows to use. Unset: all.
         seed: Seed of the draw; a larger draw with the same seed contains the smaller one.
+        beside: Another draw, whose rows are left out before this one. Training rows only.
+        options: Names of the user's options behind `k_shot` and `shots_per`, for error messages.
     """
 
     k_shot: int | None = None
     shots_per: ShotsPer = "class"
     max_rows: int | None = None
     seed: int = 42
+    beside: Draw | None = None
+    options: tuple[str, str] = ("k_shot", "shots_per")
 
 
 def source_rows(card: TaskCard, split: Split, data_root: str | None, cache_dir: str | None) -> Dataset:
@@ -115,6 +119,13 @@ def select_rows(card: TaskCard, raw: Dataset, split: Split, draw: Draw) -> Datas
                 f"Task '{card.name}': got {len(chosen)} validation rows, which leave the {split} half empty, expected "
                 "two or more rows (or groups); change the data or `split_rule`."
             )
+    if draw.beside is not None:
+        positions = np.setdiff1d(positions, _draw_shots(card, positions, class_of, draw.beside))
+        if len(positions) == 0:
+            raise ValueError(
+                f"Task '{card.name}': got {draw.beside.options[0]}={draw.beside.k_shot}, which takes all {len(chosen)} "
+                f"training rows, expected some beside them; lower `{draw.beside.options[0]}`."
+            )
     if draw.k_shot is not None:
         positions = _draw_shots(card, positions, class_of, draw)
     if draw.max_rows is not None and draw.max_rows < len(positions):
@@ -150,7 +161,7 @@ def cut(positions: np.ndarray, groups: np.ndarray | None, size: int, seed: int) 
 def _draw_shots(card: TaskCard, positions: np.ndarray, classes: np.ndarray, draw: Draw) -> np.ndarray:
     order = np.random.default_rng(draw.seed).permutation(positions)
     per_class = draw.shots_per != "task" and card.choices is not None
-    shots = int(draw.k_shot or 0)
+    shots, (option, per) = int(draw.k_shot or 0), draw.options
     pools = {word: order[classes[order] == word] for word in card.choices or []} if per_class else {"": order}
     drawn = []
     for place, (word, pool) in enumerate(pools.items()):
@@ -158,9 +169,10 @@ def _draw_shots(card: TaskCard, positions: np.ndarray, classes: np.ndarray, draw
         wanted = shots if draw.shots_per != "balanced" else (shots + len(pools) - 1 - place) // len(pools)
         if len(pool) < wanted:
             what = f"class '{word}'" if per_class else "the task"
+            left = f"{len(pool)}" + (" beside the context" if draw.beside else "")
             raise ValueError(
-                f"Task '{card.name}': got k_shot={shots}, which needs {wanted} training rows, but {what} has only "
-                f"{len(pool)}; lower `k_shot`" + (" or set `shots_per: task`." if per_class else ".")
+                f"Task '{card.name}': got {option}={shots}, which needs {wanted} training rows, but {what} has only "
+                f"{left}; lower `{option}`" + (f" or set `{per}: task`." if per_class else ".")
             )
         drawn.append(pool[:wanted])
     return np.sort(np.concatenate(drawn))

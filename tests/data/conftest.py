@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, PreTrainedTokenizerFast, T5Config
 
 from mpt_lightning.data.card import TaskCard
@@ -26,9 +26,32 @@ def save_backbone(folder: Path, kind: str) -> str:
     return str(folder)
 
 
+def save_byte_backbone(folder: Path) -> str:
+    """A decoder-only byte-level BPE (of "Ġgood", "Ġfilm" and single bytes) that puts BOS first."""
+    merges = ["Ġ g", "Ġg o", "Ġgo o", "Ġgoo d", "Ġ f", "Ġf i", "Ġfi l", "Ġfil m"]
+    tokens = [
+        "<pad>",
+        "</s>",
+        "<s>",
+        *sorted(pre_tokenizers.ByteLevel.alphabet()),
+        *(m.replace(" ", "") for m in merges),
+    ]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [(left, right) for left, right in map(str.split, merges)]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", pad_token="<pad>"
+    ).save_pretrained(folder)
+    LlamaConfig().save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture(scope="session")
 def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return {kind: save_backbone(tmp_path_factory.mktemp(kind), kind) for kind in ("seq2seq", "causal")}
+    words = {kind: save_backbone(tmp_path_factory.mktemp(kind), kind) for kind in ("seq2seq", "causal")}
+    return {**words, "bytes": save_byte_backbone(tmp_path_factory.mktemp("bytes"))}
 
 
 @pytest.fixture

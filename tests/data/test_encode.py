@@ -1,6 +1,9 @@
+from dataclasses import replace
+
 import pytest
 
-from mpt_lightning.data.encode import Encoder, encoded_split, render
+from mpt_lightning.data.cache import encoded_split
+from mpt_lightning.data.encode import Encoder, render
 from mpt_lightning.data.examples import Example
 from mpt_lightning.data.rows import Draw
 
@@ -44,7 +47,8 @@ def test_padding_falls_back_to_the_end_of_sequence(backbones):
 def test_only_the_one_column_is_cut(make_card, encoder, truncate):
     card = make_card(input="question: {question} context: {context} : yes", truncate=truncate)
     row = example(question="one two three", context="film " * 50)
-    text, ids = encoder.fit(card, row)
+    fitted, ids = encoder.fit(card, row)
+    text = encoder.text(card, fitted.values)
     assert text.startswith("question: one two three context: film")
     assert text.endswith(" : yes")
     assert len(ids) == 12
@@ -53,9 +57,47 @@ def test_only_the_one_column_is_cut(make_card, encoder, truncate):
 
 def test_as_much_as_fits_is_kept(make_card, seq2seq):
     card = make_card(input="task {text}")
-    text, ids = seq2seq.fit(card, example(text="one two three four five six seven eight nine ten 0 1 2"))
-    assert text == "task one two three four five six seven eight nine ten"
+    fitted, ids = seq2seq.fit(card, example(text="one two three four five six seven eight nine ten 0 1 2"))
+    assert fitted.values == {"text": "one two three four five six seven eight nine ten"}
     assert len(ids) == 12
+
+
+def test_what_fits_is_left_alone(make_card, seq2seq):
+    row = example(text="one ")
+    assert seq2seq.fit(make_card(input="task {text}"), row)[0] is row
+
+
+@pytest.mark.parametrize(
+    ("prefix", "template", "text", "expected"),
+    [
+        ("yes:", "task {text}", "a film", "task a film yes:"),
+        ("\nyes:", "task {text}", "a film", "task a film\nyes:"),
+        ("yes:", "task {text}", "a film ", "task a film yes:"),
+        ("yes:", "{text}", "", "yes:"),
+        ("", "task {text}", "a film ", "task a film "),
+    ],
+)
+def test_answer_prefix_is_joined_with_one_space(make_card, seq2seq, prefix, template, text, expected):
+    assert replace(seq2seq, answer_prefix=prefix).text(make_card(input=template), {"text": text}) == expected
+
+
+def test_answer_prefix_is_never_cut(make_card, encoder):
+    encoder = replace(encoder, answer_prefix="yes no:")
+    (row,) = encoder.encode(make_card(input="task {text}"), iter([example(text="film " * 50)]), "train")
+    assert row["text"].startswith("task film film")
+    assert row["text"].endswith("film yes no:")
+    assert row["cut"]
+    assert len(row["input_ids"]) == 12
+
+
+@pytest.mark.parametrize(("kind", "bos"), [("causal", [3]), ("bytes", [2]), ("seq2seq", [])])
+def test_inputs_without_what_the_tokenizer_puts_first(backbones, kind, bos):
+    encoder = Encoder.from_backbone(backbones[kind], 12)
+    encoder.is_encoder_decoder = False
+    assert encoder.opening == bos
+    (ids,) = replace(encoder, with_bos=False).inputs(["a film"])
+    assert [*bos, *ids] == encoder.inputs(["a film"])[0]
+    assert not set(ids) & {encoder.tokenizer.bos_token_id, encoder.tokenizer.eos_token_id}
 
 
 def test_no_room_for_the_column(make_card, seq2seq):
@@ -70,9 +112,9 @@ def test_no_room_for_the_column(make_card, seq2seq):
 
 def test_slow_tokenizers_are_cut_by_characters(make_card, seq2seq, monkeypatch):
     monkeypatch.setattr(type(seq2seq.tokenizer), "is_fast", False)
-    text, ids = seq2seq.fit(make_card(input="task {text}"), example(text="one " * 40))
+    fitted, ids = seq2seq.fit(make_card(input="task {text}"), example(text="one " * 40))
     assert len(ids) == 12
-    assert text.startswith("task one one")
+    assert fitted.values["text"].startswith("one one")
 
 
 def test_target_limit_is_for_training_only(make_card, seq2seq):
@@ -128,12 +170,12 @@ def test_second_run_reads_the_cache(make_card, write_split, film_rows, seq2seq, 
     assert len(second) == 20
 
 
-@pytest.mark.parametrize("change", ["card", "draw", "length", "kind", "data"])
+@pytest.mark.parametrize("change", ["card", "draw", "length", "kind", "prefix", "bos", "data"])
 def test_any_change_makes_a_new_cache(make_card, write_split, film_rows, backbones, tmp_path, encode_calls, change):
     root, cache = write_split(film_rows(20)), str(tmp_path / "cache")
 
-    def run(card=None, draw=DRAW, kind="seq2seq", length=12):
-        encoder = Encoder.from_backbone(backbones[kind], length)
+    def run(card=None, draw=DRAW, kind="seq2seq", length=12, **options):
+        encoder = Encoder.from_backbone(backbones[kind], length, **options)
         return encoded_split(card or make_card(), "train", encoder, draw, root, cache)
 
     run()
@@ -147,6 +189,8 @@ def test_any_change_makes_a_new_cache(make_card, write_split, film_rows, backbon
                 "draw": {"draw": Draw(k_shot=2)},
                 "length": {"length": 11},
                 "kind": {"kind": "causal"},
+                "prefix": {"answer_prefix": "yes"},
+                "bos": {"with_bos": False},
             }[change]
         )
     assert len(encode_calls) == 2

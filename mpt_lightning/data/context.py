@@ -1,0 +1,118 @@
+"""The context of context-aware prompt tuning: training examples with their answers, as one run of typed tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from mpt_lightning.data.card import TaskCard
+from mpt_lightning.data.encode import Encoder
+from mpt_lightning.data.examples import Example
+
+#: Types of the tokens of the first example, PEFT's; example k has them plus 4k. 0 is BOS or a separator.
+TEMPLATE, INPUT, PREFIX, ANSWER = 1, 2, 3, 4
+
+
+@dataclass(frozen=True)
+class Context:
+    """K examples as they stand before every row: `[BOS] input prefix answer eos separator input ...`.
+
+    An example's tokens up to its answer are the `input_ids` of the same row in a batch, its answer and end of sequence
+    are that row's `labels`.
+
+    Args:
+        task: Name of the task.
+        token_ids: Ids of the N tokens.
+        token_types: Type of each [N]. Example k, from 0: 4k + 1 the template's words, 4k + 2 the text of its columns,
+            4k + 3 the answer prefix, 4k + 4 the answer and the end of sequence. 0: BOS and separators.
+        row_ids: Row of each example in the Hub's split [K], in the order of the examples.
+    """
+
+    task: str
+    token_ids: list[int]
+    token_types: list[int]
+    row_ids: list[int]
+
+
+def build_context(
+    card: TaskCard, examples: Sequence[Example], encoder: Encoder, separator: str, max_length: int | None
+) -> Context:
+    """Lay examples out as a context.
+
+    Args:
+        card: The task.
+        examples: The K examples, in order; an input that is too long is cut like that of a row.
+        encoder: How the backbone reads and writes text.
+        separator: Text after every example, the last one too. Empty: none.
+        max_length: Most tokens N. Unset: no limit.
+
+    Returns:
+        The context.
+
+    Raises:
+        ValueError: If the backbone cannot have a context, if its tokenizer cannot write the separator, the answer
+            prefix or a choice, if an input cannot be cut to fit, or if there are more tokens than `max_length`.
+    """
+    _check_backbone(encoder)
+    between = _written(encoder, separator, "`separator`", 'set `separator` to another text, or to "" for none')
+    _written(encoder, encoder.answer_prefix, "`answer_prefix`", "change `answer_prefix`")
+    for word in card.choices or []:
+        _written(encoder, word, f"`choices` of the card '{card.name}'", "change the word, or `backbone`")
+    inside = replace(encoder, with_bos=False)
+    ids = encoder.opening
+    types, ends = [0] * len(ids), []
+    for number, example in enumerate(examples):
+        fitted, tokens = inside.fit(card, example)
+        (answer,) = encoder.targets([example.target])
+        ids += [*tokens, *answer, *between]
+        types += [4 * number + kind for kind in _input_types(card, fitted, inside, len(tokens))]
+        types += [4 * number + ANSWER] * len(answer) + [0] * len(between)
+        ends.append(len(ids))
+    if max_length is not None and len(ids) > max_length:
+        fitting = sum(end <= max_length for end in ends)
+        raise ValueError(
+            f"Task '{card.name}': got a context of {len(ids)} tokens for {len(ends)} examples, expected at most "
+            f"max_context_length={max_length}, into which the first {fitting} fit; lower `context_shots` or "
+            "`max_input_length`, or raise `max_context_length`."
+        )
+    return Context(card.name, ids, types, [example.row_id for example in examples])
+
+
+def _check_backbone(encoder: Encoder) -> None:
+    if encoder.is_encoder_decoder:
+        raise ValueError(
+            "Got an encoder-decoder backbone, expected a decoder-only one: context-aware prompt tuning trains on the "
+            "answers in the context, which an encoder does not predict; change `backbone`, or leave `context_shots` "
+            "unset."
+        )
+    if not encoder.tokenizer.is_fast:
+        raise ValueError(
+            f"Tokenizer '{encoder.tokenizer.name_or_path}': got a slow tokenizer, expected a fast one, which says "
+            "where in the text a token stands, to tell the template from the input; change `backbone`, or leave "
+            "`context_shots` unset."
+        )
+
+
+def _written(encoder: Encoder, text: str, where: str, change: str) -> list[int]:
+    """Ids of a text that must not vanish or become the unknown token."""
+    (ids,) = encoder.plain([text]) if text else ([],)
+    if text and (not ids or encoder.tokenizer.unk_token_id in ids):
+        raise ValueError(
+            f"Got {text!r} in {where}, which the tokenizer '{encoder.tokenizer.name_or_path}' turns into "
+            f"{encoder.tokenizer.convert_ids_to_tokens(ids)}, expected a text that it can write; {change}."
+        )
+    return ids
+
+
+def _input_types(card: TaskCard, example: Example, encoder: Encoder, length: int) -> Iterator[int]:
+    """Types of an input's tokens, from the characters they stand for."""
+    text = encoder.text(card, example.values)
+    characters = []
+    for literal, column in card.parts:
+        characters += [TEMPLATE] * len(literal) + [INPUT] * len(example.values[column] if column else "")
+    characters += [PREFIX] * (len(text) - len(characters))
+    encoded = encoder.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    for start, end in encoded["offset_mapping"][:length]:
+        # A token without characters of its own, such as a mark of the text's start, goes with the next one.
+        here = characters[start:end] or characters[start : start + 1] or characters[-1:]
+        yield next(kind for kind in (INPUT, PREFIX, TEMPLATE) if kind in here)
