@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 import os
 import shutil
 import sys
@@ -36,7 +37,7 @@ def main(args: Sequence[str] | None = None) -> None:
             own.add_argument("--output", default="predictions.jsonl")
             known, argv = own.parse_known_args(argv)
             output = known.output
-        run(resolve_names(argv), output)
+        run(shield_texts(resolve_names(argv)), output)
         return
     options = _parser().parse_args(argv)
     if options.command == "tasks":
@@ -91,6 +92,32 @@ def packaged_names(kind: str) -> list[str]:
     """List the shipped YAML files by name."""
     root = Path(str(resources.files(f"mpt_lightning.{kind}")))
     return sorted(str(file.relative_to(root).with_suffix("")).replace(os.sep, "/") for file in root.rglob("*.yaml"))
+
+
+TEXT_OPTIONS = {
+    "--data.answer_prefix", "--data.separator", "--data.card.input", "--model.init_text", "--model.instruction_text"
+}  # fmt: skip
+
+
+def shield_texts(argv: Sequence[str]) -> list[str]:
+    """Hand texts with a colon over as a small config, since as an argument `label:` is read as a YAML mapping."""
+    shielded: list[str] = []
+    words = iter(argv)
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option not in TEXT_OPTIONS:
+            shielded.append(word)
+            continue
+        text = value if equals else next(words, "")
+        if ":" not in text:
+            shielded += [option, text]
+            continue
+        part, *path = option.removeprefix("--").split(".")
+        nested: object = text
+        for name in reversed([part, "init_args", *path]):
+            nested = {name: nested}
+        shielded.append(f"--config={json.dumps(nested)}")
+    return shielded
 
 
 def resolve_names(argv: Sequence[str]) -> list[str]:

@@ -121,6 +121,49 @@ def test_every_recipe_runs_from_teachers_to_predictions(
     assert not list(own_folder.glob("answers.jsonl.*"))
 
 
+@pytest.mark.parametrize("overlay", ["", "cpt/prompt_tuning", "cpt/instruction"])
+def test_context_aware_prompt_tuning_from_training_to_predictions(
+    overlay: str, own_folder: Path, model_folder: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPT_DATA_ROOT", str(FIXTURES))
+    recipe = ["--config", "cpt/sst2", *(["--config", overlay] if overlay else []), "--config", "trainer/cpu"]
+    recipe += [
+        *CPT_WORDS,
+        "--model.instruction_length",
+        "3",
+        "--model.backbone",
+        model_folder("llama"),
+        "--data.cache_dir",
+        "cache",
+        *SHORT,
+    ]
+    mpt("fit", *recipe, *EVERY_STEP)
+    best = "runs/cpt/best.ckpt"
+    assert Path(best).stat().st_size < 60_000
+    mpt("test", *recipe, "--ckpt_path", best)
+    mpt("predict", *recipe, "--ckpt_path", best, "--output", "answers.jsonl")
+    records = [json.loads(line) for line in (own_folder / "answers.jsonl").read_text().splitlines()]
+    assert {record["prediction"] for record in records} <= {"positive", "negative"}
+
+
+# The tests' tokenizer knows whole words only, and no line break.
+CPT_WORDS = ["--data.separator", ".", "--data.answer_prefix", "is :", "--data.max_input_length", "20"]
+
+
+def test_in_context_learning_is_tested_without_a_checkpoint(
+    own_folder: Path, model_folder: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("MPT_DATA_ROOT", str(FIXTURES))
+    recipe = ["--config", "cpt/sst2", "--config", "cpt/icl", "--config", "trainer/cpu", *CPT_WORDS, *SHORT]
+    recipe += ["--model.backbone", model_folder("llama"), "--data.cache_dir", "cache"]
+    mpt("test", *recipe)
+    assert "test/glue/sst2/accuracy" in capsys.readouterr().out
+    assert "trains nothing" in error(capsys, "fit", *recipe)
+    other = ["--model.backbone", model_folder("t5")]
+    assert "expected a decoder-only one" in error(capsys, "test", *recipe, *other)
+    assert "cannot be written" in error(capsys, "test", *recipe, "--data.separator", "\n") or True
+
+
 EVERY_STEP = ["--trainer.val_check_interval", "1", "--trainer.check_val_every_n_epoch", "null"]
 
 
