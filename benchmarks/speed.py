@@ -6,29 +6,20 @@ What is compared runs in turns (A, B, A, B, ...), so that a machine that slows d
 ratio; the table shows the median over the rounds and the middle half of them. Random weights, CPU, fp32.
 """
 
-import argparse
-import json
-import logging
-import platform
 import subprocess
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from statistics import median, quantiles
 
 import lightning.pytorch as L
 import peft
 import torch
-import transformers
+from measure import RESULTS, Line, Step, difference, in_turns, main, small_llama, train_step
 from peft import MultitaskPromptTuningConfig, PromptTuningConfig, get_peft_model
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import T5Config, T5ForConditionalGeneration
 
 from mpt_lightning import MPTSource, MultitaskPrompt, PromptTuning, SoftPrompt
 from mpt_lightning.backbones import CausalBackbone, Seq2SeqBackbone
@@ -39,66 +30,11 @@ from mpt_lightning.prompts import Prompt
 LENGTH = 100  # P
 LABELS = 2  # M: a class word and the end
 TASKS = ["first", "second", "third", "fourth"]
-RESULTS = Path(__file__).parent / "results" / "speed.json"
 
-Step = Callable[[], None]
 Batch = dict[str, Tensor]
 
 
-@dataclass
-class Line:
-    """One line of the table: a ratio of what is measured to its reference.
-
-    Attributes:
-        name: what is measured.
-        reference: what it is compared with.
-        goal: the bound of the ratio.
-        at_least: whether the goal is a speed-up (reference / measured, high is good) or a cost (measured / reference).
-        seconds: of the measured one, per round.
-        reference_seconds: of the reference, per round.
-        note: what shows that both did the same.
-    """
-
-    name: str
-    reference: str
-    goal: float
-    at_least: bool
-    seconds: list[float]
-    reference_seconds: list[float]
-    note: str = ""
-    ratios: list[float] = field(init=False)
-
-    def __post_init__(self) -> None:
-        pairs = zip(self.seconds, self.reference_seconds, strict=True)
-        self.ratios = [theirs / ours if self.at_least else ours / theirs for ours, theirs in pairs]
-
-    @property
-    def met(self) -> bool:
-        """Whether the median reaches the goal."""
-        return median(self.ratios) >= self.goal if self.at_least else median(self.ratios) <= self.goal
-
-
-def in_turns(ours: Step, theirs: Step, repeats: int, text: str) -> tuple[list[float], list[float]]:
-    """Time two steps in turns, after two rounds of warming up; every other round begins with the other one."""
-    times: dict[Step, list[float]] = {ours: [], theirs: []}
-    for turn in track(range(repeats + 2), description=f"{text:32}", transient=True):
-        for step in (ours, theirs) if turn % 2 else (theirs, ours):
-            begin = time.perf_counter()
-            step()
-            times[step].append(time.perf_counter() - begin)
-    return times[ours][2:], times[theirs][2:]
-
-
 # -- models and data -----------------------------------------------------------------------------------------------
-
-
-def small_llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=8000, hidden_size=288, intermediate_size=768, num_hidden_layers=6, num_attention_heads=6,
-        num_key_value_heads=6, max_position_embeddings=512,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
 
 
 def t5_small() -> T5ForConditionalGeneration:
@@ -118,23 +54,6 @@ def make_batch(rows: int, length: int, vocabulary: int, tasks: int) -> Batch:
         "labels": torch.randint(3, vocabulary, (rows, LABELS), generator=generator),
         "task_ids": torch.arange(rows) % tasks,
     }
-
-
-def train_step(parameters: Iterator[nn.Parameter], loss_of: Callable[[], Tensor]) -> Step:
-    """Make a step of forward, backward and AdamW."""
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        loss_of().backward()
-        optimizer.step()
-
-    return step
-
-
-def difference(ours: Tensor, theirs: Tensor) -> float:
-    """Give the largest difference, relative to the largest value."""
-    return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
 # -- a causal step against PEFT's ----------------------------------------------------------------------------------
@@ -293,52 +212,8 @@ def commands(repeats: int) -> Iterator[Line]:
         yield Line(f"mpt {' '.join(words)}", "1 second", 1.0, False, seconds, [1.0] * len(seconds))
 
 
-# -- the table ------------------------------------------------------------------------------------------------------
-
 PARTS = {"causal": causal, "overhead": overhead, "distillation": distillation, "commands": commands}
 
 
-def show(lines: list[Line], environment: dict[str, str]) -> None:
-    table = Table(title="Speed: median of the rounds' ratios", caption=", ".join(environment.values()))
-    for column in ("measured", "reference", "goal", "ratio", "middle half", "seconds", "same result"):
-        table.add_column(column, overflow="fold", justify="left" if column in ("measured", "reference") else "right")
-    for line in lines:
-        low, _, high = quantiles(line.ratios, n=4)
-        table.add_row(
-            line.name,
-            line.reference,
-            f"{'>=' if line.at_least else '<='} {line.goal:g}",
-            f"[{'green' if line.met else 'red'}]{median(line.ratios):.3g}[/]",
-            f"{low:.3g} to {high:.3g}",
-            f"{median(line.seconds):.3f} : {median(line.reference_seconds):.3f}",
-            line.note,
-        )
-    Console(width=150).print(table)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Ratios of step times, in one run.")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=15, help="rounds, at least 2 (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run (default: all)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="JSON file (default: %(default)s)")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    lines = [line for part in options.only for line in PARTS[part](options.repeats)]
-    environment = {
-        "threads": f"{options.threads} CPU threads ({platform.machine()})",
-        "rounds": f"{options.repeats} rounds",
-        "torch": f"torch {torch.__version__}",
-        "transformers": f"transformers {transformers.__version__}",
-        "lightning": f"lightning {L.__version__}",
-    }
-    show(lines, environment)
-    rows = [asdict(line) | {"ratio": median(line.ratios), "met": line.met} for line in lines]
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    main("Speed", PARTS, RESULTS / "speed.json")
