@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpt_lightning.prompts import ContextPrompt, MultitaskPrompt, Prompt, SoftPrompt
+from mpt_lightning.prompts import ContextPrompt, EncodedPrompt, MultitaskPrompt, Prompt, SoftPrompt, SuperposedPrompt
 
 KEY = "mpt_lightning"
 FORMAT = 1
-PROMPTS: dict[str, type[Prompt]] = {kind.__name__: kind for kind in (SoftPrompt, MultitaskPrompt, ContextPrompt)}
+PROMPTS: dict[str, type[Prompt]] = {
+    kind.__name__: kind for kind in (SoftPrompt, MultitaskPrompt, ContextPrompt, EncodedPrompt, SuperposedPrompt)
+}
 
 
 @dataclass
@@ -52,9 +54,15 @@ class PromptCheckpoint:
         """Make a prompt of the checkpoint's class and shape."""
         return PROMPTS[self.prompt_class](**self.prompt_config)
 
-    def prompt(self) -> Prompt:
-        """Make the trained prompt."""
+    def prompt(self, embeddings: Tensor | None = None) -> Prompt:
+        """Make the trained prompt.
+
+        Args:
+            embeddings: [V, H] the backbone's, for prompts that are made of them (CPT).
+        """
         prompt = self.empty_prompt()
+        if embeddings is not None:
+            prompt.attach(embeddings.cpu())
         prompt.load_state_dict(
             {name.removeprefix("prompt."): value for name, value in self.state_dict.items()}, strict=True
         )

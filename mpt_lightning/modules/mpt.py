@@ -125,7 +125,7 @@ class MPTSource(_MultitaskModule):
                     f"The task {task!r} has no teacher: --model.teachers {path} has {', '.join(teacher.tasks)}. "
                     "Train PromptTuning on it too, or leave the task out."
                 )
-            check_length(path, teacher.prompt_config["length"], self.hparams["prompt_length"], "--model.teachers")
+            check_length(path, teacher.empty_prompt().length, self.hparams["prompt_length"], "--model.teachers")
             teachers[task] = teacher
         return teachers
 
@@ -136,7 +136,7 @@ class MPTSource(_MultitaskModule):
             prompts = []
             for task, teacher in self._teacher_checkpoints().items():
                 teacher.check_backbone(self.backbone.name, self.backbone.fingerprint, "--model.teachers")
-                prompts.append(teacher.prompt().fold(task))
+                prompts.append(teacher.prompt(self.backbone.embeddings).fold(task))
             self.teacher_prompts = torch.stack(prompts).to(self.device)
 
     def on_fit_start(self) -> None:

@@ -7,6 +7,7 @@ from mpt_lightning.objectives import Layers, Normalize, Positions, Stacks
 from mpt_lightning.prompts.context import EpsilonScale
 
 OptimizerName = Literal["adamw", "adafactor"]
+Reparameterization = Literal["none", "residual", "mlp", "lstm", "superposition"]
 ScheduleName = Literal["linear", "constant", "cosine"]
 Method = Literal["cpt", "prompt_tuning", "instruction", "icl"]
 PromptInit = Literal["vocabulary", "text", "labels", "random", "checkpoint"]
@@ -23,6 +24,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         "optimizer": get_args(OptimizerName),
         "schedule": get_args(ScheduleName),
         "prompt_init": get_args(PromptInit),
+        "reparameterization": get_args(Reparameterization),
         "hidden_layers": get_args(Layers),
         "hidden_positions": get_args(Positions),
         "hidden_stacks": get_args(Stacks),
@@ -41,6 +43,6 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be above 0, or null for no bound; got {options[name]}.")
     if "decay" in options and not 0 < options["decay"] <= 1:
         raise ValueError(f"decay must be above 0 and at most 1 (1 weighs all examples alike), got {options['decay']}.")
-    for name in ("prompt_length", "rank", "max_new_tokens", "num_beams", "instruction_length"):
+    for name in ("prompt_length", "rank", "max_new_tokens", "num_beams", "instruction_length", "network_width"):
         if options.get(name) is not None and options[name] < 1:
             raise ValueError(f"{name} must be 1 or more, got {options[name]}.")

@@ -66,7 +66,7 @@ def checkpoint_prompts(path: str | None, backbone: Backbone, tasks: Sequence[str
         raise ValueError("prompt_init='checkpoint' needs a checkpoint: set --model.init_checkpoint.")
     checkpoint = read_checkpoint(path, "--model.init_checkpoint")
     checkpoint.check_backbone(backbone.name, backbone.fingerprint, "--model.init_checkpoint")
-    prompt = checkpoint.prompt()
+    prompt = checkpoint.prompt(backbone.embeddings)
     check_length(path, prompt.length, length, "--model.init_checkpoint")
     with torch.no_grad():
         known = prompt(torch.arange(prompt.num_tasks))

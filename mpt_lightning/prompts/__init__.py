@@ -6,7 +6,8 @@ Notation used everywhere in the package: **B** rows, **L** input tokens, **M** l
 
 from mpt_lightning.prompts.base import Prompt
 from mpt_lightning.prompts.context import ContextPrompt
+from mpt_lightning.prompts.encoded import EncodedPrompt, SuperposedPrompt
 from mpt_lightning.prompts.multitask import MultitaskPrompt
 from mpt_lightning.prompts.soft import SoftPrompt
 
-__all__ = ["ContextPrompt", "MultitaskPrompt", "Prompt", "SoftPrompt"]
+__all__ = ["ContextPrompt", "EncodedPrompt", "MultitaskPrompt", "Prompt", "SoftPrompt", "SuperposedPrompt"]

@@ -230,3 +230,35 @@ def test_validation_logs_a_loss_per_task_and_the_backbone_stays_in_eval_mode(
     batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     expected = token_cross_entropy(module(batch), batch["labels"])
     torch.testing.assert_close(run.callback_metrics["val/two/loss"], expected.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["residual", "mlp", "lstm", "superposition"])
+def test_reparameterized_prompts_train_and_resume_exactly(
+    kind: str, model_folder: Folder, data: AnyData, trainer: MakeTrainer, tmp_path
+) -> None:
+    def make() -> PromptTuning:
+        L.seed_everything(0)
+        return PromptTuning(
+            model_folder("llama"), prompt_length=4, reparameterization=kind, network_width=6, lr=0.01,
+            schedule="constant",
+        )  # fmt: skip
+
+    whole = fit(make(), data, trainer(max_epochs=3))
+    first = trainer(max_epochs=1)
+    start = fit(make(), data, first)
+    assert any(not torch.equal(start[name], value) for name, value in whole.items())
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    resumed = fit(make(), data, trainer(max_epochs=3), ckpt_path=str(tmp_path / "first.ckpt"))
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+    loaded = PromptTuning.load_from_checkpoint(tmp_path / "first.ckpt")
+    assert {name: tuple(value.shape) for name, value in loaded.state_dict().items()} == {
+        name: tuple(value.shape) for name, value in whole.items()
+    }
+    # As teachers and as a start they are the plain prompts that they fold to.
+    student = PromptTuning(
+        model_folder("llama"), prompt_length=4, prompt_init="checkpoint", init_checkpoint=str(tmp_path / "first.ckpt"),
+        lr=0.0,
+    )  # fmt: skip
+    fit(student, data, trainer(max_steps=1))
+    torch.testing.assert_close(student.prompt.fold("two"), loaded.prompt.fold("two"))
