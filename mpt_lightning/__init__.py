@@ -11,7 +11,19 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from mpt_lightning.backbones import load_backbone
     from mpt_lightning.data import MultitaskDataModule, TaskDataModule, load_task
-    from mpt_lightning.modules import CPT, MPTSource, MPTTarget, PromptTuning
+    from mpt_lightning.interop import export_peft, import_peft
+    from mpt_lightning.modules import (
+        CPT,
+        Adapters,
+        FineTuning,
+        HardPrompt,
+        MPTSource,
+        MPTTarget,
+        PEFTModule,
+        PrefixTuning,
+        PromptTuning,
+    )
+    from mpt_lightning.predictor import Predictor
     from mpt_lightning.prompts import ContextPrompt, MultitaskPrompt, SoftPrompt
 
 _HOMES = {
@@ -23,12 +35,20 @@ _HOMES = {
     "MPTSource": "mpt_lightning.modules",
     "MPTTarget": "mpt_lightning.modules",
     "CPT": "mpt_lightning.modules",
+    "PrefixTuning": "mpt_lightning.modules",
+    "PEFTModule": "mpt_lightning.modules",
+    "Adapters": "mpt_lightning.modules",
+    "FineTuning": "mpt_lightning.modules",
+    "HardPrompt": "mpt_lightning.modules",
     "TaskDataModule": "mpt_lightning.data",
     "MultitaskDataModule": "mpt_lightning.data",
     "load_task": "mpt_lightning.data",
+    "Predictor": "mpt_lightning.predictor",
+    "export_peft": "mpt_lightning.interop",
+    "import_peft": "mpt_lightning.interop",
 }
 
-__all__ = [  # noqa: RUF022  (the order of a reader: prompts, backbones, modules, data)
+__all__ = [  # noqa: RUF022  (the order of a reader: prompts, backbones, modules, data, exports)
     "SoftPrompt",
     "MultitaskPrompt",
     "ContextPrompt",
@@ -37,9 +57,17 @@ __all__ = [  # noqa: RUF022  (the order of a reader: prompts, backbones, modules
     "MPTSource",
     "MPTTarget",
     "CPT",
+    "PrefixTuning",
+    "PEFTModule",
+    "Adapters",
+    "FineTuning",
+    "HardPrompt",
     "TaskDataModule",
     "MultitaskDataModule",
     "load_task",
+    "Predictor",
+    "export_peft",
+    "import_peft",
 ]
 
 

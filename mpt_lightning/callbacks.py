@@ -1,4 +1,4 @@
-"""Callbacks: predictions as JSONL, and the picture of how alike the tasks' prompts are."""
+"""Callbacks: predictions as JSONL, the best checkpoint for PEFT, and the picture of how alike the prompts are."""
 
 import json
 import os
@@ -8,7 +8,8 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from torch.nn import functional
 
 from mpt_lightning.modules.base import PromptModule
@@ -73,6 +74,70 @@ class PredictionWriter(BasePredictionWriter):
             part.unlink()
 
 
+class PEFTExport(L.Callback):
+    """Keeps a PEFT folder of the best checkpoint beside it: a new one replaces it when ModelCheckpoint saved a better.
+
+    The folder is written right after, before the next batch or at the end of training, and is whole at any time but for
+    the instant between two renames.
+
+    Args:
+        folder: its name, in the best checkpoint's folder.
+        task: this task alone; by default all.
+    """
+
+    def __init__(self, folder: str = "peft", task: str | None = None) -> None:
+        self.folder, self.task = folder, task
+        self._exported: tuple[str, int] | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check that there will be something to export.
+
+        Raises:
+            MisconfigurationException: no ModelCheckpoint, or a module of another package.
+        """
+        if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if not isinstance(trainer.checkpoint_callback, ModelCheckpoint):
+            raise MisconfigurationException("PEFTExport exports what ModelCheckpoint saves: add a ModelCheckpoint.")
+        if not isinstance(pl_module, PromptModule):
+            raise MisconfigurationException(
+                f"PEFTExport exports prompt modules, and this is {type(pl_module).__name__}."
+            )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check that what is trained is a prompt.
+
+        Raises:
+            MisconfigurationException: it is the backbone.
+        """
+        if isinstance(pl_module, PromptModule) and pl_module.prompt is not None and not pl_module.prompt.length:
+            raise MisconfigurationException(f"{type(pl_module).__name__} trains no prompt: leave PEFTExport out.")
+
+    def _export(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        saved = trainer.checkpoint_callback
+        if not trainer.is_global_zero or not isinstance(saved, ModelCheckpoint) or not isinstance(module, PromptModule):
+            return
+        best = Path(saved.best_model_path)
+        if not saved.best_model_path or not best.is_file():
+            return
+        version = (str(best), best.stat().st_mtime_ns)
+        if version != self._exported:
+            from mpt_lightning.interop import export_peft
+
+            export_peft(best, best.parent / self.folder, self.task, backbone=module.backbone, replace=True)
+            self._exported = version
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Export what was saved since the last batch."""
+        self._export(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Export what was saved last."""
+        self._export(trainer, pl_module)
+
+
 def prompt_similarity(prompt: Prompt) -> torch.Tensor:
     """Give the cosine similarity of the tasks' prompts.
 
@@ -102,6 +167,8 @@ class SimilarityPicture(L.Callback):
         """Draw and save."""
         if not trainer.is_global_zero or not isinstance(pl_module, PromptModule) or pl_module.prompt is None:
             return
+        if pl_module.prompt.length == 0:
+            return  # a method without prompts
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(6, 5), layout="constrained")

@@ -1,21 +1,32 @@
 """What a checkpoint holds, and reading one: trained tensors and how to use them, never the backbone."""
 
-import pickle
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from mpt_lightning.prompts import ContextPrompt, EncodedPrompt, MultitaskPrompt, Prompt, SoftPrompt, SuperposedPrompt
+from mpt_lightning.prompts import (
+    ContextPrompt,
+    EmptyPrompt,
+    EncodedPrompt,
+    MultitaskPrompt,
+    PrefixPrompt,
+    Prompt,
+    SoftPrompt,
+    SuperposedPrompt,
+)
+
+if TYPE_CHECKING:
+    from mpt_lightning.backbones import Backbone
 
 KEY = "mpt_lightning"
 FORMAT = 1
 PROMPTS: dict[str, type[Prompt]] = {
-    kind.__name__: kind for kind in (SoftPrompt, MultitaskPrompt, ContextPrompt, EncodedPrompt, SuperposedPrompt)
+    kind.__name__: kind
+    for kind in (SoftPrompt, MultitaskPrompt, ContextPrompt, EncodedPrompt, SuperposedPrompt, PrefixPrompt, EmptyPrompt)
 }
 
 
@@ -33,6 +44,8 @@ class PromptCheckpoint:
         cards: the tasks' cards by name, as plain values; empty where the data had none.
         state_dict: the trained tensors.
         hyper_parameters: the module's arguments.
+        data: the DataModule's arguments, where it saved them.
+        metrics: the score that this file was saved for, by the metric's name; empty where that is not known.
     """
 
     path: str
@@ -44,6 +57,8 @@ class PromptCheckpoint:
     state_dict: dict[str, Tensor]
     cards: dict[str, Any] = field(default_factory=dict)
     hyper_parameters: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def tasks(self) -> list[str]:
@@ -59,7 +74,15 @@ class PromptCheckpoint:
 
         Args:
             embeddings: [V, H] the backbone's, for prompts that are made of them (CPT).
+
+        Raises:
+            ValueError: the checkpoint is of a method that trains the backbone's weights, not a prompt.
         """
+        if self.prompt_class == EmptyPrompt.__name__:
+            raise ValueError(
+                f"{self.path} was saved by {self.stage}, which trains weights of the backbone and no prompt. "
+                "Give a checkpoint of a method with prompts, such as PromptTuning or MPTSource."
+            )
         prompt = self.empty_prompt()
         if embeddings is not None:
             prompt.attach(embeddings.cpu())
@@ -119,34 +142,79 @@ def parse_checkpoint(content: Mapping[str, Any], path: str) -> PromptCheckpoint:
         raise ValueError(f"{path} is damaged: its description has the fields {', '.join(sorted(values))}.")
     if values["prompt_class"] not in PROMPTS:
         raise ValueError(f"{path} holds a {values['prompt_class']!r}; known are {', '.join(PROMPTS)}.")
-    arguments = dict(content.get("hyper_parameters") or {})
-    return PromptCheckpoint(path=path, state_dict=dict(content["state_dict"]), hyper_parameters=arguments, **values)
+    return PromptCheckpoint(
+        path=path,
+        state_dict=dict(content["state_dict"]),
+        hyper_parameters=dict(content.get("hyper_parameters") or {}),
+        data=dict(content.get("datamodule_hyper_parameters") or {}),
+        metrics=_metrics(content, path),
+        **values,
+    )
 
 
-def read_checkpoint(path: str, argument: str = "--ckpt_path") -> PromptCheckpoint:
+def _metrics(content: Mapping[str, Any], path: str) -> dict[str, float]:
+    """Give the scores under which ModelCheckpoint saved the file of this name."""
+    states = [s for s in (content.get("callbacks") or {}).values() if isinstance(s, Mapping) and s.get("monitor")]
+    return {
+        str(state["monitor"]): float(score)
+        for state in states
+        for file, score in (state.get("best_k_models") or {}).items()
+        if Path(file).name == Path(path).name
+    }
+
+
+def read_checkpoint(
+    path: str, argument: str = "--ckpt_path", *, folder: bool = False, backbone: "Backbone | None" = None
+) -> PromptCheckpoint:
     """Read a checkpoint; nothing in it is executed (`weights_only=True`).
 
     Args:
         path: the file.
         argument: the argument that named it, for messages.
+        folder: a PEFT folder will do too: an export of this package, or PEFT's own (`interop.import_peft`). Training
+            can start from one, and cannot be resumed from one.
+        backbone: the model a folder is to be used with; its own check, as PEFT's folders have no fingerprint.
 
     Raises:
         ValueError: there is no such file, it is cut off, or it is not one of ours.
     """
     file = Path(path).expanduser()
+    if file.is_dir() and folder:
+        # PEFT takes seconds to import, and is needed for folders alone.
+        from mpt_lightning.interop.peft import import_peft
+
+        return import_peft(file, backbone)
+    if file.is_dir():
+        raise ValueError(
+            f"{argument} {path} is a folder, which holds no training state. Give the path of a .ckpt file; a PEFT "
+            "folder is a start: --model.source, --model.teachers, or --model.init_checkpoint."
+        )
     if not file.is_file():
         raise ValueError(f"{argument} {path}: there is no such file. Give the path of a .ckpt file.")
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{argument} {path} cannot be read: the file ({file.stat().st_size:,} bytes) is cut off or damaged, or "
-            "holds more than tensors and plain values. Use another checkpoint of the run. "
-            f"The cause: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        ) from error
+    content = load_plain(file, f"{argument} {path}")
     if not isinstance(content, Mapping):
         raise ValueError(f"{argument} {path} is no checkpoint: it holds a {type(content).__name__}.")
     return parse_checkpoint(content, str(path))
+
+
+def load_plain(file: Path, name: str) -> Any:
+    """Read a file of torch.save's that holds tensors and plain values.
+
+    Args:
+        file: the file.
+        name: what to call it in the message.
+
+    Raises:
+        ValueError: it cannot be read, or holds more than that.
+    """
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # bytes that are no checkpoint fail anywhere in torch's reader, with any exception
+        raise ValueError(
+            f"{name} cannot be read: the file ({file.stat().st_size:,} bytes) is cut off or damaged, or holds more "
+            "than tensors and plain values. Use another one, such as another checkpoint of the run. "
+            f"The cause: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
 
 
 def close_finished_epoch(checkpoint: dict[str, Any]) -> None:

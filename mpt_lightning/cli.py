@@ -17,7 +17,7 @@ TRAINER_COMMANDS = {
     "fit": "train: mpt fit --config mpt/source --data.data_root DATA",
     "validate": "evaluate a checkpoint on the validation split",
     "test": "evaluate a checkpoint on the test split",
-    "predict": "write a checkpoint's answers as JSONL (--output FILE, predictions.jsonl by default)",
+    "predict": "write a checkpoint's answers as JSONL (--output FILE); --input FILE.jsonl answers texts of your own",
 }
 
 
@@ -35,8 +35,12 @@ def main(args: Sequence[str] | None = None) -> None:
         if argv[0] == "predict" and "--help" not in argv:
             own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
             own.add_argument("--output", default="predictions.jsonl")
+            own.add_argument("--input")
             known, argv = own.parse_known_args(argv)
             output = known.output
+            if known.input is not None:
+                _predict(known.input, output, argv[1:])
+                return
         run(shield_texts(resolve_names(argv)), output)
         return
     options = _parser().parse_args(argv)
@@ -44,6 +48,8 @@ def main(args: Sequence[str] | None = None) -> None:
         _tasks(options.name)
     elif options.command == "configs":
         _configs(options.name, options.dest)
+    elif options.command == "export":
+        _export(options)
     else:
         from mpt_lightning.demo.run import run_demo
 
@@ -70,6 +76,14 @@ def _parser() -> argparse.ArgumentParser:
     configs = commands.add_parser("configs", help="list the recipes, show one, or copy one")
     configs.add_argument("name", nargs="?", help="a recipe, such as mpt/source")
     configs.add_argument("dest", nargs="?", help="file or folder to copy it to")
+    export = commands.add_parser(
+        "export", help="write a checkpoint for PEFT, or as embeddings for vLLM and transformers"
+    )
+    export.add_argument("checkpoint", metavar="CKPT", help="a .ckpt file, or a folder that was exported for PEFT")
+    export.add_argument("dest", metavar="DEST", help="folder to write; it must not exist")
+    export.add_argument("--to", required=True, choices=["peft", "prompt-embeds"], help="what to write")
+    export.add_argument("--task", metavar="NAME", help="this task alone (default: all)")
+    export.add_argument("--push", metavar="REPO", help="then upload it to this Hub repository, such as user/name")
     demo = commands.add_parser("demo", help="the whole method, offline, on two CPU cores, in three minutes")
     demo.add_argument("--output", default="outputs/demo", help="folder of the results (default: %(default)s)")
     demo.add_argument("--seeds", type=int, default=3, help="runs per method, task and k (default: %(default)s)")
@@ -174,6 +188,38 @@ def _tasks(name: str | None) -> None:
         answers = ", ".join(card.choices) if card.choices else "a number" if card.value_range else "text"
         table.add_row(card.name, " ".join(filter(None, [card.path, card.subset])), answers, ", ".join(card.metrics))
     Console().print(table)
+
+
+def _predict(source: str, output: str, rest: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="mpt predict", description="Answer a file of JSON lines with a checkpoint.", allow_abbrev=False
+    )
+    parser.add_argument("--ckpt_path", required=True, help="a .ckpt file of any of the methods, or a PEFT folder")
+    parser.add_argument("--backbone", help="where the backbone is, if not where it was in training")
+    parser.add_argument("--device", default="cpu", help="such as cuda (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=64, help="rows per batch (default: %(default)s)")
+    options = parser.parse_args(rest)
+    from mpt_lightning.predictor import Predictor, predict_file
+
+    try:
+        predictor = Predictor.from_checkpoint(
+            options.ckpt_path, options.backbone, options.device, batch_size=options.batch_size
+        )
+        print(f"wrote {predict_file(predictor, source, output)} answers to {output}")
+    except (ValueError, OSError) as error:
+        fail(str(error))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from mpt_lightning.interop import export_peft, export_prompt_embeds, push
+
+    write = export_peft if options.to == "peft" else export_prompt_embeds
+    try:
+        print(f"wrote {write(options.checkpoint, options.dest, options.task)}")
+        if options.push:
+            print(f"pushed to {push(options.dest, options.push)}")
+    except (ValueError, OSError) as error:
+        fail(str(error))
 
 
 def _configs(name: str | None, dest: str | None) -> None:

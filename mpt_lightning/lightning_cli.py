@@ -68,10 +68,10 @@ class MPTCLI(LightningCLI):
             return
         checkpoint = read_checkpoint(path)
         ours.check_stage(checkpoint)
-        self._tell_what_the_checkpoint_overrides(checkpoint, options)
+        given = options.model.get("init_args")
+        self._tell_what_the_checkpoint_overrides(checkpoint, ours.plain_arguments(given.as_dict() if given else {}))
 
-    def _tell_what_the_checkpoint_overrides(self, checkpoint: PromptCheckpoint, options: Any) -> None:
-        given = options.model.get("init_args") or {}
+    def _tell_what_the_checkpoint_overrides(self, checkpoint: PromptCheckpoint, given: dict[str, Any]) -> None:
         differ = [
             f"{key}={value!r} instead of {given[key]!r}"
             for key, value in checkpoint.hyper_parameters.items()

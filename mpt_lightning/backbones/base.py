@@ -49,7 +49,7 @@ class Backbone(nn.Module, ABC):
     """A frozen Hugging Face model that takes prompts.
 
     `prompts` in every verb is either a tensor `[U, P, H]`, one prompt per distinct task of the batch, or what
-    `encode_prompts` made of it; `rows` `[B]` says which of the U prompts each row has.
+    `encode_prompts` made of it; `rows` `[B]` says which of the U prompts each row has. P = 0 is no prompt at all.
 
     Args:
         model: the model; its parameters are frozen here.
@@ -69,6 +69,8 @@ class Backbone(nn.Module, ABC):
         self.name = name
         self.dropout = dropout
         self.gradient_checkpointing = gradient_checkpointing
+        # Modules put into the model to be trained, each by itself: in training mode whatever `dropout` says.
+        self.parts: list[nn.Module] = []
         if gradient_checkpointing:
             if not model.supports_gradient_checkpointing:
                 raise ValueError(
@@ -117,6 +119,8 @@ class Backbone(nn.Module, ABC):
         """Set the mode; the model itself trains (has dropout) only when `dropout` is on."""
         super().train(mode)
         self.model.train(mode and self.dropout)
+        for part in self.parts:
+            part.training = mode  # not train(): PEFT's layers have the frozen ones inside them
         if self.gradient_checkpointing:
             # transformers checkpoints a layer only in training mode, which is not dropout: that is its children's.
             for layer in self.model.modules():
@@ -127,6 +131,22 @@ class Backbone(nn.Module, ABC):
     def embed(self, input_ids: Tensor) -> Tensor:
         """Give the input embeddings `[B, L, H]` of token ids `[B, L]`."""
         return self.model.get_input_embeddings()(input_ids)
+
+    def embed_among(self, prompts: Tensor, rows: Tensor, input_ids: Tensor) -> Tensor:
+        """Embed rows among whose tokens the prompt's stand: id -1 is the prompt's first token, -2 its second.
+
+        Args:
+            prompts: [U, P, H].
+            rows: [B] in 0..U-1.
+            input_ids: [B, L].
+
+        Returns:
+            [B, L, H].
+        """
+        text = self.embed(input_ids.clamp(min=0))
+        place = (-1 - input_ids).clamp(min=0)[..., None].expand(-1, -1, text.shape[2])
+        own = prompts.to(text.dtype)[rows].gather(1, place)
+        return torch.where(input_ids[..., None] < 0, own, text)
 
     def encode_prompts(self, prompts: Tensor) -> Any:
         """Do once what depends on the prompts `[U, P, H]` alone.

@@ -5,6 +5,7 @@ and gathered per row: U·P + B·S tokens instead of B·(P + S). Gradients flow t
 """
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from mpt_lightning.backbones.attention import NAME
 from mpt_lightning.backbones.base import IGNORE, Backbone, BackboneOutput, Segment, align, log_likelihood
-from mpt_lightning.backbones.prefix import EncodedPrompts, PrefixCache, gather
+from mpt_lightning.backbones.prefix import EncodedPrompts, Pair, PrefixCache, gather
 
 
 class CausalBackbone(Backbone):
@@ -39,6 +41,13 @@ class CausalBackbone(Backbone):
         layers = getattr(config, "layer_types", None)
         slides = layers is None or "sliding_attention" in layers
         self._window: int | None = getattr(config, "sliding_window", None) if slides else None
+        # Without gradients a shared prefix need not be copied for every row. With them the copies are the faster way,
+        # on a CPU by a tenth: the attention weights would have to be kept.
+        self._shares = (
+            config._attn_implementation == "sdpa" and model._supports_attention_backend and self._window is None
+        )
+        if self._shares:
+            model.set_attn_implementation(NAME)
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         for layer in model.modules():
             if isinstance(layer, GradientCheckpointingLayer):
@@ -59,15 +68,21 @@ class CausalBackbone(Backbone):
                 f"{self._window} only. Use shorter texts (max_input_length) or a shorter prompt."
             )
 
-    def encode_prompts(self, prompts: Tensor | EncodedPrompts, predict_at: Tensor | None = None) -> EncodedPrompts:
+    def encode_prompts(
+        self, prompts: Tensor | Sequence[Pair] | EncodedPrompts, predict_at: Tensor | None = None
+    ) -> EncodedPrompts:
         """Run the model over the prompts, once each.
 
         Args:
-            prompts: [U, P, H], or encoded already.
+            prompts: [U, P, H]; or per layer keys and values [U, heads, P, D], or encoded already, which run nothing.
             predict_at: [N] positions in 0..P-1 whose logits for the next token are wanted.
         """
         if isinstance(prompts, EncodedPrompts):
             return prompts
+        if not isinstance(prompts, Tensor):
+            return EncodedPrompts(tuple(prompts), (), prompts[0][0].shape[2])
+        if prompts.shape[1] == 0:
+            return EncodedPrompts((), (prompts,) * self._num_layers, 0)
         cache = PrefixCache(self._num_layers)
         # `logits_to_keep=1`: mostly a prompt predicts nothing, and no vocabulary-sized output is made for it.
         output = self.model(
@@ -79,21 +94,39 @@ class CausalBackbone(Backbone):
             return_dict=True,
         )
         logits = None if predict_at is None else output.logits
-        return EncodedPrompts(cache.contents(), tuple(output.hidden_states[1:]), prompts.shape[1], logits)
+        return EncodedPrompts(cache.contents(), tuple(output.hidden_states[1:]), prompts.shape[1], logits, prompts)
+
+    def _prefix(self, encoded: EncodedPrompts, rows: Tensor, whole: bool = True) -> PrefixCache:
+        """Give the cache that a pass over the rows `[B]` begins with; without prompts it is empty.
+
+        `whole` says that every row sees all of its prompt.
+        """
+        if not encoded.length:
+            return PrefixCache(self._num_layers)
+        if self._shares and whole and len(encoded.layers[0][0]) == 1 and not torch.is_grad_enabled():
+            return PrefixCache(self._num_layers, shared=encoded.layers)
+        return PrefixCache(gather(encoded.layers, rows))
+
+    def _among(self, encoded: EncodedPrompts, rows: Tensor, input_ids: Tensor) -> tuple[EncodedPrompts, Tensor]:
+        """Where the prompt's tokens stand among the rows', give no prompt before them, and their embeddings."""
+        if encoded.prompts is None or not (input_ids < 0).any():
+            return encoded, input_ids
+        return EncodedPrompts((), (), 0), self.embed_among(encoded.prompts, rows, input_ids)
 
     def _read(
         self,
         cache: Any,
         past: Tensor,
         before: Tensor | int,
-        input_ids: Tensor,
+        tokens: Tensor,
         mask: Tensor,
         keep: int,
         hidden_states: bool = False,
     ) -> Any:
-        """Run tokens `[N, S]` on top of a cache whose mask is `past` `[N, P]`; logits for the last `keep` ones.
+        """Run tokens `[N, S]`, or embeddings `[N, S, H]`, on top of a cache; logits for the last `keep` ones.
 
-        `before`, `[N, 1]` or a number, says how many tokens the cache has, whether the rows see them or not.
+        `past` `[N, P]` is the cache's mask. `before`, `[N, 1]` or a number, says how many tokens the cache has, whether
+        the rows see them or not.
         """
         full = torch.cat([past, mask], dim=1)
         self._check_window(full.shape[1])
@@ -101,7 +134,7 @@ class CausalBackbone(Backbone):
         positions = (before + mask.cumsum(dim=1) - 1).clamp(min=0)
         options = {"position_ids": positions} if self._takes_positions else {}
         return self.model(
-            input_ids=input_ids,
+            **{"inputs_embeds" if tokens.is_floating_point() else "input_ids": tokens},
             attention_mask=full,
             past_key_values=cache,
             use_cache=not self.gradient_checkpointing,
@@ -129,23 +162,23 @@ class CausalBackbone(Backbone):
         # With the padding on the left the text ends in one column, and the labels' logits are the last M columns.
         input_ids, attention_mask = align(input_ids, attention_mask, "left")
         given = labels[:, :-1]  # the last label is predicted, never read
+        encoded, tokens = self._among(encoded, rows, torch.cat([input_ids, given.clamp(min=0)], dim=1))
         output = self._read(
-            PrefixCache(gather(encoded.layers, rows)),
+            self._prefix(encoded, rows, whole=prompt_mask is None),
             past=attention_mask.new_ones(len(rows), encoded.length) if prompt_mask is None else prompt_mask,
             before=encoded.length,
-            input_ids=torch.cat([input_ids, given.clamp(min=0)], dim=1),
+            tokens=tokens,
             mask=torch.cat([attention_mask, (given != IGNORE).to(attention_mask.dtype)], dim=1),
             keep=labels.shape[1],
             hidden_states=hidden_states,
         )
         result = BackboneOutput(output.logits)
         if hidden_states:
-            shared_by = torch.bincount(rows, minlength=len(encoded.hidden[0]))
             text = torch.cat([attention_mask, (given != IGNORE).to(attention_mask.dtype)], dim=1)
-            result.hidden = {
-                "decoder/prompt": Segment(encoded.hidden, shared_by[:, None].expand(-1, encoded.length)),
-                "decoder/text": Segment(tuple(output.hidden_states[1:]), text),
-            }
+            result.hidden = {"decoder/text": Segment(tuple(output.hidden_states[1:]), text)}
+            if encoded.hidden:
+                shared_by = torch.bincount(rows, minlength=len(encoded.hidden[0]))
+                result.hidden["decoder/prompt"] = Segment(encoded.hidden, shared_by[:, None].expand(-1, encoded.length))
         return result
 
     def score(
@@ -159,9 +192,10 @@ class CausalBackbone(Backbone):
         """Give each choice's log-likelihood; see `Backbone.score`."""
         encoded = self.encode_prompts(prompts)
         input_ids, attention_mask = align(input_ids, attention_mask, "left")
+        encoded, tokens = self._among(encoded, rows, input_ids)
         past = attention_mask.new_ones(len(rows), encoded.length)
-        cache = PrefixCache(gather(encoded.layers, rows))
-        first = self._read(cache, past, encoded.length, input_ids, attention_mask, keep=1).logits
+        cache = self._prefix(encoded, rows)
+        first = self._read(cache, past, encoded.length, tokens, attention_mask, keep=1).logits
         exists = (choices != IGNORE).any(dim=2)
         row, _ = exists.nonzero(as_tuple=True)
         labels = choices[exists]
@@ -170,10 +204,10 @@ class CausalBackbone(Backbone):
             # The text's keys and values serve all its choices; only the choices' own tokens are run.
             given = labels[:, :-1]
             rest = self._read(
-                PrefixCache(gather(cache.contents(), row)),
+                PrefixCache(gather(cache.contents(), row), cache.shared),
                 past=torch.cat([past, attention_mask], dim=1)[row],
                 before=encoded.length + attention_mask.sum(dim=1, keepdim=True)[row],
-                input_ids=given.clamp(min=0),
+                tokens=given.clamp(min=0),
                 mask=(given != IGNORE).to(attention_mask.dtype),
                 keep=given.shape[1],
             ).logits
@@ -193,14 +227,19 @@ class CausalBackbone(Backbone):
         """Generate label tokens; see `Backbone.generate`."""
         encoded = self.encode_prompts(prompts)
         input_ids, attention_mask = align(input_ids, attention_mask, "left")
+        encoded, tokens = self._among(encoded, rows, input_ids)
+        if tokens.is_floating_point():
+            written: Tensor = self.model.generate(inputs_embeds=tokens, attention_mask=attention_mask, **options)
+            return written
         # `generate` wants ids for every cached position; it skips these, so any id does.
         stand_in = input_ids.new_zeros(len(rows), encoded.length)
         self._check_window(encoded.length + input_ids.shape[1] + (options.get("max_new_tokens") or 1))
         copies = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
-        tokens = self.model.generate(
+        prefix = DynamicCache(gather(encoded.layers, rows.repeat_interleave(copies))) if encoded.length else None
+        written = self.model.generate(
             input_ids=torch.cat([stand_in, input_ids], dim=1),
             attention_mask=torch.cat([torch.ones_like(stand_in), attention_mask], dim=1),
-            past_key_values=DynamicCache(gather(encoded.layers, rows.repeat_interleave(copies))),
+            past_key_values=prefix,
             **options,
         )
-        return tokens[:, encoded.length + input_ids.shape[1] :]
+        return written[:, encoded.length + input_ids.shape[1] :]

@@ -1,7 +1,7 @@
 """Loading a frozen model by Hub id or folder."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig
@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import (
 
 from mpt_lightning.backbones.base import Backbone
 from mpt_lightning.backbones.causal import CausalBackbone
+from mpt_lightning.backbones.quantization import Quantization, quantized
 from mpt_lightning.backbones.seq2seq import Seq2SeqBackbone
 from mpt_lightning.demo import backbone_path
 
@@ -40,6 +41,8 @@ def load_backbone(
     dtype: DType = "float32",
     dropout: bool = False,
     gradient_checkpointing: bool = False,
+    quantization: Quantization | None = None,
+    device: torch.device | None = None,
 ) -> Backbone:
     """Load a model, frozen and ready for prompts.
 
@@ -48,22 +51,27 @@ def load_backbone(
         dtype: the precision of the frozen weights; prompts stay in fp32.
         dropout: keep the model's dropout on while prompts train.
         gradient_checkpointing: trade time for memory.
+        quantization: keep the frozen weights in "4bit" or "8bit" (bitsandbytes).
+        device: where quantized weights are made; by default the first GPU, else the CPU.
 
     Returns:
         A `Seq2SeqBackbone` or a `CausalBackbone`.
 
     Raises:
-        ValueError: the model cannot be found, or is neither of the two kinds.
+        ValueError: the model cannot be found, is neither of the two kinds, or cannot be quantized here.
     """
     config = load_config(name_or_path)
     path = backbone_path(name_or_path)
-    precision = getattr(torch, dtype)
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+    if quantization is not None:
+        device = device or torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        options |= quantized(quantization, options["dtype"], device)
     if config.is_encoder_decoder and config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
-        model = AutoModelForSeq2SeqLM.from_pretrained(path, dtype=precision)
+        model = AutoModelForSeq2SeqLM.from_pretrained(path, **options)
         return Seq2SeqBackbone(model, name_or_path, dropout, gradient_checkpointing)
     architectures = config.architectures or []
     if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not any("Masked" in a for a in architectures):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=precision)
+        model = AutoModelForCausalLM.from_pretrained(path, **options)
         return CausalBackbone(model, name_or_path, dropout, gradient_checkpointing)
     raise ValueError(
         f"The backbone {name_or_path!r} is of the type {config.model_type!r}, which is neither an encoder-decoder "

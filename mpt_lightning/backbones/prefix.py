@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+from mpt_lightning.backbones.attention import put_before
+
+Pair: TypeAlias = tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -19,20 +23,26 @@ class EncodedPrompts:
         hidden: per layer the hidden states `[U, P, H]`.
         length: P.
         logits: `[U, N, V]` at the positions that were asked for, else nothing.
+        prompts: what was encoded, `[U, P, H]`; nothing where keys and values are themselves the prompt.
     """
 
     layers: tuple[tuple[Tensor, Tensor], ...]
     hidden: tuple[Tensor, ...]
     length: int
     logits: Tensor | None = None
+    prompts: Tensor | None = None
 
     def __getitem__(self, rows: Tensor) -> "EncodedPrompts":
         """Give some of the prompts, in the order of `rows` `[N]` in 0..U-1."""
-        return EncodedPrompts(tuple(gather(self.layers, rows)), tuple(s[rows] for s in self.hidden), self.length)
+        prompts = None if self.prompts is None else self.prompts[rows]
+        hidden = tuple(states[rows] for states in self.hidden)
+        return EncodedPrompts(tuple(gather(self.layers, rows)), hidden, self.length, prompts=prompts)
 
 
 class PrefixLayer(CacheLayerMixin):
     """One layer's prefix, in front of whatever keys and values a pass computes.
+
+    A prefix that all rows share comes first, then one per row.
 
     Nothing accumulates: `update` gives `[prefix, new]` and only remembers it. So the same prefix serves many passes,
     and recomputing a layer (gradient checkpointing) gives the same result again.
@@ -40,9 +50,9 @@ class PrefixLayer(CacheLayerMixin):
 
     is_sliding = False  # all keys are kept, and a window is the attention mask's work
 
-    def __init__(self, keys: Tensor | None = None, values: Tensor | None = None) -> None:
+    def __init__(self, prefix: Pair | None = None, shared: Pair | None = None) -> None:
         super().__init__()
-        self.prefix = None if keys is None or values is None else (keys, values)
+        self.prefix, self.shared = prefix, shared
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -56,11 +66,11 @@ class PrefixLayer(CacheLayerMixin):
             key_states = torch.cat([self.prefix[0].to(key_states.dtype), key_states], dim=2)
             value_states = torch.cat([self.prefix[1].to(value_states.dtype), value_states], dim=2)
         self.keys, self.values = key_states, value_states
-        return key_states, value_states
+        return (key_states if self.shared is None else put_before(key_states, self.shared)), value_states
 
     def get_seq_length(self) -> int:
-        """Give P, the tokens before a pass."""
-        return 0 if self.prefix is None else self.prefix[0].shape[2]
+        """Give the tokens before a pass."""
+        return sum(pair[0].shape[2] for pair in (self.shared, self.prefix) if pair is not None)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Give the number of keys that a pass sees, and where they begin."""
@@ -76,16 +86,20 @@ class PrefixCache(Cache):
 
     Args:
         layers: per layer the prefix's keys and values `[B, heads, P, D]`; or how many layers there are, for a pass
-            without a prefix whose keys and values are wanted.
+            without such a prefix.
+        shared: per layer the keys and values `[1, heads, P, D]` that all rows share, before their own; the model's
+            attention must be `shared_prefix_attention`.
     """
 
-    def __init__(self, layers: Sequence[tuple[Tensor, Tensor]] | int) -> None:
-        pairs = [()] * layers if isinstance(layers, int) else layers
-        self.prefix_layers = [PrefixLayer(*pair) for pair in pairs]
+    def __init__(self, layers: Sequence[Pair] | int, shared: Sequence[Pair] | None = None) -> None:
+        own = [None] * layers if isinstance(layers, int) else layers
+        common = [None] * len(own) if shared is None else shared
+        self.shared = shared
+        self.prefix_layers = [PrefixLayer(*pair) for pair in zip(own, common, strict=True)]
         super().__init__(layers=list(self.prefix_layers))
 
     def contents(self) -> tuple[tuple[Tensor, Tensor], ...]:
-        """Give what the last pass saw: per layer the keys and values, prefix and new ones."""
+        """Give what the last pass saw: per layer the rows' keys and values, prefix and new ones."""
         pairs = []
         for layer in self.prefix_layers:
             if layer.keys is None or layer.values is None:

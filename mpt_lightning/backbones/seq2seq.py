@@ -18,9 +18,12 @@ class Seq2SeqBackbone(Backbone):
         """Run the encoder over `[prompt, text, padding]`; give its output and the mask `[B, P + L]`."""
         # Relative and absolute positions alike count from the left, so padding goes to the right.
         input_ids, attention_mask = align(input_ids, attention_mask, "right")
-        text = self.embed(input_ids)
-        embeds = torch.cat([prompts.to(text.dtype)[rows], text], dim=1)
-        mask = torch.cat([attention_mask.new_ones(len(rows), prompts.shape[1]), attention_mask], dim=1)
+        if (input_ids < 0).any():  # the prompt stands among the text
+            embeds, mask = self.embed_among(prompts, rows, input_ids), attention_mask
+        else:
+            text = self.embed(input_ids)
+            embeds = torch.cat([prompts.to(text.dtype)[rows], text], dim=1)
+            mask = torch.cat([attention_mask.new_ones(len(rows), prompts.shape[1]), attention_mask], dim=1)
         output = self.model.get_encoder()(
             inputs_embeds=embeds, attention_mask=mask, output_hidden_states=hidden_states, return_dict=True
         )
@@ -51,7 +54,7 @@ class Seq2SeqBackbone(Backbone):
         decoded = self._decode(encoded.last_hidden_state, mask, labels, hidden_states)
         output = BackboneOutput(decoded.logits)
         if hidden_states:
-            length = prompts.shape[1]
+            length = mask.shape[1] - input_ids.shape[1]
             # The first state of each stack is the embedding, which no layer has touched.
             states = encoded.hidden_states[1:]
             output.hidden = {

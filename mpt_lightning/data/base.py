@@ -22,8 +22,10 @@ from mpt_lightning.data.collate import PromptCollator
 from mpt_lightning.data.context import Context
 from mpt_lightning.data.encode import Encoder
 from mpt_lightning.data.loader import ResumableLoader
+from mpt_lightning.data.pattern import apply_pattern
 from mpt_lightning.data.rows import SPLIT_SEED, Draw, ShotsPer, Split
 from mpt_lightning.data.sampling import EvalSampler, GlobalBatchSampler
+from mpt_lightning.data.slots import count_slots
 
 _TRAIN_COLUMNS = ["input_ids", "labels", "task_ids"]
 
@@ -41,6 +43,7 @@ class PromptDataModule(L.LightningDataModule):
         max_input_length: Most tokens of an input; the card names the column that is cut to fit.
         answer_prefix: Words between the input and the answer, such as `label:`; joined with one space, never cut. An
             encoder-decoder reads them at the end of the encoder's input.
+        pattern: Which of the cards' `patterns` is the input, from 0. Unset: the card's `input`.
         k_shot: Train on so many rows, drawn with `seed`. Unset: all rows.
         shots_per: Count `k_shot` per `class` or per `task`; `balanced` is per task, evenly over its classes. A task
             without classes counts per task.
@@ -66,6 +69,7 @@ class PromptDataModule(L.LightningDataModule):
         eval_batch_size: int | None = None,
         max_input_length: int = 256,
         answer_prefix: str = "",
+        pattern: int | None = None,
         k_shot: int | None = None,
         shots_per: ShotsPer = "class",
         max_train_rows: int | None = None,
@@ -92,6 +96,8 @@ class PromptDataModule(L.LightningDataModule):
         names = [card.name for card in cards]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"Got tasks {names}, expected one or more different names; change `tasks`.")
+        if pattern is not None:
+            cards = [apply_pattern(card, pattern) for card in cards]
         self.cards = {card.name: card for card in cards}
         self.backbone = backbone
         self.data_root = data_root
@@ -135,6 +141,12 @@ class PromptDataModule(L.LightningDataModule):
     def context(self) -> Context | None:
         """Examples that come before every row; None where the DataModule has no such thing."""
         return None
+
+    @property
+    def prompt_slots(self) -> dict[str, int]:
+        """How many of a prompt's tokens stand among the inputs (`[prompt*4]`), by task, where they do."""
+        counts = {name: count_slots(card.input + self.answer_prefix) for name, card in self.cards.items()}
+        return {name: count for name, count in counts.items() if count}
 
     @property
     def encoder(self) -> Encoder:

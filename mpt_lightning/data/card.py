@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import yaml
 
+from mpt_lightning.data.pattern import Pattern, apply_pattern, read_patterns
+
 if TYPE_CHECKING:
     from importlib.abc import Traversable
 
@@ -66,6 +68,8 @@ class TaskCard:
         preprocess: Dotted path of a function `(row, split) -> list of rows`, applied to each raw row.
         unlabelled: What to do with rows without a label (-1 or nothing): `error` or `drop`.
         empty_text: What to do with rows where a column of the template is empty: `error`, `drop` or `keep`.
+        patterns: Other templates over the same columns, each with its own `choices` where the words differ; the
+            DataModule's `pattern` selects one.
         max_target_length: Longest target in tokens; a longer one is an error in training. Unset: no limit.
         language: Language of the texts (documentation).
         licence: Licence of the data (documentation).
@@ -93,6 +97,7 @@ class TaskCard:
     preprocess: str | None = None
     unlabelled: Literal["error", "drop"] = "error"
     empty_text: Literal["error", "drop", "keep"] = "error"
+    patterns: list[Pattern] = field(default_factory=list)
     max_target_length: int | None = None
     language: str = ""
     licence: str = ""
@@ -122,6 +127,9 @@ class TaskCard:
         self._check_splits()
         self._check_labels()
         self._check_metrics()
+        self.patterns = read_patterns(self, self.patterns)
+        for number in range(len(self.patterns)):
+            apply_pattern(self, number)
 
     @property
     def parts(self) -> list[tuple[str, str | None]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from mpt_lightning.data.card import TaskCard
 from mpt_lightning.data.encode import Encoder
 from mpt_lightning.data.examples import Example
+from mpt_lightning.data.slots import count_slots
 
 #: Types of the tokens of the first example, PEFT's; example k has them plus 4k. 0 is BOS or a separator.
 TEMPLATE, INPUT, PREFIX, ANSWER = 1, 2, 3, 4
@@ -54,6 +55,11 @@ def build_context(
             prefix or a choice, if an input cannot be cut to fit, or if there are more tokens than `max_length`.
     """
     _check_backbone(encoder)
+    if count_slots(card.input + encoder.answer_prefix):
+        raise ValueError(
+            f"Task '{card.name}': got places for a prompt's tokens ([prompt*N]) in a context, expected none; change "
+            "`input` of the card or `answer_prefix`."
+        )
     between = _written(encoder, separator, "`separator`", 'set `separator` to another text, or to "" for none')
     _written(encoder, encoder.answer_prefix, "`answer_prefix`", "change `answer_prefix`")
     for word in card.choices or []:

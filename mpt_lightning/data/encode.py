@@ -15,6 +15,7 @@ from mpt_lightning.backbones.load import load_config
 from mpt_lightning.data.card import TaskCard
 from mpt_lightning.data.examples import Example
 from mpt_lightning.data.rows import Split
+from mpt_lightning.data.slots import count_slots, with_slots
 from mpt_lightning.demo import backbone_path
 
 _CHUNK = 1000
@@ -81,9 +82,15 @@ class Encoder:
     @property
     def opening(self) -> list[int]:
         """Ids that the tokenizer puts before a text: BOS, or none."""
+        return list(self._around[0])
+
+    @cached_property
+    def _around(self) -> tuple[list[int], list[int]]:
         encoded = self.tokenizer("a", return_special_tokens_mask=True, verbose=False)
-        first = [*encoded["special_tokens_mask"], 0].index(0)
-        return list(encoded["input_ids"][:first])
+        ids, special = list(encoded["input_ids"]), [*encoded["special_tokens_mask"]]
+        first = [*special, 0].index(0)
+        last = [*special[::-1], 0].index(0)
+        return ids[:first], ids[len(ids) - last :]
 
     def text(self, card: TaskCard, values: dict[str, str]) -> str:
         """The input text: the card's template, filled, then the answer prefix.
@@ -100,7 +107,7 @@ class Encoder:
         return f"{text}{self.answer_prefix}" if joined else f"{text} {self.answer_prefix}"
 
     def inputs(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of input texts, of any length.
+        """Token ids of input texts, of any length; -1, -2, ... where a text has places for a prompt's tokens.
 
         Args:
             texts: B texts.
@@ -108,6 +115,8 @@ class Encoder:
         Returns:
             B lists of ids.
         """
+        if any(count_slots(text) for text in texts):
+            return [self._with_slots(text) for text in texts]
         if self.is_encoder_decoder:
             return self._ids(texts)
         eos = self.tokenizer.eos_token_id
@@ -138,6 +147,13 @@ class Encoder:
             B lists of ids.
         """
         return self._ids(texts, add_special_tokens=False)
+
+    def _with_slots(self, text: str) -> list[int]:
+        before, after = self._around
+        ids = with_slots(text, lambda piece: self.plain([piece])[0])
+        if self.is_encoder_decoder:
+            return [*before, *ids, *after]
+        return [*before, *ids] if self.with_bos else ids
 
     def _ids(self, texts: list[str], **options: Any) -> list[list[int]]:
         encoded = self.tokenizer(texts, return_attention_mask=False, verbose=False, **options)["input_ids"]

@@ -26,7 +26,7 @@ def draw(source: str, rows: Sequence[dict[str, Any]], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     draw_similarity(left, read_checkpoint(source).prompt())
     left.set_title("Source tasks: cosine similarity of their prompts")
-    few = [row for row in rows if row["k"] is not None]
+    few = [row for row in rows if row["method"] in COLOURS]
     shots = sorted({row["k"] for row in few})
     for method, colour in COLOURS.items():
         for task in sorted({row["task"] for row in few}):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mpt_lightning import checkpoint as ckpt
 from mpt_lightning.backbones import Backbone, load_backbone
+from mpt_lightning.backbones.quantization import Quantization
 from mpt_lightning.modules import evaluation
 from mpt_lightning.modules.options import OptimizerName, ScheduleName, check_options
 from mpt_lightning.prompts import Prompt
@@ -31,6 +32,7 @@ class BuiltModule(L.LightningModule, ABC):
         backbone: Hub id ("google-t5/t5-base") or folder of the frozen model.
         tasks: names of the tasks; by default those of the DataModule.
         backbone_dtype: precision of the frozen weights. Prompts, losses and optimizer stay in fp32.
+        backbone_quantization: keep the frozen weights in 4 or 8 bits; needs `pip install mpt_lightning[quantization]`.
         backbone_dropout: keep the backbone's dropout on while prompts train. Off is usually worth several points.
         gradient_checkpointing: recompute the backbone's layers in the backward pass: less memory, more time.
         optimizer: "adamw" or "adafactor".
@@ -46,6 +48,7 @@ class BuiltModule(L.LightningModule, ABC):
         backbone: str,
         tasks: list[str] | None = None,
         backbone_dtype: Literal["float32", "bfloat16"] = "float32",
+        backbone_quantization: Quantization | None = None,
         backbone_dropout: bool = False,
         gradient_checkpointing: bool = False,
         optimizer: OptimizerName = "adamw",
@@ -70,6 +73,9 @@ class BuiltModule(L.LightningModule, ABC):
     @abstractmethod
     def build_prompt(self, backbone: Backbone) -> Prompt:
         """Make the prompt that training starts from, for `self.tasks`."""
+
+    def adapt(self, backbone: Backbone) -> None:
+        """Prepare the backbone that was just loaded; by default it is used as it is."""
 
     @property
     def cards(self) -> dict[str, Any]:
@@ -103,12 +109,16 @@ class BuiltModule(L.LightningModule, ABC):
         """Load the backbone, and make the prompt where a fit begins."""
         if self.backbone is None:
             options = self.hparams
-            self.backbone = load_backbone(
+            backbone = load_backbone(
                 options["backbone"],
                 options["backbone_dtype"],
                 options["backbone_dropout"],
                 options["gradient_checkpointing"],
-            ).to(self.device)
+                options["backbone_quantization"],
+                self.trainer.strategy.root_device if self._trainer is not None else None,
+            )
+            self.adapt(backbone)
+            self.backbone = backbone.to(self.device)
         if self.prompt is None and self._fits():
             self.prompt = self.build_prompt(self.backbone).to(self.device)
             self._check_positions(self.backbone, self.prompt)
@@ -117,10 +127,12 @@ class BuiltModule(L.LightningModule, ABC):
         """Refuse rows that cannot fit the backbone, where the data says how long they may get."""
         longest, limit = getattr(self._datamodule(), "max_input_length", None), backbone.max_positions
         if limit is not None and longest is not None and prompt.length + longest > limit:
+            before = f"A prompt of {prompt.length} tokens and inputs" if prompt.length else "Inputs"
             raise ValueError(
-                f"A prompt of {prompt.length} tokens and inputs of up to {longest} need {prompt.length + longest} "
+                f"{before} of up to {longest} need {prompt.length + longest} "
                 f"positions, and {backbone.name} has {limit}. Lower --data.max_input_length to "
-                f"{max(1, limit - prompt.length)} (less where answers are long), or --model.prompt_length."
+                f"{max(1, limit - prompt.length)} (less where answers are long)"
+                f"{', or --model.prompt_length' if prompt.length else ''}."
             )
 
     def _match_tasks(self) -> None:
@@ -132,6 +144,14 @@ class BuiltModule(L.LightningModule, ABC):
                 f"The data has the task{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}, and the prompt has "
                 f"{', '.join(self.tasks)}. Train the prompt on these tasks, or leave them out of the data."
             )
+        if self.prompt is not None:
+            for name, count in getattr(module, "prompt_slots", {}).items():
+                if count != self.prompt.length:
+                    raise ValueError(
+                        f"The inputs of {name} have places for {count} prompt tokens, and the prompt has "
+                        f"{self.prompt.length}. Set --model.prompt_length to {count}, or change the [prompt*N] of "
+                        "--data.card.input and --data.answer_prefix."
+                    )
         self._row_of_task = torch.tensor([self.tasks.index(name) for name in names], device=self.device)
 
     def parts(self) -> tuple[Backbone, Prompt]:
@@ -155,6 +175,11 @@ class BuiltModule(L.LightningModule, ABC):
     def needs_checkpoint(cls, arguments: Mapping[str, Any]) -> bool:
         """Say whether evaluating with these arguments takes a trained prompt."""
         return True
+
+    @classmethod
+    def plain_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Give arguments as a checkpoint holds them."""
+        return dict(arguments)
 
     @classmethod
     def check_stage(cls, checkpoint: ckpt.PromptCheckpoint) -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
@@ -121,6 +122,13 @@ class CPT(PromptModule):
         if self.trains_on_context and not len(prompt.label_ids):
             raise ValueError("The context has no label tokens to train on (types 4, 8, ...); set --model.context_loss.")
         prompt.attach(backbone.embeddings)
+        bounded = prompt.radius.isfinite() & (prompt.moves > 0 if options["method"] == "cpt" else prompt.radius > 0)
+        if bounded.any():
+            share = (prompt.radius / prompt.embeddings.norm(dim=1, keepdim=True))[bounded]
+            rank_zero_info(
+                f"A context of {prompt.num_examples} examples, {prompt.length} tokens. The balls' radii are "
+                f"{share.min():.1%} to {share.max():.1%} of the tokens' embeddings."
+            )
         return prompt
 
     def _instruction(self, backbone: Backbone) -> list[int]:
@@ -161,7 +169,7 @@ class CPT(PromptModule):
             )
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Give "loss", and its parts unweighted: "row" and, where it is trained on, "context"."""
+        """Give "loss", and its parts unweighted: "row" and, where the context is trained on, "context"."""
         backbone, prompt = self.parts()
         if not isinstance(backbone, CausalBackbone) or not isinstance(prompt, ContextPrompt):
             raise RuntimeError("build_prompt has not run")
@@ -177,7 +185,7 @@ class CPT(PromptModule):
         ).logits
         row = objectives.token_cross_entropy(logits, labels)
         if context.logits is None:
-            return {"loss": row}
+            return {"loss": row, "row": row.detach()}
         predicted = context.logits[0]
         loss = objectives.context_cross_entropy(
             predicted, prompt.label_ids, prompt.label_distances, logits, labels, options["decay"], options["normalize"]

@@ -1,5 +1,6 @@
 """Multitask prompt tuning (Wang et al., ICLR 2023): source training with teachers, and target adaptation."""
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -43,8 +44,8 @@ class MPTSource(_MultitaskModule):
 
     Args:
         backbone: Hub id ("google-t5/t5-base") or folder of the frozen model.
-        teachers: checkpoint of a PromptTuning run over the source tasks, or one checkpoint per task by name. Required
-            unless both weights are 0.
+        teachers: checkpoint of a PromptTuning run over the source tasks, or one checkpoint per task by name; PEFT
+            folders will do. Required unless both weights are 0.
         prompt_length: P, tokens per prompt; the teachers' too.
         rank: R of the task factors; 1 in the paper.
         prompt_init: where the shared prompt starts: sampled vocabulary, the tokens of `init_text`, the class words,
@@ -119,7 +120,12 @@ class MPTSource(_MultitaskModule):
                     f"The task {task!r} has no teacher: --model.teachers names {', '.join(paths)}. Add it."
                 )
             path = paths[task]
-            teacher = read[path] = read.get(path) or read_checkpoint(path, "--model.teachers")
+            teacher = read[path] = read.get(path) or read_checkpoint(
+                path, "--model.teachers", folder=True, backbone=self.backbone
+            )
+            if (teacher.stage, teacher.tasks) == ("PEFT", ["0"]) and not isinstance(given, str):
+                # PEFT does not name its tasks; the argument does.
+                teacher = replace(teacher, prompt_config=teacher.prompt_config | {"tasks": [task]})
             if task not in teacher.tasks:
                 raise ValueError(
                     f"The task {task!r} has no teacher: --model.teachers {path} has {', '.join(teacher.tasks)}. "
@@ -206,7 +212,7 @@ class MPTTarget(_MultitaskModule):
 
     Args:
         backbone: Hub id ("google-t5/t5-base") or folder of the frozen model: the source run's.
-        source: checkpoint of the MPTSource run.
+        source: checkpoint of the MPTSource run, or a PEFT folder of the type MULTITASK_PROMPT_TUNING.
         start: "average" takes the mean of the source tasks' factors (the paper's way), "shared" the shared prompt
             alone, any other word is the source task whose factors are taken.
         shared_lr: learning rate of the shared prompt.
@@ -234,7 +240,7 @@ class MPTTarget(_MultitaskModule):
             self._source()
 
     def _source(self) -> PromptCheckpoint:
-        source = read_checkpoint(self.hparams["source"], "--model.source")
+        source = read_checkpoint(self.hparams["source"], "--model.source", folder=True, backbone=self.backbone)
         if source.prompt_class != "MultitaskPrompt":
             raise ValueError(
                 f"--model.source {source.path} was saved by {source.stage}, which has no shared prompt. "

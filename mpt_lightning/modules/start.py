@@ -51,7 +51,7 @@ def checkpoint_prompts(path: str | None, backbone: Backbone, tasks: Sequence[str
     """Take the prompts of a checkpoint as a start.
 
     Args:
-        path: the checkpoint.
+        path: the checkpoint, or a PEFT folder.
         backbone: the backbone in use, which must be the checkpoint's.
         tasks: the tasks to start. A task that the checkpoint has takes its own prompt, any other the mean of all.
         length: P.
@@ -64,7 +64,7 @@ def checkpoint_prompts(path: str | None, backbone: Backbone, tasks: Sequence[str
     """
     if not path:
         raise ValueError("prompt_init='checkpoint' needs a checkpoint: set --model.init_checkpoint.")
-    checkpoint = read_checkpoint(path, "--model.init_checkpoint")
+    checkpoint = read_checkpoint(path, "--model.init_checkpoint", folder=True, backbone=backbone)
     checkpoint.check_backbone(backbone.name, backbone.fingerprint, "--model.init_checkpoint")
     prompt = checkpoint.prompt(backbone.embeddings)
     check_length(path, prompt.length, length, "--model.init_checkpoint")

@@ -6,8 +6,19 @@ Notation used everywhere in the package: **B** rows, **L** input tokens, **M** l
 
 from mpt_lightning.prompts.base import Prompt
 from mpt_lightning.prompts.context import ContextPrompt
+from mpt_lightning.prompts.empty import EmptyPrompt
 from mpt_lightning.prompts.encoded import EncodedPrompt, SuperposedPrompt
 from mpt_lightning.prompts.multitask import MultitaskPrompt
+from mpt_lightning.prompts.prefix import PrefixPrompt
 from mpt_lightning.prompts.soft import SoftPrompt
 
-__all__ = ["ContextPrompt", "EncodedPrompt", "MultitaskPrompt", "Prompt", "SoftPrompt", "SuperposedPrompt"]
+__all__ = [
+    "ContextPrompt",
+    "EmptyPrompt",
+    "EncodedPrompt",
+    "MultitaskPrompt",
+    "PrefixPrompt",
+    "Prompt",
+    "SoftPrompt",
+    "SuperposedPrompt",
+]

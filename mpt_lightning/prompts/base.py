@@ -13,7 +13,7 @@ class Prompt(nn.Module, ABC):
 
     Args:
         num_tasks: T, at least 1.
-        length: P, tokens per prompt, at least 1.
+        length: P, tokens per prompt, at least 1 (`EmptyPrompt`: 0).
         dim: H, the backbone's embedding size.
         tasks: [T] names of the rows; "0", "1", ... by default.
 
@@ -21,11 +21,13 @@ class Prompt(nn.Module, ABC):
         ValueError: a size is below 1, or names are missing or repeated.
     """
 
+    least_length = 1
+
     def __init__(self, num_tasks: int, length: int, dim: int, tasks: Sequence[str] | None = None) -> None:
         super().__init__()
-        for name, size in (("num_tasks", num_tasks), ("length", length), ("dim", dim)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}.")
+        for name, size, least in (("num_tasks", num_tasks, 1), ("length", length, self.least_length), ("dim", dim, 1)):
+            if size < least:
+                raise ValueError(f"{name} must be at least {least}, got {size}.")
         self.length, self.dim = length, dim
         self.tasks = [str(row) for row in range(num_tasks)] if tasks is None else list(tasks)
         if len(self.tasks) != num_tasks or len(set(self.tasks)) != num_tasks:

@@ -8,6 +8,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from mpt_lightning import load_backbone
 from mpt_lightning.backbones import Backbone, CausalBackbone, Seq2SeqBackbone
+from mpt_lightning.backbones.attention import put_before, shared_prefix_attention
 from mpt_lightning.backbones.base import align, log_likelihood
 from tests.conftest import KINDS, VOCABULARY, build_model, make_batch
 
@@ -245,3 +246,41 @@ def test_a_sliding_window_is_exact_or_refused(prompts: torch.Tensor, batch: dict
             verb(*inputs, *extra)
     with pytest.raises(ValueError, match="attends to the last 10 only"):
         narrow.generate(*inputs, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_one_prompt_for_all_rows_is_not_copied_and_changes_nothing(
+    kind: str, prompts: torch.Tensor, batch: dict[str, torch.Tensor]
+) -> None:
+    """Without gradients rows attend to the one prompt itself; with them to copies of it."""
+    backbone = CausalBackbone(build_model(kind), kind).double().eval()
+    batch = batch | {"task_ids": torch.zeros_like(batch["task_ids"])}
+    choices = torch.stack([batch["labels"], batch["labels"].flip(0)], dim=1)
+    inputs = (batch["task_ids"], batch["input_ids"], batch["attention_mask"])
+    copied = run(backbone, prompts[:1], batch).logits
+    counted = batch["labels"] != IGNORE
+    ranked = backbone.score(prompts[:1], *inputs, choices)
+    with torch.no_grad():
+        encoded = backbone.encode_prompts(prompts[:1])
+        assert backbone._prefix(encoded, batch["task_ids"]).shared is encoded.layers
+        together = run(backbone, encoded, batch).logits
+        torch.testing.assert_close(together[counted], copied[counted], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(backbone.score(encoded, *inputs, choices), ranked, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind_of_mask", ["bool", "float", "none"])
+def test_shared_attention_is_plain_attention_over_prefix_and_own(kind_of_mask: str) -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 3, 8), torch.randn(2, 2, 3, 8)
+    prefix = (torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8))
+    seen = torch.ones(2, 1, 3, 8, dtype=torch.bool)
+    seen[..., 5:] = torch.ones(3, 3).tril().bool()
+    if kind_of_mask != "none":
+        seen[1, 0, :, 5] = False  # padding
+    whole = [torch.cat([p.expand(2, -1, -1, -1), own], dim=2) for p, own in zip(prefix, (key, value), strict=True)]
+    repeated = [states.repeat_interleave(2, dim=1) for states in whole]
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=seen)
+    additive = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    mask = {"bool": seen, "float": additive, "none": None}[kind_of_mask]
+    got, _ = shared_prefix_attention(None, query, put_before(key, prefix), value, mask)
+    torch.testing.assert_close(got, expected.transpose(1, 2))

@@ -164,6 +164,15 @@ def test_in_context_learning_is_tested_without_a_checkpoint(
     assert "`separator`, which the tokenizer" in error(capsys, "test", *recipe, "--data.separator", "here: there")
 
 
+def test_the_demos_context_recipe_runs(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(own_folder / "cache"))
+    recipe = ["--config", "demo/cpt", "--data.card", "demo/topic", *SHORT, "--data.cache_dir", "cache"]
+    recipe += ["--data.max_eval_rows", "20", "--model.warmup_steps", "0"]
+    mpt("fit", *recipe, *EVERY_STEP)
+    mpt("test", *recipe, "--ckpt_path", "runs/demo/cpt/best.ckpt")
+    mpt("test", *recipe, "--config", "cpt/icl")
+
+
 EVERY_STEP = ["--trainer.val_check_interval", "1", "--trainer.check_val_every_n_epoch", "null"]
 
 

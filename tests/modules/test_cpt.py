@@ -221,8 +221,8 @@ def test_the_context_is_run_once_per_step_and_once_per_evaluation(model_folder: 
     ("method", "moving", "terms"),
     [
         ("cpt", "inputs", {"loss", "row", "context"}),
-        ("prompt_tuning", "all", {"loss"}),
-        ("instruction", "instruction", {"loss"}),
+        ("prompt_tuning", "all", {"loss", "row"}),
+        ("instruction", "instruction", {"loss", "row"}),
     ],
 )
 @pytest.mark.parametrize("epsilon", [0.5, None])

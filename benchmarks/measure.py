@@ -1,0 +1,153 @@
+"""What the speed benchmarks share: timing two steps in turns, a small Llama, the table and its JSON file."""
+
+import argparse
+import json
+import logging
+import platform
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median, quantiles
+
+import lightning.pytorch as L
+import peft
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+RESULTS = Path(__file__).parent / "results"
+
+Step = Callable[[], None]
+
+
+@dataclass
+class Line:
+    """One line of the table: a ratio of what is measured to its reference.
+
+    Attributes:
+        name: what is measured.
+        reference: what it is compared with.
+        goal: the bound of the ratio; none where the line only informs.
+        at_least: whether the goal is a speed-up (reference / measured, high is good) or a cost (measured / reference).
+        seconds: of the measured one, per round.
+        reference_seconds: of the reference, per round.
+        note: what shows that both did the same.
+        memory: MiB that the measured one and the reference take at most, beyond the loaded model.
+    """
+
+    name: str
+    reference: str
+    goal: float | None
+    at_least: bool
+    seconds: list[float]
+    reference_seconds: list[float]
+    note: str = ""
+    memory: tuple[float, float] | None = None
+    ratios: list[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        pairs = zip(self.seconds, self.reference_seconds, strict=True)
+        self.ratios = [theirs / ours if self.at_least else ours / theirs for ours, theirs in pairs]
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the median reaches the goal."""
+        if self.goal is None:
+            return None
+        return median(self.ratios) >= self.goal if self.at_least else median(self.ratios) <= self.goal
+
+
+def in_turns(ours: Step, theirs: Step, repeats: int, text: str) -> tuple[list[float], list[float]]:
+    """Time two steps in turns, after two rounds of warming up; every other round begins with the other one."""
+    times: dict[Step, list[float]] = {ours: [], theirs: []}
+    for turn in track(range(repeats + 2), description=f"{text:32}", transient=True):
+        for step in (ours, theirs) if turn % 2 else (theirs, ours):
+            begin = time.perf_counter()
+            step()
+            times[step].append(time.perf_counter() - begin)
+    return times[ours][2:], times[theirs][2:]
+
+
+def small_llama(max_positions: int = 512) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8000, hidden_size=288, intermediate_size=768, num_hidden_layers=6, num_attention_heads=6,
+        num_key_value_heads=6, max_position_embeddings=max_positions,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def train_step(parameters: Iterable[nn.Parameter], loss_of: Callable[[], Tensor], then: Step | None = None) -> Step:
+    """Make a step of forward, backward and AdamW, and what comes after it."""
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    if then is not None:
+        optimizer.register_step_post_hook(lambda *_: then())
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss_of().backward()
+        optimizer.step()
+
+    return step
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """Give the largest difference, relative to the largest value."""
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def show(title: str, lines: list[Line], environment: dict[str, str]) -> None:
+    table = Table(title=f"{title}: median of the rounds' ratios", caption=", ".join(environment.values()))
+    for column in ("measured", "reference", "goal", "ratio", "middle half", "seconds", "same result"):
+        table.add_column(column, overflow="fold", justify="left" if column in ("measured", "reference") else "right")
+    memory = any(line.memory for line in lines)
+    if memory:
+        table.add_column("peak MiB", justify="right")
+    for line in lines:
+        low, _, high = quantiles(line.ratios, n=4)
+        colour = {True: "green", False: "red", None: "default"}[line.met]
+        table.add_row(
+            line.name,
+            line.reference,
+            "" if line.goal is None else f"{'>=' if line.at_least else '<='} {line.goal:g}",
+            f"[{colour}]{median(line.ratios):.3g}[/]",
+            f"{low:.3g} to {high:.3g}",
+            f"{median(line.seconds):.3f} : {median(line.reference_seconds):.3f}",
+            line.note,
+            *([" : ".join(f"{size:,.0f}" for size in line.memory or ())] if memory else []),
+        )
+    Console(width=165 if memory else 150).print(table)
+
+
+def main(title: str, parts: Mapping[str, Callable[[int], Iterator[Line]]], output: Path) -> None:
+    """Run a benchmark's parts, which take the number of rounds, show the lines and write them to a file."""
+    parser = argparse.ArgumentParser(description=f"{title}: ratios of times, in one run.")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=15, help="rounds, at least 2 (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=parts, default=list(parts), help="parts to run (default: all)")
+    parser.add_argument("--output", type=Path, default=output, help="JSON file (default: %(default)s)")
+    options = parser.parse_args()
+    if options.repeats < 2:
+        parser.error(f"--repeats must be at least 2, for a middle half; got {options.repeats}")
+    torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    lines = [line for part in options.only for line in parts[part](options.repeats)]
+    environment = {
+        "threads": f"{options.threads} CPU threads ({platform.machine()})",
+        "rounds": f"{options.repeats} rounds",
+        "torch": f"torch {torch.__version__}",
+        "transformers": f"transformers {transformers.__version__}",
+        "lightning": f"lightning {L.__version__}",
+        "peft": f"peft {peft.__version__}",
+    }
+    show(title, lines, environment)
+    rows = [asdict(line) | {"ratio": median(line.ratios), "met": line.met} for line in lines]
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,92 @@
+"""Attention to a prefix that all rows share, without a copy of it per row.
+
+To the prefix, the queries of all rows are one long sequence: one matrix product instead of B. The softmax is joint
+with the rows' own tokens, so the result is that of plain attention over `[prefix, own]`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "mpt_shared_prefix"
+"""What transformers knows it by (`set_attn_implementation`)."""
+
+
+def put_before(keys: Tensor, prefix: tuple[Tensor, Tensor]) -> Tensor:
+    """Mark a pass's keys with the prefix that comes before them.
+
+    Models hand keys from the cache to the attention function as they are, and have no place for more.
+
+    Args:
+        keys: [B, heads, S, D].
+        prefix: keys and values, [1, heads, P, D] each.
+    """
+    keys.shared_prefix = prefix  # type: ignore[attr-defined]
+    return keys
+
+
+def shared_prefix_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attend to a shared prefix and to own tokens; plain attention where no prefix is marked.
+
+    Args:
+        module: the model's attention layer.
+        query: [B, heads, S, D].
+        key: [B, key heads, S, D], marked by `put_before`.
+        value: [B, key heads, S, D].
+        attention_mask: [B, 1, S, P + S], True where attended or 0 where attended; the prefix is attended wholly.
+        dropout: of the attention weights.
+        scaling: of the scores, D^-0.5 by default.
+        **options: what else transformers hands to attention functions.
+
+    Returns:
+        [B, S, heads, D], and nothing for the weights.
+    """
+    prefix: tuple[Tensor, Tensor] | None = getattr(key, "shared_prefix", None)
+    if prefix is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+    keys, values = (states[0].to(query.dtype) for states in prefix)  # [G, P, D], G key heads
+    heads, length = len(keys), keys.shape[1]
+    size, _, tokens, width = query.shape
+    # [G, heads per key head, B, S, ...] from here on, so that all that reads one key head lies together.
+    queries = query.unflatten(1, (heads, -1)).permute(1, 2, 0, 3, 4) * (width**-0.5 if scaling is None else scaling)
+    shape = queries.shape[:-1]
+    far = (queries.reshape(heads, -1, width) @ keys.transpose(1, 2)).view(*shape, length)
+    near = queries @ key.permute(1, 0, 3, 2)[:, None]
+    near = near + _bias(attention_mask, length, size, tokens, near)
+    scores = torch.cat([far, near], dim=-1)
+    precise = torch.float32 if scores.dtype in (torch.float16, torch.bfloat16) else scores.dtype
+    weights = functional.dropout(scores.softmax(dim=-1, dtype=precise).to(scores.dtype), dropout, dropout > 0)
+    of_prefix = (weights[..., :length].reshape(heads, -1, length) @ values).view(*shape, width)
+    mixed = of_prefix + weights[..., length:] @ value.transpose(0, 1)[:, None]
+    return mixed.permute(2, 3, 0, 1, 4).flatten(2, 3), None
+
+
+def _bias(mask: Tensor | None, length: int, size: int, tokens: int, like: Tensor) -> Tensor:
+    """Give what is added to the scores of own tokens, `[B, S, S]` or `[S, S]`."""
+    if mask is None:  # nothing is hidden but the future
+        seen = torch.ones(tokens, tokens, dtype=torch.bool, device=like.device).tril()
+    else:
+        seen = mask[:, 0, :, length:]
+    if seen.dtype != torch.bool:
+        return seen.to(like.dtype)
+    return torch.zeros_like(seen, dtype=like.dtype).masked_fill(~seen, torch.finfo(like.dtype).min)
+
+
+AttentionInterface.register(NAME, shared_prefix_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

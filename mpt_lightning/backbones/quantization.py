@@ -1,0 +1,57 @@
+"""Frozen weights in 4 or 8 bits (QLoRA; Dettmers et al., 2023), where the libraries and the machine can do it."""
+
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+
+Quantization = Literal["4bit", "8bit"]
+
+
+def check_quantization(kind: Quantization) -> None:
+    """Refuse quantization without the libraries it needs.
+
+    Raises:
+        ValueError: one is missing; says how to install it.
+    """
+    missing = [name for name in ("bitsandbytes", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"backbone_quantization='{kind}' needs {' and '.join(missing)}, which is not installed. Run "
+            "`pip install mpt_lightning[quantization]`, or leave backbone_quantization unset and use "
+            "backbone_dtype='bfloat16' to save memory."
+        )
+
+
+def quantized(kind: Quantization, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Give the arguments with which `from_pretrained` quantizes.
+
+    Args:
+        kind: "4bit" is QLoRA's NF4 with double quantization, "8bit" LLM.int8().
+        dtype: the precision that 4-bit weights are computed in.
+        device: where the model goes; quantized weights are made there.
+
+    Raises:
+        ValueError: a library is missing, or the machine cannot do it.
+    """
+    check_quantization(kind)
+    from transformers import BitsAndBytesConfig
+    from transformers.integrations.bitsandbytes import validate_bnb_backend_availability
+
+    try:
+        validate_bnb_backend_availability(raise_exception=True)
+    except (RuntimeError, ImportError) as error:
+        raise ValueError(
+            f"backbone_quantization='{kind}': bitsandbytes cannot run on this machine. Use one with a device that it "
+            f"supports, or leave backbone_quantization unset. The cause: {' '.join(str(error).split())}"
+        ) from error
+    if kind == "8bit":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return {"quantization_config": config, "device_map": {"": device}}

@@ -1,0 +1,181 @@
+"""PEFT folders both ways: a checkpoint becomes what `PeftModel.from_pretrained` loads, and such a folder a checkpoint.
+
+PEFT loads without checking that all tensors are there, so both ways check the exact set of keys themselves.
+"""
+
+import copy
+from dataclasses import replace as with_changes
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import MultitaskPromptTuningConfig, PromptTuningConfig, TaskType
+from torch import Tensor
+
+from mpt_lightning.backbones import Backbone
+from mpt_lightning.backbones.load import load_config
+from mpt_lightning.checkpoint import PromptCheckpoint, check_state
+from mpt_lightning.interop.examples import Layout
+from mpt_lightning.interop.folder import (
+    DESCRIPTION,
+    STATE,
+    as_checkpoint,
+    for_backbone,
+    new_folder,
+    only,
+    read_description,
+    read_tensors,
+    task_paths,
+    trained_prompt,
+    write_description,
+    write_json,
+    write_tensors,
+)
+from mpt_lightning.interop.foreign import ADAPTER, TASKS, import_foreign
+from mpt_lightning.interop.hub import model_card
+from mpt_lightning.prompts import MultitaskPrompt, Prompt, SoftPrompt
+
+
+def export_peft(
+    checkpoint: PromptCheckpoint | str | Path,
+    dest: str | Path,
+    task: str | None = None,
+    *,
+    backbone: Backbone | None = None,
+    replace: bool = False,
+) -> Path:
+    """Write a checkpoint as a folder that PEFT loads, with equal logits and generations.
+
+    A task's prompt becomes PROMPT_TUNING, folded to `[P, H]`. Without `task` a `MultitaskPrompt` becomes
+    MULTITASK_PROMPT_TUNING, with `tasks.json` to say which of PEFT's `task_ids` each task is, and any other prompt of
+    several tasks one PROMPT_TUNING folder per task, `dest/<task name>`. Every folder holds what `import_peft` needs to
+    give the checkpoint back bit for bit, and a model card. Nothing in it refers to the checkpoint's file.
+
+    Args:
+        checkpoint: a checkpoint of PromptTuning, MPTSource, MPTTarget or CPT, or its path.
+        dest: a place that does not exist. The folder appears there whole or not at all.
+        task: this task alone.
+        backbone: the checkpoint's backbone, where it is loaded already. Otherwise its configuration is read by name,
+            and the model itself only for prompts made of its embeddings (CPT).
+        replace: replace an earlier export at `dest`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: there is something at `dest`, the checkpoint cannot be read, or the task or backbone is unknown.
+    """
+    found = as_checkpoint(checkpoint)
+    prompt = trained_prompt(found, backbone)
+    if task is not None:
+        prompt.index(task)
+    config = backbone.model.config if backbone is not None else load_config(found.backbone)
+    with new_folder(dest, replace) as folder:
+        if task is not None or (prompt.num_tasks == 1 and not isinstance(prompt, MultitaskPrompt)):
+            _write_task(folder, found, prompt, prompt.tasks[0] if task is None else task, config)
+        elif isinstance(prompt, MultitaskPrompt):
+            _write_group(folder, found, prompt, config)
+        else:
+            for name, path in task_paths(prompt.tasks).items():
+                (folder / path).mkdir(parents=True)
+                _write_task(folder / path, found, copy.deepcopy(prompt), name, config)
+            files = [f"{path}/{ADAPTER}" for path in task_paths(prompt.tasks).values()]
+            _finish(folder, found, files if isinstance(prompt, SoftPrompt) else [STATE], "folders", config)
+    return Path(dest).expanduser()
+
+
+def _write_task(folder: Path, checkpoint: PromptCheckpoint, prompt: Prompt, task: str, config: Any) -> None:
+    """Write one task's prompt as PROMPT_TUNING; the other tasks are taken out of `prompt`."""
+    alone = only(checkpoint, prompt, task)
+    PromptTuningConfig(**_shared_options(checkpoint, prompt, config)).save_pretrained(str(folder))
+    write_tensors(folder / ADAPTER, {"prompt_embeddings": prompt.fold(task)})
+    files = [ADAPTER] if isinstance(prompt, SoftPrompt) else [ADAPTER, STATE]
+    _finish(folder, alone, files, "task", config)
+
+
+def _write_group(folder: Path, checkpoint: PromptCheckpoint, prompt: MultitaskPrompt, config: Any) -> None:
+    """Write all tasks as MULTITASK_PROMPT_TUNING, whose tensors have our names."""
+    options = _shared_options(checkpoint, prompt, config)
+    MultitaskPromptTuningConfig(**options, num_tasks=prompt.num_tasks, num_ranks=prompt.rank).save_pretrained(
+        str(folder)
+    )
+    write_tensors(folder / ADAPTER, dict(prompt.state_dict()))
+    write_json(folder / TASKS, {name: row for row, name in enumerate(prompt.tasks)})
+    _finish(folder, checkpoint, [ADAPTER, TASKS], "group", config)
+
+
+def _shared_options(checkpoint: PromptCheckpoint, prompt: Prompt, config: Any) -> dict[str, Any]:
+    return {
+        "task_type": TaskType.SEQ_2_SEQ_LM if config.is_encoder_decoder else TaskType.CAUSAL_LM,
+        "base_model_name_or_path": checkpoint.backbone,
+        "inference_mode": True,
+        "num_virtual_tokens": prompt.length,
+        "token_dim": prompt.dim,
+        # PEFT's default for an encoder-decoder is 2: rows for the decoder, which `generate` does not use.
+        "num_transformer_submodules": 1,
+        "num_layers": getattr(config, "num_hidden_layers", None),
+        "num_attention_heads": getattr(config, "num_attention_heads", None),
+    }
+
+
+def _finish(
+    folder: Path,
+    checkpoint: PromptCheckpoint,
+    files: list[str],
+    layout: Layout,
+    config: Any,
+) -> None:
+    if STATE in files:
+        write_tensors(folder / STATE, _own_names(checkpoint.state_dict))
+    write_description(folder, checkpoint, files)
+    card = model_card(checkpoint, layout, is_encoder_decoder=bool(config.is_encoder_decoder))
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _own_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("prompt."): value for name, value in state.items()}
+
+
+def import_peft(folder: str | Path, backbone: Backbone | None = None) -> PromptCheckpoint:
+    """Read a PEFT folder as a checkpoint: a start, a source or teachers for this package's modules.
+
+    `export_peft`'s own folders come back bit for bit. Of PEFT's own, PROMPT_TUNING, MULTITASK_PROMPT_TUNING and CPT
+    are read, from safetensors or .bin (`weights_only=True`). These say only which model they were made for, so with
+    `backbone` their width and kind must agree with it, and another name is a warning: the same model often has two.
+    Without `backbone` neither is checked, and the checkpoint's fingerprint is empty.
+
+    Args:
+        folder: the folder with `adapter_config.json`, or one with a folder per task that `export_peft` made.
+        backbone: the model it is to be used with. A CPT folder of PEFT's needs one; by default the one it names is
+            loaded.
+
+    Returns:
+        The checkpoint. Tasks of a foreign folder are "0", "1", ... unless its `tasks.json` names them. Its stage is
+        "PEFT".
+
+    Raises:
+        ValueError: no PEFT folder, a type without a prompt, missing or extra tensors, a damaged file, or another
+            backbone.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise ValueError(f"{folder}: there is no such folder. Give a local folder that PEFT or export_peft wrote.")
+    if not (path / DESCRIPTION).is_file():
+        return import_foreign(path, backbone)
+    found, files = read_description(path)
+    if STATE in files:
+        state = read_tensors(path / STATE)
+    elif ADAPTER in files and found.prompt_class != "SoftPrompt":
+        state = read_tensors(path / ADAPTER)
+    else:
+        parts = [ADAPTER] if ADAPTER in files else files
+        tensors = [read_tensors(path / part) for part in parts]
+        if any(set(part) != {"prompt_embeddings"} for part in tensors):
+            raise ValueError(f"{path}: expected the tensor prompt_embeddings and no other in {', '.join(parts)}.")
+        state = {"prompt_embeddings": torch.stack([part["prompt_embeddings"] for part in tensors])}
+    try:
+        check_state(found.empty_prompt(), state)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged. {error}") from error
+    found = found if backbone is None else for_backbone(found, backbone)
+    return with_changes(found, state_dict={f"prompt.{name}": value for name, value in state.items()})

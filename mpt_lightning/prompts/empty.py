@@ -1,0 +1,44 @@
+"""No prompt: what stands before a backbone whose own weights are trained, or that is used as it is."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpt_lightning.prompts.base import Prompt
+
+
+class EmptyPrompt(Prompt):
+    """A prompt of no tokens, P = 0: the tasks have names and nothing else.
+
+    Args:
+        num_tasks: T.
+        dim: H.
+        tasks: [T] names of the tasks.
+
+    Example:
+        >>> EmptyPrompt(num_tasks=3, dim=8)(torch.tensor([2, 0])).shape
+        torch.Size([2, 0, 8])
+    """
+
+    least_length = 0
+
+    def __init__(self, num_tasks: int, dim: int, tasks: Sequence[str] | None = None) -> None:
+        super().__init__(num_tasks, 0, dim, tasks)
+
+    def forward(self, task_ids: Tensor) -> Tensor:
+        """Give `[U, 0, H]` for the tasks `[U]`."""
+        return torch.zeros(len(task_ids), 0, self.dim, device=task_ids.device)
+
+    def fold(self, task: str) -> Tensor:
+        """Give one task's prompt, `[0, H]`."""
+        return self(torch.tensor([self.index(task)]))[0]
+
+    def task_parameters(self) -> list[str]:
+        """Give the names of the parameters with one row per task: none."""
+        return []
+
+    def config(self) -> dict[str, Any]:
+        """Give the constructor's arguments."""
+        return {"num_tasks": self.num_tasks, "dim": self.dim, "tasks": list(self.tasks)}

@@ -1,0 +1,127 @@
+"""Checkpoints of every kind over the tiny models, made without training."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from mpt_lightning import ContextPrompt, MultitaskPrompt, SoftPrompt, load_backbone
+from mpt_lightning.backbones import Backbone
+from mpt_lightning.checkpoint import KEY, metadata
+from mpt_lightning.prompts import EncodedPrompt, Prompt, SuperposedPrompt
+
+TASKS = ["glue/one", "two"]
+STAGES = ["PromptTuning", "MPTSource", "MPTTarget"]
+IDS = [11, 12, 13, 14, 20, 30, 1, 2, 11, 15, 16, 20, 31, 32, 1, 2]
+TYPES = [1, 2, 2, 2, 3, 4, 4, 0, 5, 6, 6, 7, 8, 8, 8, 0]
+CARD = {
+    "name": "glue/one", "path": "nyu-mll/glue", "subset": "sst2", "input": "film: {sentence}", "metrics": ["accuracy"],
+    "choices": ["negative", "positive"], "language": "en",
+}  # fmt: skip
+
+
+def make_prompt(stage: str, dim: int = 32) -> Prompt:
+    torch.manual_seed(7)
+    prompt: Prompt = {
+        "PromptTuning": lambda: SoftPrompt(2, 5, dim, TASKS),
+        "MPTSource": lambda: MultitaskPrompt(2, 5, dim, 3, TASKS, "normal"),
+        "MPTTarget": lambda: MultitaskPrompt(1, 5, dim, 1, ["glue/one"]),
+        "CPT": lambda: ContextPrompt(IDS, TYPES, dim, ["glue/one"]),
+        "encoded": lambda: EncodedPrompt(2, 5, dim, TASKS, "lstm"),
+        "superposed": lambda: SuperposedPrompt(2, 5, dim, [[5, 6, 7], [8, 9, 10]], TASKS),
+    }[stage]()
+    with torch.no_grad():
+        for value in prompt.parameters():
+            value.copy_(torch.randn_like(value))
+    return prompt
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
+    """Give a quiet trainer."""
+
+    def make(**options: Any) -> L.Trainer:
+        defaults = {
+            "accelerator": "cpu", "max_epochs": 1, "logger": False, "enable_checkpointing": False,
+            "enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0,
+            "default_root_dir": str(tmp_path),
+        }  # fmt: skip
+        return L.Trainer(**(defaults | options))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def backbones(model_folder: Callable[[str], str]) -> Callable[[str], Backbone]:
+    """Give a loaded tiny model by kind."""
+    loaded: dict[str, Backbone] = {}
+
+    def give(kind: str) -> Backbone:
+        if kind not in loaded:
+            loaded[kind] = load_backbone(model_folder(kind)).eval()
+        return loaded[kind]
+
+    return give
+
+
+@pytest.fixture
+def checkpoint(backbones: Callable[[str], Backbone], tmp_path: Path) -> Callable[..., Path]:
+    """Give the file of a checkpoint, as the modules save it."""
+
+    def make(kind: str, stage: str, **more: Any) -> Path:
+        backbone, prompt = backbones(kind), make_prompt(stage)
+        prompt.attach(backbone.embeddings)
+        name = {"encoded": "PromptTuning", "superposed": "PromptTuning"}.get(stage, stage)
+        content = {
+            KEY: metadata(name, backbone.name, backbone.fingerprint, prompt, {"glue/one": CARD}),
+            "state_dict": {f"prompt.{key}": value for key, value in prompt.state_dict().items()},
+            "hyper_parameters": {"lr": 0.3, "source": "/secret/place.ckpt", "backbone": backbone.name},
+            "datamodule_hyper_parameters": {"answer_prefix": "is", "data_root": "/secret/data", "seed": 1},
+            "callbacks": {"ModelCheckpoint{}": {
+                "monitor": "val/average", "best_k_models": {f"/secret/{stage}.ckpt": torch.tensor(0.75)},
+            }},
+        }  # fmt: skip
+        path = tmp_path / "source" / f"{stage}.ckpt"
+        path.parent.mkdir(exist_ok=True)
+        torch.save(content | more, path)
+        return path
+
+    return make
+
+
+def with_peft(backbone: Backbone, folder: Path) -> PeftModel:
+    """The folder in a fresh copy of the model, as a user of PEFT loads it."""
+    cls = AutoModelForSeq2SeqLM if backbone.model.config.is_encoder_decoder else AutoModelForCausalLM
+    return PeftModel.from_pretrained(cls.from_pretrained(backbone.name), str(folder)).eval()
+
+
+ROWS = torch.tensor([[11, 25, 40, 31, 17], [90, 8, 33, 52, 61], [7, 7, 21, 14, 100]])
+
+
+def assert_same_model(backbone: Backbone, prompt: torch.Tensor, peft: PeftModel, **options: Any) -> None:
+    """The prompt `[P, H]` before our backbone and PEFT's model: equal logits, identical greedy answers."""
+    labels = torch.tensor([[12, 40, 1], [9, 60, 1], [80, 3, 1]])
+    mask, rows, length = torch.ones_like(ROWS), torch.zeros(len(ROWS), dtype=torch.long), len(prompt)
+    generation = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
+    with torch.no_grad():
+        ours = backbone(prompt[None], rows, ROWS, mask, labels).logits
+        if backbone.model.config.is_encoder_decoder:
+            theirs = peft(input_ids=ROWS, attention_mask=mask, labels=labels, **options).logits
+        else:
+            whole = torch.cat([ROWS, labels], dim=1)
+            theirs = peft(input_ids=whole, attention_mask=torch.ones_like(whole), **options).logits
+            theirs = theirs[:, length + ROWS.shape[1] - 1 : -1]
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        made = backbone.generate(prompt[None], rows, ROWS, mask, **generation)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Position ids are not supported")  # PEFT's, at each step
+            answers = peft.generate(input_ids=ROWS, attention_mask=mask, **options, **generation)
+    skip = 1 if backbone.model.config.is_encoder_decoder else ROWS.shape[1]
+    assert made.tolist() == answers[:, skip:].tolist()
+    assert len(set(map(tuple, made.tolist()))) > 1

@@ -1,0 +1,114 @@
+"""Bottleneck adapters: nothing at the start, everything that is trained."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning.pytorch as L
+import pytest
+import torch
+from transformers import OPTConfig, OPTForCausalLM
+
+from mpt_lightning import Adapters, load_backbone
+from mpt_lightning.backbones import CausalBackbone
+from mpt_lightning.backbones.adapters import Bottleneck, add_adapters
+from tests.conftest import KINDS
+from tests.modules.adapted import loads_equal, resumes_exactly
+from tests.modules.conftest import AnyData
+
+Folder = Callable[[str], str]
+MakeTrainer = Callable[..., L.Trainer]
+
+
+@pytest.mark.parametrize(("places", "count"), [("houlsby", {"t5": 10}), ("pfeiffer", {"t5": 4})])
+@pytest.mark.parametrize("kind", KINDS)
+def test_they_begin_as_nothing_and_each_counts(
+    kind: str, places: str, count: dict[str, int], model_folder: Folder, batch: dict[str, torch.Tensor]
+) -> None:
+    backbone = load_backbone(model_folder(kind)).eval()
+
+    def logits() -> torch.Tensor:
+        inputs = (batch["task_ids"], batch["input_ids"], batch["attention_mask"], batch["labels"])
+        return backbone(torch.zeros(3, 0, 32), *inputs).logits
+
+    with torch.no_grad():
+        plain = logits()
+        adapters = add_adapters(backbone, 3, places)
+        assert len(adapters) == count.get(kind, 4 if places == "houlsby" else 2)  # two layers; T5 has two stacks
+        assert torch.equal(logits(), plain)
+    for adapter in adapters:
+        torch.nn.init.normal_(adapter.up.weight)
+    logits().sum().backward()
+    assert all(adapter.up.weight.grad.abs().sum() > 0 for adapter in adapters)
+    assert not any(p.requires_grad for n, p in backbone.named_parameters() if ".adapter." not in n)
+
+
+def test_an_adapter_by_hand() -> None:
+    adapter, hidden = Bottleneck(8, 3), torch.randn(2, 5, 8)
+    torch.nn.init.normal_(adapter.up.weight)
+    inside = (hidden @ adapter.down.weight.T + adapter.down.bias).clamp(min=0)
+    torch.testing.assert_close(adapter(hidden), hidden + inside @ adapter.up.weight.T)
+    half = adapter(hidden.bfloat16())
+    assert half.dtype == torch.bfloat16
+    assert adapter.up.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_holds_the_adapters_alone(
+    kind: str, model_folder: Folder, data: AnyData, trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    module = Adapters(model_folder(kind), size=3, dropout=0.1, lr=0.05)
+    fitted = trainer(max_epochs=2)
+    fitted.fit(module, datamodule=data)
+    module.train()
+    dropout = {n: m.training for n, m in module.backbone.named_modules() if isinstance(m, torch.nn.Dropout)}
+    assert {on for name, on in dropout.items() if "adapter" in name} == {True}
+    assert not any(on for name, on in dropout.items() if "adapter" not in name)
+    loads_equal(module, fitted, tmp_path / "last.ckpt")
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    ends = {"down.weight": (3, 32), "down.bias": (3,), "up.weight": (32, 3), "up.bias": (32,)}
+    for name, value in state.items():
+        before, _, end = name.partition(".adapter.")
+        assert before.startswith("backbone.model.")
+        assert tuple(value.shape) == ends[end]
+    assert len(state) == 4 * (10 if kind == "t5" else 4)
+    with pytest.raises(ValueError, match=r"was trained with {'size': 3, 'places': 'houlsby'}, and this run has"):
+        Adapters.load_from_checkpoint(str(tmp_path / "last.ckpt"), places="pfeiffer")
+
+
+def test_resuming_is_exact(model_folder: Folder, trainer: MakeTrainer, tmp_path: Path) -> None:
+    folder = model_folder("t5")
+    resumes_exactly(lambda: Adapters(folder, size=4, lr=0.01, gradient_checkpointing=True), trainer, tmp_path)
+
+
+def test_gradient_checkpointing_changes_nothing(model_folder: Folder, data: AnyData, trainer: MakeTrainer) -> None:
+    trained = []
+    folder = model_folder("gpt2")
+    for checkpointing in (False, True):
+        L.seed_everything(0)
+        module = Adapters(folder, size=4, lr=0.01, gradient_checkpointing=checkpointing)
+        trainer().fit(module, datamodule=data)
+        trained.append(module.state_dict())
+    for name, value in trained[0].items():
+        torch.testing.assert_close(value, trained[1][name])
+
+
+def test_a_model_of_another_build_is_told() -> None:
+    config = OPTConfig(
+        vocab_size=50, hidden_size=16, num_attention_heads=2, num_hidden_layers=1, ffn_dim=32, word_embed_proj_dim=16
+    )
+    backbone = CausalBackbone(OPTForCausalLM(config), "opt")
+    with pytest.raises(ValueError, match=r"OPTForCausalLM \(opt\) has no attention and no feed-forward sublayer"):
+        add_adapters(backbone, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"size": 0}, "size must be 1 or more, got 0"),
+        ({"places": "here"}, "places must be one of houlsby, pfeiffer, got 'here'"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
+    ],
+)
+def test_impossible_values_are_told_at_once(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Adapters("anything", **arguments)

@@ -1,0 +1,163 @@
+"""Inference in one object: equal to the module's own predictions, whatever the batch is made of."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning.pytorch as L
+import pytest
+import torch
+
+from mpt_lightning import CPT, MultitaskDataModule, Predictor, PromptTuning, load_task
+from mpt_lightning.cli import main
+from mpt_lightning.predictor import predict_file
+
+T5, LLAMA = "mpt_lightning/demo/t5", "mpt_lightning/demo/llama"
+TASKS = ["demo/voice", "demo/topic", "demo/similarity"]
+
+
+def quiet(**options: object) -> L.Trainer:
+    return L.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, **options,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Checkpoints of one prompt for several tasks (numbers, two and four choices), and of a context."""
+    folder = tmp_path_factory.mktemp("predictor")
+    L.seed_everything(0)
+    options = {"cache_dir": str(folder / "cache"), "max_eval_rows": 12, "predict_split": "validation"}
+    for name, backbone in (("t5", T5), ("llama", LLAMA)):
+        data = MultitaskDataModule(TASKS, sampling="all", batch_size=12, max_train_rows=48, **options)
+        trainer = quiet(max_steps=6, max_epochs=-1, limit_val_batches=0)
+        trainer.fit(PromptTuning(backbone, prompt_length=5, max_new_tokens=4), datamodule=data)
+        trainer.save_checkpoint(folder / f"{name}.ckpt")
+    data = load_task("demo/advice", context_shots=2, answer_prefix="label :", separator="", **options)
+    trainer = quiet(max_steps=3, max_epochs=-1, limit_val_batches=0)
+    trainer.fit(CPT(LLAMA, lr=0.01), datamodule=data)
+    trainer.save_checkpoint(folder / "cpt.ckpt")
+    return {name: str(folder / f"{name}.ckpt") for name in ("t5", "llama", "cpt")}
+
+
+def expected(path: str, folder: Path) -> list[dict]:
+    """What the module itself predicts, through the Trainer."""
+    found = torch.load(path, weights_only=True)
+    stage = CPT if found["mpt_lightning"]["stage"] == "CPT" else PromptTuning
+    options = found["datamodule_hyper_parameters"] | {"cache_dir": str(folder / "cache")}
+    if stage is CPT:
+        data = load_task("demo/advice", **{key: value for key, value in options.items() if key != "card"})
+    else:
+        data = MultitaskDataModule(**options)
+    batches = quiet().predict(stage.load_from_checkpoint(path), datamodule=data)
+    nested = batches if isinstance(batches[0][0], list) else [batches]
+    return [record for task in nested for batch in task for record in batch]
+
+
+@pytest.mark.parametrize("name", ["t5", "llama", "cpt"])
+def test_mixed_batches_equal_the_modules_predictions(name: str, trained: dict[str, str], tmp_path: Path) -> None:
+    records = expected(trained[name], tmp_path)
+    shuffled = [records[n] for n in torch.randperm(len(records), generator=torch.Generator().manual_seed(1)).tolist()]
+    predictor = Predictor.from_checkpoint(trained[name], batch_size=7)
+    answers = predictor.predict([r["text"] for r in shuffled], [r["task"] for r in shuffled], max_new_tokens=4)
+    assert [answer.prediction for answer in answers] == [record["prediction"] for record in shuffled]
+    assert [(answer.task, answer.text) for answer in answers] == [(r["task"], r["text"]) for r in shuffled]
+    for answer in answers:
+        if answer.task == "demo/similarity":
+            assert answer.probabilities is None
+        else:
+            assert sum(answer.probabilities.values()) == pytest.approx(1, abs=1e-5)
+            assert max(answer.probabilities, key=answer.probabilities.get) == answer.prediction
+
+
+def test_company_does_not_change_an_answer(trained: dict[str, str]) -> None:
+    predictor = Predictor.from_checkpoint(trained["llama"])
+    texts = ["sentence : the dog found the cup .", "sentence : in the park the red cup was moved by the girl ."]
+    together = predictor.predict(texts, ["demo/voice", "demo/topic"])
+    for text, task, answer in zip(texts, ["demo/voice", "demo/topic"], together, strict=True):
+        (alone,) = predictor.predict([text], task)
+        assert alone.probabilities == pytest.approx(answer.probabilities, rel=1e-4)
+
+
+def test_columns_are_worded_as_the_card_says(trained: dict[str, str]) -> None:
+    predictor = Predictor.from_checkpoint(trained["cpt"])
+    (row,) = predictor.predict([{"sentence": "you should see it ."}])
+    assert row.text == "sentence : you should see it . label :"
+    assert predictor.predict(["sentence : you should see it . label :"])[0] == row
+
+
+def test_a_checkpoint_of_trained_weights_predicts_too(tmp_path: Path) -> None:
+    from mpt_lightning import FineTuning
+
+    data = load_task("demo/voice", max_train_rows=32, cache_dir=str(tmp_path), batch_size=8)
+    trainer = quiet(max_steps=4, max_epochs=-1, limit_val_batches=0)
+    module = FineTuning(T5, train="head", lr=0.01)
+    trainer.fit(module, datamodule=data)
+    trainer.save_checkpoint(tmp_path / "head.ckpt")
+    predictor = Predictor.from_checkpoint(str(tmp_path / "head.ckpt"))
+    (answer,) = predictor.predict([{"sentence": "the dog found the cup ."}])
+    assert set(answer.probabilities) == set(predictor.cards["demo/voice"].choices)
+    for name, value in module.state_dict().items():
+        assert torch.equal(predictor.backbone.state_dict()[name.removeprefix("backbone.")], value)
+
+
+@pytest.mark.parametrize(
+    ("texts", "tasks", "message"),
+    [
+        (["a"], None, "There are several tasks"),
+        (["a"], "demo/advice", "Unknown task demo/advice; the checkpoint has demo/voice, demo/topic"),
+        (["a", "b"], ["demo/voice"], "Got 2 texts and 1 tasks"),
+        (["a", " "], "demo/voice", r"Text 1 \(task demo/voice\) is empty"),
+        ([{"text": "a"}], "demo/voice", "has no sentence; the card reads sentence"),
+        (["word " * 300], "demo/voice", "more than 256; shorten it"),
+    ],
+)
+def test_mistakes_are_told(texts: list, tasks: object, message: str, trained: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=message):
+        Predictor.from_checkpoint(trained["llama"]).predict(texts, tasks)
+
+
+def test_the_command_answers_a_file(
+    trained: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"task": "demo/topic", "text": "sentence : the dog ran ."},
+        {"task": "demo/voice", "sentence": "the cup was found by the girl ."},
+        {"task": "demo/similarity", "sentence1": "the dog ran .", "sentence2": "the cat ran ."},
+    ]
+    Path("in.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    command = ["predict", "--ckpt_path", trained["llama"], "--input", "in.jsonl", "--output", "out.jsonl"]
+    monkeypatch.setattr(sys, "argv", ["mpt"])
+    main(command)
+    answers = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    assert [answer["task"] for answer in answers] == [row["task"] for row in rows]
+    assert answers[1]["prediction"] in ("active", "passive")
+    for line, message in [
+        ("{", "in.jsonl, line 2: this is no JSON"),
+        ("[1]", "in.jsonl, line 2: expected an object"),
+        ('{"text": "a"}', "in.jsonl, line 2: got task=None, expected one of demo/voice"),
+        ('{"task": "demo/x", "text": "a"}', "in.jsonl, line 2: got task='demo/x'"),
+        ('{"task": "demo/similarity", "sentence1": "a"}', "in.jsonl, line 2: there is no field sentence2"),
+    ]:
+        Path("in.jsonl").write_text(json.dumps(rows[0]) + "\n" + line + "\n")
+        with pytest.raises(SystemExit):
+            main([*command[:-1], "other.jsonl"])
+        assert message in capsys.readouterr().err
+        assert not list(Path().glob("other.jsonl*"))
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "out.jsonl exists" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_text_is_told(trained: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(b'{"text": "\xff"}')
+    with pytest.raises(ValueError, match="is not UTF-8 text"):
+        predict_file(Predictor.from_checkpoint(trained["cpt"]), str(tmp_path / "in.jsonl"), str(tmp_path / "out"))
+
+
+def test_another_backbone_is_refused(trained: dict[str, str], model_folder: Callable[[str], str]) -> None:
+    with pytest.raises(ValueError, match="was trained on the backbone"):
+        Predictor.from_checkpoint(trained["llama"], backbone=model_folder("llama"))
