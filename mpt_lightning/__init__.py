@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mpt_lightning.modules import (
         CPT,
         Adapters,
+        DePT,
         FineTuning,
         HardPrompt,
         MPTSource,
@@ -36,6 +37,7 @@ _HOMES = {
     "MPTTarget": "mpt_lightning.modules",
     "CPT": "mpt_lightning.modules",
     "PrefixTuning": "mpt_lightning.modules",
+    "DePT": "mpt_lightning.modules",
     "PEFTModule": "mpt_lightning.modules",
     "Adapters": "mpt_lightning.modules",
     "FineTuning": "mpt_lightning.modules",
@@ -58,6 +60,7 @@ __all__ = [  # noqa: RUF022  (the order of a reader: prompts, backbones, modules
     "MPTTarget",
     "CPT",
     "PrefixTuning",
+    "DePT",
     "PEFTModule",
     "Adapters",
     "FineTuning",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mpt_lightning.prompts import (
     ContextPrompt,
+    DecomposedPrompt,
     EmptyPrompt,
     EncodedPrompt,
     MultitaskPrompt,
@@ -26,7 +27,16 @@ KEY = "mpt_lightning"
 FORMAT = 1
 PROMPTS: dict[str, type[Prompt]] = {
     kind.__name__: kind
-    for kind in (SoftPrompt, MultitaskPrompt, ContextPrompt, EncodedPrompt, SuperposedPrompt, PrefixPrompt, EmptyPrompt)
+    for kind in (
+        SoftPrompt,
+        MultitaskPrompt,
+        ContextPrompt,
+        EncodedPrompt,
+        SuperposedPrompt,
+        PrefixPrompt,
+        DecomposedPrompt,
+        EmptyPrompt,
+    )
 }
 
 

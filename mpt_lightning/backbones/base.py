@@ -132,6 +132,24 @@ class Backbone(nn.Module, ABC):
         """Give the input embeddings `[B, L, H]` of token ids `[B, L]`."""
         return self.model.get_input_embeddings()(input_ids)
 
+    def embed_shifted(self, shift: Tensor, rows: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Embed rows, and add to each token what belongs to its place in the text.
+
+        Args:
+            shift: [U, S, H]; tokens after the first S stay as they are.
+            rows: [B] in 0..U-1.
+            input_ids: [B, L].
+            attention_mask: [B, L].
+
+        Returns:
+            [B, L, H].
+        """
+        text = self.embed(input_ids)
+        place = attention_mask.cumsum(dim=1) - 1
+        shifted = ((place < shift.shape[1]) & (attention_mask == 1))[..., None]
+        index = place.clamp(0, shift.shape[1] - 1)[..., None].expand(-1, -1, text.shape[2])
+        return text + shift.to(text.dtype)[rows].gather(1, index) * shifted
+
     def embed_among(self, prompts: Tensor, rows: Tensor, input_ids: Tensor) -> Tensor:
         """Embed rows among whose tokens the prompt's stand: id -1 is the prompt's first token, -2 its second.
 

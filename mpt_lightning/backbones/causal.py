@@ -6,6 +6,7 @@ and gathered per row: U·P + B·S tokens instead of B·(P + S). Gradients flow t
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -74,13 +75,17 @@ class CausalBackbone(Backbone):
         """Run the model over the prompts, once each.
 
         Args:
-            prompts: [U, P, H]; or per layer keys and values [U, heads, P, D], or encoded already, which run nothing.
+            prompts: [U, P, H], alone or with a shift [U, S, H] of the text's embeddings; or per layer keys and values
+                [U, heads, P, D], or encoded already, which run nothing.
             predict_at: [N] positions in 0..P-1 whose logits for the next token are wanted.
         """
         if isinstance(prompts, EncodedPrompts):
             return prompts
         if not isinstance(prompts, Tensor):
-            return EncodedPrompts(tuple(prompts), (), prompts[0][0].shape[2])
+            first, second = prompts[0], prompts[1] if len(prompts) > 1 else None
+            if isinstance(first, Tensor):  # a prompt, and what is added to the text's embeddings
+                return replace(self.encode_prompts(first), shift=second)
+            return EncodedPrompts(tuple(prompts), (), first[0].shape[2])
         if prompts.shape[1] == 0:
             return EncodedPrompts((), (prompts,) * self._num_layers, 0)
         cache = PrefixCache(self._num_layers)
@@ -107,8 +112,15 @@ class CausalBackbone(Backbone):
             return PrefixCache(self._num_layers, shared=encoded.layers)
         return PrefixCache(gather(encoded.layers, rows))
 
-    def _among(self, encoded: EncodedPrompts, rows: Tensor, input_ids: Tensor) -> tuple[EncodedPrompts, Tensor]:
-        """Where the prompt's tokens stand among the rows', give no prompt before them, and their embeddings."""
+    def _among(
+        self, encoded: EncodedPrompts, rows: Tensor, input_ids: Tensor, text: Tensor
+    ) -> tuple[EncodedPrompts, Tensor]:
+        """Give what comes before rows, and the rows: ids, or embeddings where a prompt has a say in them.
+
+        `text` `[B, S]` is 1 at the text's tokens, as opposed to padding and the answer's.
+        """
+        if encoded.shift is not None:
+            return encoded, self.embed_shifted(encoded.shift, rows, input_ids, text)
         if encoded.prompts is None or not (input_ids < 0).any():
             return encoded, input_ids
         return EncodedPrompts((), (), 0), self.embed_among(encoded.prompts, rows, input_ids)
@@ -162,7 +174,8 @@ class CausalBackbone(Backbone):
         # With the padding on the left the text ends in one column, and the labels' logits are the last M columns.
         input_ids, attention_mask = align(input_ids, attention_mask, "left")
         given = labels[:, :-1]  # the last label is predicted, never read
-        encoded, tokens = self._among(encoded, rows, torch.cat([input_ids, given.clamp(min=0)], dim=1))
+        whole = torch.cat([input_ids, given.clamp(min=0)], dim=1)
+        encoded, tokens = self._among(encoded, rows, whole, torch.cat([attention_mask, torch.zeros_like(given)], dim=1))
         output = self._read(
             self._prefix(encoded, rows, whole=prompt_mask is None),
             past=attention_mask.new_ones(len(rows), encoded.length) if prompt_mask is None else prompt_mask,
@@ -192,7 +205,7 @@ class CausalBackbone(Backbone):
         """Give each choice's log-likelihood; see `Backbone.score`."""
         encoded = self.encode_prompts(prompts)
         input_ids, attention_mask = align(input_ids, attention_mask, "left")
-        encoded, tokens = self._among(encoded, rows, input_ids)
+        encoded, tokens = self._among(encoded, rows, input_ids, attention_mask)
         past = attention_mask.new_ones(len(rows), encoded.length)
         cache = self._prefix(encoded, rows)
         first = self._read(cache, past, encoded.length, tokens, attention_mask, keep=1).logits
@@ -227,8 +240,14 @@ class CausalBackbone(Backbone):
         """Generate label tokens; see `Backbone.generate`."""
         encoded = self.encode_prompts(prompts)
         input_ids, attention_mask = align(input_ids, attention_mask, "left")
-        encoded, tokens = self._among(encoded, rows, input_ids)
+        encoded, tokens = self._among(encoded, rows, input_ids, attention_mask)
         if tokens.is_floating_point():
+            if encoded.length:  # only `generate` itself could put a cache before embeddings, and it does not
+                prompt = encoded.prompts
+                if prompt is None:
+                    raise RuntimeError("these prompts have no embeddings")
+                tokens = torch.cat([prompt.to(tokens.dtype)[rows], tokens], dim=1)
+                attention_mask = torch.cat([attention_mask.new_ones(len(rows), encoded.length), attention_mask], dim=1)
             written: Tensor = self.model.generate(inputs_embeds=tokens, attention_mask=attention_mask, **options)
             return written
         # `generate` wants ids for every cached position; it skips these, so any id does.

@@ -23,6 +23,7 @@ class EncodedPrompts:
         hidden: per layer the hidden states `[U, P, H]`.
         length: P.
         logits: `[U, N, V]` at the positions that were asked for, else nothing.
+        shift: `[U, S, H]`, what is added to the embeddings of the text's tokens; mostly nothing.
         prompts: what was encoded, `[U, P, H]`; nothing where keys and values are themselves the prompt.
     """
 
@@ -31,12 +32,20 @@ class EncodedPrompts:
     length: int
     logits: Tensor | None = None
     prompts: Tensor | None = None
+    shift: Tensor | None = None
 
     def __getitem__(self, rows: Tensor) -> "EncodedPrompts":
         """Give some of the prompts, in the order of `rows` `[N]` in 0..U-1."""
         prompts = None if self.prompts is None else self.prompts[rows]
         hidden = tuple(states[rows] for states in self.hidden)
-        return EncodedPrompts(tuple(gather(self.layers, rows)), hidden, self.length, prompts=prompts)
+        return EncodedPrompts(
+            tuple(gather(self.layers, rows)),
+            hidden,
+            self.length,
+            None,
+            prompts,
+            self.shift if self.shift is None else self.shift[rows],
+        )
 
 
 class PrefixLayer(CacheLayerMixin):

@@ -18,10 +18,15 @@ class Seq2SeqBackbone(Backbone):
         """Run the encoder over `[prompt, text, padding]`; give its output and the mask `[B, P + L]`."""
         # Relative and absolute positions alike count from the left, so padding goes to the right.
         input_ids, attention_mask = align(input_ids, attention_mask, "right")
+        shift = None
+        if not isinstance(prompts, Tensor):
+            prompts, shift = prompts
         if (input_ids < 0).any():  # the prompt stands among the text
             embeds, mask = self.embed_among(prompts, rows, input_ids), attention_mask
         else:
-            text = self.embed(input_ids)
+            text = (
+                self.embed(input_ids) if shift is None else self.embed_shifted(shift, rows, input_ids, attention_mask)
+            )
             embeds = torch.cat([prompts.to(text.dtype)[rows], text], dim=1)
             mask = torch.cat([attention_mask.new_ones(len(rows), prompts.shape[1]), attention_mask], dim=1)
         output = self.model.get_encoder()(

@@ -3,6 +3,7 @@
 from mpt_lightning.modules.adapters import Adapters
 from mpt_lightning.modules.base import PromptModule
 from mpt_lightning.modules.cpt import CPT
+from mpt_lightning.modules.dept import DePT
 from mpt_lightning.modules.finetuning import FineTuning
 from mpt_lightning.modules.hard_prompt import HardPrompt
 from mpt_lightning.modules.mpt import MPTSource, MPTTarget
@@ -13,6 +14,7 @@ from mpt_lightning.modules.prompt_tuning import PromptTuning
 __all__ = [
     "CPT",
     "Adapters",
+    "DePT",
     "FineTuning",
     "HardPrompt",
     "MPTSource",

@@ -43,7 +43,16 @@ def check_options(options: Mapping[str, Any]) -> None:
     for name, choices in allowed.items():
         if name in options and options[name] not in choices:
             raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {options[name]!r}.")
-    for name in ("lr", "shared_lr", "task_lr", "warmup_steps", "weight_decay", "logits_weight", "hidden_weight"):
+    for name in (
+        "lr",
+        "shared_lr",
+        "task_lr",
+        "shift_lr",
+        "warmup_steps",
+        "weight_decay",
+        "logits_weight",
+        "hidden_weight",
+    ):
         if name in options and not options[name] >= 0:
             raise ValueError(f"{name} must be 0 or more, got {options[name]}.")
     if options.get("backbone_quantization"):
@@ -53,6 +62,15 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be above 0, or null for no bound; got {options[name]}.")
     if "decay" in options and not 0 < options["decay"] <= 1:
         raise ValueError(f"decay must be above 0 and at most 1 (1 weighs all examples alike), got {options['decay']}.")
-    for name in ("prompt_length", "rank", "max_new_tokens", "num_beams", "instruction_length", "network_width", "size"):
+    for name in (
+        "prompt_length",
+        "rank",
+        "max_new_tokens",
+        "num_beams",
+        "instruction_length",
+        "network_width",
+        "size",
+        "text_length",
+    ):
         if options.get(name) is not None and options[name] < 1:
             raise ValueError(f"{name} must be 1 or more, got {options[name]}.")

@@ -6,6 +6,7 @@ Notation used everywhere in the package: **B** rows, **L** input tokens, **M** l
 
 from mpt_lightning.prompts.base import Prompt
 from mpt_lightning.prompts.context import ContextPrompt
+from mpt_lightning.prompts.decomposed import DecomposedPrompt
 from mpt_lightning.prompts.empty import EmptyPrompt
 from mpt_lightning.prompts.encoded import EncodedPrompt, SuperposedPrompt
 from mpt_lightning.prompts.multitask import MultitaskPrompt
@@ -14,6 +15,7 @@ from mpt_lightning.prompts.soft import SoftPrompt
 
 __all__ = [
     "ContextPrompt",
+    "DecomposedPrompt",
     "EmptyPrompt",
     "EncodedPrompt",
     "MultitaskPrompt",
