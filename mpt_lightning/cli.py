@@ -50,6 +50,8 @@ def main(args: Sequence[str] | None = None) -> None:
         _configs(options.name, options.dest)
     elif options.command == "export":
         _export(options)
+    elif options.command == "compare":
+        _compare(options)
     else:
         from mpt_lightning.demo.run import run_demo
 
@@ -84,6 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--to", required=True, choices=["peft", "prompt-embeds"], help="what to write")
     export.add_argument("--task", metavar="NAME", help="this task alone (default: all)")
     export.add_argument("--push", metavar="REPO", help="then upload it to this Hub repository, such as user/name")
+    compare = commands.add_parser(
+        "compare", help="compare methods: runs each recipe by task, k and seed, and tables them"
+    )
+    compare.add_argument("file", metavar="FILE", help="a comparison's YAML file, or a shipped one such as compare/demo")
+    compare.add_argument("--output", metavar="DIR", help="folder of the results (default: runs/compare/NAME)")
+    compare.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one per core, one with a GPU)")
+    compare.add_argument("--report", action="store_true", help="only report what is there")
     demo = commands.add_parser("demo", help="the whole method, offline, on two CPU cores, in three minutes")
     demo.add_argument("--output", default="outputs/demo", help="folder of the results (default: %(default)s)")
     demo.add_argument("--seeds", type=int, default=3, help="runs per method, task and k (default: %(default)s)")
@@ -143,6 +152,8 @@ def resolve_names(argv: Sequence[str]) -> list[str]:
         option, equals, value = word.partition("=")
         kind, name = (kinds.get(option), value) if equals else (kinds.get(previous), word)
         file = packaged(kind, name) if kind and name and not Path(name).is_file() else None
+        if kind == "configs" and file is not None and name.startswith("compare/"):
+            fail(f"{name} is a comparison and no recipe. Run it with: mpt compare {name}")
         if kind and file is None and _looks_like_a_name(name):
             _unknown(kind, name)
         resolved.append(word if file is None else f"{option}={file}" if equals else str(file))
@@ -220,6 +231,20 @@ def _export(options: argparse.Namespace) -> None:
             print(f"pushed to {push(options.dest, options.push)}")
     except (ValueError, OSError) as error:
         fail(str(error))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from mpt_lightning.compare.command import compare
+
+    try:
+        done = compare(options)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        print("mpt: interrupted; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
+    if not done:
+        raise SystemExit(1)
 
 
 def _configs(name: str | None, dest: str | None) -> None:

@@ -13,6 +13,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from mpt_lightning.backbones.packed import current_layout, packed_attention
+
 NAME = "mpt_shared_prefix"
 """What transformers knows it by (`set_attn_implementation`)."""
 
@@ -40,7 +42,7 @@ def shared_prefix_attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attend to a shared prefix and to own tokens; plain attention where no prefix is marked.
+    """Attend to a shared prefix and to own tokens; plain attention where no prefix is marked and no pass is packed.
 
     Args:
         module: the model's attention layer.
@@ -55,6 +57,9 @@ def shared_prefix_attention(
     Returns:
         [B, S, heads, D], and nothing for the weights.
     """
+    layout = current_layout()
+    if layout is not None:
+        return packed_attention(layout, module, query, key, value, dropout, scaling), None
     prefix: tuple[Tensor, Tensor] | None = getattr(key, "shared_prefix", None)
     if prefix is None:
         return sdpa_attention_forward(
@@ -88,5 +93,10 @@ def _bias(mask: Tensor | None, length: int, size: int, tokens: int, like: Tensor
     return torch.zeros_like(seen, dtype=like.dtype).masked_fill(~seen, torch.finfo(like.dtype).min)
 
 
+def _mask(*args: Any, **options: Any) -> Tensor | None:
+    """Give transformers' mask; none in a packed pass, which brings its own."""
+    return None if current_layout() is not None else sdpa_mask(*args, **options)
+
+
 AttentionInterface.register(NAME, shared_prefix_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, _mask)

@@ -43,6 +43,7 @@ class BackboneOutput:
 
     logits: Tensor
     hidden: dict[str, Segment] = field(default_factory=dict)
+    prompt_logits: Tensor | None = None
 
 
 class Backbone(nn.Module, ABC):

@@ -7,7 +7,7 @@ and gathered per row: U·P + B·S tokens instead of B·(P + S). Gradients flow t
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mpt_lightning.backbones.attention import NAME
 from mpt_lightning.backbones.base import IGNORE, Backbone, BackboneOutput, Segment, align, log_likelihood
+from mpt_lightning.backbones.packed import Layout, group_size, packed, row_bias
 from mpt_lightning.backbones.prefix import EncodedPrompts, Pair, PrefixCache, gather
 
 
@@ -165,12 +166,19 @@ class CausalBackbone(Backbone):
         labels: Tensor,
         hidden_states: bool = False,
         prompt_mask: Tensor | None = None,
+        predict_at: Tensor | None = None,
     ) -> BackboneOutput:
         """Predict the label tokens; see `Backbone.forward`.
 
-        `prompt_mask` `[B, P]` is 1 where a row sees its prompt's token; by default it sees all.
+        `prompt_mask` `[B, P]` is 1 where a row sees its prompt's token; by default it sees all. `predict_at` `[N]`
+        names positions in 0..P-1 of the prompts whose logits for the next token are wanted too, as `prompt_logits`.
         """
-        encoded = self.encode_prompts(prompts)
+        if self._packs(prompts, input_ids):
+            return self._packed(
+                prompts, rows, input_ids, attention_mask, labels, hidden_states, prompt_mask, predict_at
+            )
+        encoded = self.encode_prompts(prompts, predict_at)
+        prompt_logits = encoded.logits
         # With the padding on the left the text ends in one column, and the labels' logits are the last M columns.
         input_ids, attention_mask = align(input_ids, attention_mask, "left")
         given = labels[:, :-1]  # the last label is predicted, never read
@@ -185,13 +193,69 @@ class CausalBackbone(Backbone):
             keep=labels.shape[1],
             hidden_states=hidden_states,
         )
-        result = BackboneOutput(output.logits)
+        result = BackboneOutput(output.logits, prompt_logits=prompt_logits)
         if hidden_states:
             text = torch.cat([attention_mask, (given != IGNORE).to(attention_mask.dtype)], dim=1)
             result.hidden = {"decoder/text": Segment(tuple(output.hidden_states[1:]), text)}
             if encoded.hidden:
                 shared_by = torch.bincount(rows, minlength=len(encoded.hidden[0]))
                 result.hidden["decoder/prompt"] = Segment(encoded.hidden, shared_by[:, None].expand(-1, encoded.length))
+        return result
+
+    def _packs(self, prompts: Any, input_ids: Tensor) -> TypeGuard[Tensor]:
+        """Whether prompts and rows can be run in one pass, which pays where gradients are wanted of both."""
+        fits = self._shares and self._takes_positions and not self.gradient_checkpointing
+        plain = isinstance(prompts, Tensor) and prompts.shape[1] > 0
+        return fits and plain and torch.is_grad_enabled() and not bool((input_ids < 0).any())
+
+    def _packed(
+        self,
+        prompts: Tensor,
+        rows: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        hidden_states: bool,
+        prompt_mask: Tensor | None,
+        predict_at: Tensor | None,
+    ) -> BackboneOutput:
+        """Do what `forward` does in one pass; see `packed`."""
+        input_ids, attention_mask = align(input_ids, attention_mask, "left")
+        given, (count, length) = labels[:, :-1], prompts.shape[:2]
+        tokens = torch.cat([input_ids, given.clamp(min=0)], dim=1)
+        mask = torch.cat([attention_mask, (given != IGNORE).to(attention_mask.dtype)], dim=1)
+        size, width = tokens.shape
+        seen = attention_mask.new_ones(size, length) if prompt_mask is None else prompt_mask
+        group = group_size(count, length, size, width)
+        layout = Layout(count, length, rows, row_bias(seen, mask, self.embeddings.dtype, group), group)
+        own = torch.arange(length, device=rows.device).repeat(count)
+        positions = torch.cat([own, (length + mask.cumsum(dim=1) - 1).clamp(min=0).flatten()])[None]
+        embeds = torch.cat([prompts.to(self.embeddings.dtype).flatten(0, 1), self.embed(tokens).flatten(0, 1)])[None]
+        ends = layout.start + torch.arange(size, device=rows.device)[:, None] * width
+        keep = (ends + torch.arange(width - labels.shape[1], width, device=rows.device)).flatten()
+        if predict_at is not None:
+            starts = torch.arange(count, device=rows.device)[:, None] * length
+            keep = torch.cat([(starts + predict_at).flatten(), keep])
+        with packed(layout):
+            output = self.model(
+                inputs_embeds=embeds,
+                position_ids=positions,
+                use_cache=False,
+                logits_to_keep=keep,
+                output_hidden_states=hidden_states,
+                return_dict=True,
+            )
+        asked = len(keep) - labels.numel()
+        logits = output.logits[0, asked:].unflatten(0, labels.shape)
+        of_prompts = None if predict_at is None else output.logits[0, :asked].unflatten(0, (count, -1))
+        result = BackboneOutput(logits, prompt_logits=of_prompts)
+        if hidden_states:
+            both = [layout.split(states) for states in output.hidden_states[1:]]
+            shared_by = torch.bincount(rows, minlength=count)[:, None].expand(-1, length)
+            result.hidden = {
+                "decoder/prompt": Segment(tuple(pair[0] for pair in both), shared_by),
+                "decoder/text": Segment(tuple(pair[1] for pair in both), mask),
+            }
         return result
 
     def score(

@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from mpt_lightning.backbones.attention import put_before
+from mpt_lightning.backbones.gather import gather_rows
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 
@@ -117,25 +117,6 @@ class PrefixCache(Cache):
         return tuple(pairs)
 
 
-class _Gather(torch.autograd.Function):
-    """`states[rows]` whose gradient is one small matrix product.
-
-    The usual one adds row by row, which is slow on CPUs and in no fixed order on GPUs.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(rows)
-        ctx.count = len(states)
-        return states.index_select(0, rows)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (rows,), (gradient,) = ctx.saved_tensors, gradients
-        members = functional.one_hot(rows, ctx.count).to(gradient.dtype)  # [B, U]
-        return (members.T @ gradient.flatten(1)).view(ctx.count, *gradient.shape[1:]), None
-
-
 def gather(layers: Sequence[tuple[Tensor, Tensor]], rows: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Give each row its prompt's keys and values.
 
@@ -146,10 +127,4 @@ def gather(layers: Sequence[tuple[Tensor, Tensor]], rows: Tensor) -> list[tuple[
     Returns:
         Per layer `[B, heads, P, D]`; a view where there is one prompt only.
     """
-
-    def pick(states: Tensor) -> Tensor:
-        if len(states) == 1:
-            return states.expand(len(rows), *states.shape[1:])
-        return _Gather.apply(states, rows)
-
-    return [(pick(keys), pick(values)) for keys, values in layers]
+    return [(gather_rows(keys, rows), gather_rows(values, rows)) for keys, values in layers]

@@ -176,17 +176,18 @@ class CPT(PromptModule):
         rows = self.task_rows(batch)
         options, labels = self.hparams, batch["labels"]
         wanted = prompt.label_positions - 1 if self.trains_on_context else None
-        context = backbone.encode_prompts(prompt(rows[:1]), predict_at=wanted)
         mask = None
         if options["leave_one_out"]:
             mask = prompt.visible(self._own_examples(batch))
-        logits = backbone(
-            context, torch.zeros_like(rows), batch["input_ids"], batch["attention_mask"], labels, prompt_mask=mask
-        ).logits
+        output = backbone(
+            prompt(rows[:1]), torch.zeros_like(rows), batch["input_ids"], batch["attention_mask"], labels,
+            prompt_mask=mask, predict_at=wanted,
+        )  # fmt: skip
+        logits = output.logits
         row = objectives.token_cross_entropy(logits, labels)
-        if context.logits is None:
+        if output.prompt_logits is None:
             return {"loss": row, "row": row.detach()}
-        predicted = context.logits[0]
+        predicted = output.prompt_logits[0]
         loss = objectives.context_cross_entropy(
             predicted, prompt.label_ids, prompt.label_distances, logits, labels, options["decay"], options["normalize"]
         )

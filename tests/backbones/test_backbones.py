@@ -10,6 +10,7 @@ from mpt_lightning import load_backbone
 from mpt_lightning.backbones import Backbone, CausalBackbone, Seq2SeqBackbone
 from mpt_lightning.backbones.attention import put_before, shared_prefix_attention
 from mpt_lightning.backbones.base import align, log_likelihood
+from mpt_lightning.backbones.packed import group_size
 from tests.conftest import KINDS, VOCABULARY, build_model, make_batch
 
 IGNORE = -100
@@ -284,3 +285,41 @@ def test_shared_attention_is_plain_attention_over_prefix_and_own(kind_of_mask: s
     mask = {"bool": seen, "float": additive, "none": None}[kind_of_mask]
     got, _ = shared_prefix_attention(None, query, put_before(key, prefix), value, mask)
     torch.testing.assert_close(got, expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize(("count", "length"), [(1, 4), (1, 84), (3, 4)])
+def test_one_packed_pass_equals_two(kind: str, count: int, length: int, batch: dict[str, torch.Tensor]) -> None:
+    """Logits, hidden states, the prompts' own logits and gradients; also where rows attend in groups."""
+    backbone = CausalBackbone(build_model(kind).double(), kind).double().eval()
+    more = {name: torch.cat([value, value[:3]]) for name, value in batch.items()}
+    more["task_ids"] = more["task_ids"] % count
+    given = torch.randn(count, length, 32, dtype=torch.double, generator=torch.Generator().manual_seed(3))
+    mask = torch.ones(8, length, dtype=torch.long)
+    mask[2, 1:3] = 0  # leave-one-out: a row that does not see some of its prompt
+    results = []
+    for together in (True, False):
+        backbone._packs = lambda *_, together=together: together
+        prompts = given.clone().requires_grad_()
+        output = run(
+            backbone, prompts, more, hidden_states=True, prompt_mask=mask, predict_at=torch.tensor([0, length - 1])
+        )
+        (output.logits[more["labels"] != IGNORE].square().sum() + output.prompt_logits.square().sum()).backward()
+        results.append((output, prompts.grad))
+    (one, gradient), (two, expected) = results
+    counted = more["labels"] != IGNORE
+    torch.testing.assert_close(one.logits[counted], two.logits[counted], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(one.prompt_logits, two.prompt_logits, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-8)
+    assert one.hidden.keys() == two.hidden.keys() == {"decoder/prompt", "decoder/text"}
+    for name, segment in one.hidden.items():
+        torch.testing.assert_close(segment.weight, two.hidden[name].weight)
+        for mine, theirs in zip(segment.layers, two.hidden[name].layers, strict=True):
+            where = segment.weight > 0
+            torch.testing.assert_close(mine[where], theirs[where], rtol=1e-9, atol=1e-9)
+
+
+def test_rows_attend_together_where_their_prompt_is_long() -> None:
+    assert [group_size(1, length, 16, 41) for length in (100, 200, 400, 800)] == [1, 1, 2, 4]
+    assert group_size(1, 800, 15, 41) == 1  # does not divide
+    assert group_size(4, 800, 16, 41) == 1  # rows of different prompts

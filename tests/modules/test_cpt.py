@@ -210,11 +210,11 @@ def test_the_context_is_run_once_per_step_and_once_per_evaluation(model_folder: 
 
     run.callbacks.append(Count())
     run.fit(module, datamodule=ContextData())
-    # Three batches of eight rows: the context alone, then rows of six tokens and the first label token.
-    assert widths[:6] == [(1, 28), (8, 7)] * 3
-    assert logits[:6] == [(1, 6), (8, 2)] * 3
+    # Three batches of eight rows, each one pass: the context's 28 tokens, and per row six and the first label token.
+    assert widths[:3] == [(1, 28 + 8 * 7)] * 3
+    assert logits[:3] == [(1, 6 + 8 * 2)] * 3
     # Five batches of up to five rows of evaluation: the context once.
-    assert widths[6:] == [(1, 28), *[(5, 7)] * 4, (4, 7)]
+    assert widths[3:] == [(1, 28), *[(5, 7)] * 4, (4, 7)]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,44 @@
+"""`mpt compare`."""
+
+from argparse import Namespace
+from pathlib import Path
+
+from rich.console import Console
+
+from mpt_lightning.compare.file import read_comparison
+from mpt_lightning.compare.report import Report
+from mpt_lightning.compare.results import Store
+
+
+def compare(options: Namespace) -> bool:
+    """Run what has no result yet, and report.
+
+    Args:
+        options: `file`, `output`, `jobs` and `report`, as `mpt compare --help` describes them.
+
+    Returns:
+        Whether no run failed.
+
+    Raises:
+        ValueError: the file or an option is wrong, or the output folder is not this comparison's.
+    """
+    if options.jobs is not None and options.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {options.jobs}.")
+    comparison, console = read_comparison(options.file), Console()
+    if not console.is_terminal:
+        console = Console(width=200)  # in a file, lines need not fit a window
+    output = Path(options.output or f"runs/compare/{comparison.name}")
+    if options.report and not output.is_dir():
+        raise ValueError(f"There are no results in {output}; run the comparison without --report, or set --output.")
+    store = Store(output, comparison.name)
+    if not options.report:
+        # torch takes seconds to import, and reports do without.
+        from mpt_lightning.compare.run import default_jobs, pending, run_all
+
+        runs = pending(comparison, store)
+        if runs:
+            run_all(comparison, store, runs, options.jobs or default_jobs(), console)
+    report = Report(comparison, store)
+    report.print(console)
+    console.print(f"wrote {', '.join(map(str, report.write(output)))}", highlight=False)
+    return not report.failures

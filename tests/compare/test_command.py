@@ -1,0 +1,93 @@
+"""`mpt compare`, as a user types it."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from mpt_lightning.cli import main, packaged
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["mpt"])
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def leave(code: int, *words: str) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main(["compare", *words])
+    assert leaving.value.code == code
+
+
+def test_from_the_file_to_the_report(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A comparison with a method that cannot run, then once more with a result lost."""
+    text = packaged("configs", "compare/few").read_text()
+    (own_folder / "few.yaml").write_text(
+        text + "  wrong: {recipe: baselines/ia3, arguments: {model.lr: -1}, seeds: [0]}\n"
+    )
+    leave(1, "few.yaml", "--jobs", "1", "--output", "out")
+    told = " ".join(capsys.readouterr().out.split())
+    assert "wrong/demo/topic/8/0 failed: lr must be 0 or more, got -1" in told
+    assert "4 of 5 runs done; 1 failed." in told
+    results = {path: json.loads(path.read_text()) for path in sorted(Path("out/results").rglob("*.json"))}
+    assert len(results) == 5
+    one = results[Path("out/results/lora/demo/topic/8/0.json")]
+    assert one["value"] == one["metrics"]["demo/topic/accuracy"]
+    assert (one["steps"], one["status"], one["error"]) == (2, "done", None)
+    assert one["trained_parameters"] > results[Path("out/results/ia3/demo/topic/8/0.json")]["trained_parameters"] > 0
+    assert one["checkpoint_bytes"] > 4 * one["trained_parameters"]
+    assert 0 < one["seconds_per_step"] < one["seconds"]
+    assert one["peak_memory_bytes"] is None or one["peak_memory_bytes"] > 1_000_000
+    assert one["commands"][0].startswith("mpt fit --config baselines/lora --data demo/topic --seed_everything 0 ")
+    assert one["commands"][1].endswith("/out/runs/lora/demo/topic/8/0/best.ckpt")
+    assert not list(Path("out").rglob("*.ckpt"))
+    assert not Path("runs").exists()
+    with Path("out/report.csv").open(newline="") as file:
+        assert {(row["method"], row["seeds_done"]) for row in csv.DictReader(file)} == {
+            ("lora", "2"), ("ia3", "2"), ("wrong", "0"),
+        }  # fmt: skip
+
+    lost = Path("out/results/lora/demo/topic/8/1.json")
+    before = {path: path.stat().st_mtime_ns for path in results}
+    lost.unlink()
+    leave(1, "few.yaml", "--jobs", "1", "--output", "out")
+    again = {path for path in results if path.stat().st_mtime_ns != before[path]}
+    assert again == {lost, Path("out/results/wrong/demo/topic/8/0.json")}
+    # In a process that had another run before it, the same run gives the same.
+    same = ("value", "metrics", "trained_parameters", "checkpoint_bytes", "commands")
+    assert all(json.loads(lost.read_text())[key] == results[lost][key] for key in same)
+    leave(1, "few.yaml", "--report", "--output", "out")
+    assert {path for path in results if path.stat().st_mtime_ns != before[path]} == again
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["compare/fe"], "Unknown comparison 'compare/fe'. Expected a YAML file or one of: compare/demo, compare/few."),
+        (["compare/few", "--jobs", "0"], "--jobs must be at least 1, got 0."),
+        (["compare/few", "--report"], "There are no results in runs/compare/few"),
+        (["compare/few", "--output", "mine"], "mine is not empty and holds no comparison"),
+    ],
+)
+def test_mistakes_get_one_message(
+    words: list[str], message: str, own_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (own_folder / "mine").mkdir()
+    (own_folder / "mine" / "thesis.txt").write_text("")
+    leave(2, *words)
+    told = capsys.readouterr()
+    assert message in told.err
+    assert told.err.count("mpt: error:") == 1
+
+
+def test_a_comparison_is_no_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "compare/few"])
+    assert "compare/few is a comparison and no recipe. Run it with: mpt compare compare/few" in capsys.readouterr().err
+    main(["configs"])
+    assert "A comparison of seconds" in capsys.readouterr().out

@@ -1,0 +1,201 @@
+"""What is run, what is not run again, and what is kept of failures; the runs themselves are stood in for."""
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from mpt_lightning.compare import run as running
+from mpt_lightning.compare.plan import Comparison, Method, Recipe
+from mpt_lightning.compare.results import Store
+from mpt_lightning.compare.run import DIED, pending, run_all
+from mpt_lightning.compare.worker import Outcome
+
+Answer = Callable[[str], Outcome]
+
+
+def make(lr: float = 1, **options: Any) -> Comparison:
+    methods = {
+        "lora": Method("baselines/lora", {"model.lr": lr}),
+        "mpt": Method("demo/target", {"model.source": "$source"}),
+    }
+    prepare = {
+        "teachers": Recipe("demo/teachers"),
+        "source": Recipe("demo/source", {"model.teachers": "$teachers"}),
+    }
+    return Comparison(["demo/topic"], [8], [0, 1], methods, prepare=prepare, name="test", **options)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The runs that were really run, in order."""
+    done: list[str] = []
+
+    def work(words: list[str], folder: Path, fit: bool, test: bool, keep: bool) -> Outcome:
+        place = "/".join(folder.parts[folder.parts.index("runs") + 1 :])
+        done.append(place)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "best.ckpt").write_text("")
+        outcome = Outcome(
+            commands=[f"mpt fit {' '.join(words)}"], metrics={"average": len(place) / 100} if test else {}
+        )
+        outcome.checkpoint = str(folder / "best.ckpt") if keep else None
+        return answers.get(place, lambda ordinary: ordinary)(outcome)
+
+    answers: dict[str, Callable[[Outcome], Outcome]] = {}
+    work.answers = answers
+    monkeypatch.setattr(running, "work", work)
+    monkeypatch.setattr(running.Runner, "_new_pool", lambda self: ThreadPoolExecutor(self.jobs))
+    return done
+
+
+def answer(place: str, given: Callable[[Outcome], Outcome]) -> None:
+    running.work.answers[place] = given
+
+
+def go(comparison: Comparison, output: Path, jobs: int = 1) -> Store:
+    store = Store(output, comparison.name)
+    run_all(comparison, store, pending(comparison, store), jobs, Console(quiet=True))
+    return store
+
+
+def results(comparison: Comparison, store: Store) -> dict[str, Any]:
+    return {run.place: store.read(run) for run in [*comparison.prepared_runs(), *comparison.runs()]}
+
+
+EVERY = {"prepare/teachers", "prepare/source"} | {f"{m}/demo/topic/8/{s}" for m in ("lora", "mpt") for s in (0, 1)}
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_everything_is_run_once_and_what_others_start_from_comes_first(
+    calls: list[str], tmp_path: Path, jobs: int
+) -> None:
+    comparison = make()
+    found = results(comparison, go(comparison, tmp_path, jobs))
+    assert set(calls) == EVERY
+    assert len(calls) == len(EVERY)
+    order = [calls.index(name) for name in ("prepare/teachers", "prepare/source", "mpt/demo/topic/8/0")]
+    assert order == sorted(order)
+    assert {result.status for result in found.values()} == {"done"}
+    source = str(tmp_path / "runs/prepare/source/best.ckpt")
+    assert f"--model.source {source}" in found["mpt/demo/topic/8/0"].commands[0]
+    assert found["lora/demo/topic/8/1"].value == len("lora/demo/topic/8/1") / 100
+    file = json.loads((tmp_path / "results/lora/demo/topic/8/1.json").read_text())
+    assert (file["method"], file["task"], file["k"], file["seed"], file["metric"]) == (
+        "lora", "demo/topic", 8, 1, "average",
+    )  # fmt: skip
+
+
+def test_a_second_run_does_what_is_missing_only(calls: list[str], tmp_path: Path) -> None:
+    comparison = make()
+    go(comparison, tmp_path)
+    calls.clear()
+    go(comparison, tmp_path)
+    assert calls == []
+    lost = tmp_path / "results/lora/demo/topic/8/0.json"
+    whole = lost.read_text()
+    lost.unlink()
+    (lost.parent / ".0.json.part").write_text(whole[:40])
+    go(comparison, tmp_path)
+    assert calls == ["lora/demo/topic/8/0"]
+    assert lost.read_text() == whole
+    assert [file.name for file in lost.parent.iterdir()] == ["0.json", "1.json"] or len(
+        list(lost.parent.iterdir())
+    ) == 2
+    calls.clear()
+    (tmp_path / "results/mpt/demo/topic/8/1.json").write_text(whole[:40])
+    go(comparison, tmp_path)
+    assert calls == ["mpt/demo/topic/8/1"]
+
+
+def test_changed_arguments_run_again(calls: list[str], tmp_path: Path) -> None:
+    go(make(), tmp_path)
+    calls.clear()
+    go(make(lr=2), tmp_path)
+    assert calls == ["lora/demo/topic/8/0", "lora/demo/topic/8/1"]
+
+
+def test_prepared_runs_are_made_again_for_those_that_need_them_only(calls: list[str], tmp_path: Path) -> None:
+    comparison = make()
+    go(comparison, tmp_path)
+    calls.clear()
+    (tmp_path / "runs/prepare/source/best.ckpt").unlink()
+    go(comparison, tmp_path)
+    assert calls == []  # every run has its result
+    (tmp_path / "results/mpt/demo/topic/8/1.json").unlink()
+    go(comparison, tmp_path)
+    assert calls == ["prepare/source", "mpt/demo/topic/8/1"]
+
+
+def test_a_failure_is_kept_stops_nothing_and_is_tried_again(calls: list[str], tmp_path: Path) -> None:
+    comparison, place = make(), "lora/demo/topic/8/0"
+    answer(place, lambda outcome: Outcome(error="no luck"))
+    found = results(comparison, go(comparison, tmp_path))
+    assert (found[place].status, found[place].error, found[place].value) == ("failed", "no luck", None)
+    assert {result.status for key, result in found.items() if key != place} == {"done"}
+    calls.clear()
+    answer(place, lambda outcome: outcome)
+    assert results(comparison, go(comparison, tmp_path))[place].status == "done"
+    assert calls == [place]
+
+
+def test_runs_fail_with_what_they_start_from(calls: list[str], tmp_path: Path) -> None:
+    comparison = make()
+    answer("prepare/teachers", lambda outcome: Outcome(error="no luck"))
+    found = results(comparison, go(comparison, tmp_path))
+    reason = "source, which it starts from, failed: teachers, which it starts from, failed: no luck"
+    assert found["mpt/demo/topic/8/0"].error == reason
+    assert found["lora/demo/topic/8/0"].status == "done"
+    assert set(calls) == {"prepare/teachers", "lora/demo/topic/8/0", "lora/demo/topic/8/1"}
+
+
+def test_a_process_that_dies_is_one_failure(calls: list[str], tmp_path: Path) -> None:
+    def die(outcome: Outcome) -> Outcome:
+        raise BrokenProcessPool
+
+    answer("lora/demo/topic/8/0", die)
+    comparison = make()
+    found = results(comparison, go(comparison, tmp_path))
+    assert [key for key, result in found.items() if result.error == DIED] == ["lora/demo/topic/8/0"]
+
+
+def test_an_unknown_metric_is_a_failure_that_lists_the_known(calls: list[str], tmp_path: Path) -> None:
+    comparison = make(metric="$task/f1")
+    found = results(comparison, go(comparison, tmp_path))["lora/demo/topic/8/0"]
+    assert found.error == "there is no test metric 'demo/topic/f1'; set `metric` to one of average."
+
+
+def test_an_interruption_leaves_whole_results(calls: list[str], tmp_path: Path) -> None:
+    def interrupt(outcome: Outcome) -> Outcome:
+        raise KeyboardInterrupt
+
+    comparison = make()
+    answer("lora/demo/topic/8/1", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        go(comparison, tmp_path)
+    for file in (tmp_path / "results").rglob("*"):
+        assert file.is_dir() or json.loads(file.read_text())["status"] == "done"
+    assert not (tmp_path / "results/lora/demo/topic/8/1.json").exists()
+    answer("lora/demo/topic/8/1", lambda outcome: outcome)
+    found = results(comparison, go(comparison, tmp_path))
+    assert {result.status for result in found.values()} == {"done"}
+    assert sorted(calls) == sorted([*EVERY, "lora/demo/topic/8/1"])
+
+
+def test_a_folder_belongs_to_one_comparison_and_one_process(tmp_path: Path) -> None:
+    store = Store(tmp_path / "a", "one")
+    with pytest.raises(ValueError, match="has the results of the comparison 'one', and this is 'two'"):
+        Store(tmp_path / "a", "two")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "thesis.txt").write_text("")
+    with pytest.raises(ValueError, match="is not empty and holds no comparison"):
+        Store(tmp_path / "b", "one")
+    with pytest.raises(ValueError, match="is a file"):
+        Store(tmp_path / "b" / "thesis.txt", "one")
+    with store.alone(), pytest.raises(ValueError, match="Another `mpt compare` is running"), store.alone():
+        pass
