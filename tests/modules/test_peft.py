@@ -196,7 +196,7 @@ def test_layers_of_a_bf16_backbone_train_in_fp32(model_folder: Folder, data: Any
     [
         ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}, "trains prompts.*use mpt_lightning.PromptTuning"),
         ({"peft_type": "MULTITASK_PROMPT_TUNING"}, "use mpt_lightning.MPTSource and MPTTarget"),
-        ({"peft_type": "P_TUNING"}, "use mpt_lightning.PTuning"),
+        ({"peft_type": "P_TUNING"}, "use mpt_lightning.PromptTuning with reparameterization"),
         ({"peft_type": "PREFIX_TUNING"}, "use mpt_lightning.PrefixTuning"),
         ({"class_path": "peft.CPTConfig"}, "use mpt_lightning.CPT"),
         ({"peft_type": "ADAPTION_PROMPT"}, "needs PEFT's own forward pass"),
