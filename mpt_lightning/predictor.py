@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from mpt_lightning import modules
 from mpt_lightning.backbones import Backbone, load_backbone
 from mpt_lightning.checkpoint import PromptCheckpoint, read_checkpoint
 from mpt_lightning.data.card import TaskCard
+from mpt_lightning.data.collate import pad
 from mpt_lightning.data.encode import Encoder
 from mpt_lightning.data.examples import Example
 from mpt_lightning.modules import evaluation
@@ -191,8 +190,8 @@ class Predictor:
     def _answer(
         self, names: list[str], rows: list[tuple[str, list[int]]], ranked: bool, max_new_tokens: int
     ) -> list[Prediction]:
-        ids = _pad([tokens for _, tokens in rows], self.encoder.pad_id)
-        mask = _pad([[1] * len(tokens) for _, tokens in rows], 0)
+        ids = pad([tokens for _, tokens in rows], self.encoder.pad_id)
+        mask = pad([[1] * len(tokens) for _, tokens in rows], 0)
         of_row = torch.tensor([self.prompt.index(name) for name in names])
         inputs = (self._encoded, of_row.to(self.device), ids.to(self.device), mask.to(self.device))
         if not ranked:
@@ -286,7 +285,3 @@ def _build(cls: type, found: PromptCheckpoint, path: str, name: str, dtype: Any)
     if found.fingerprint:
         found.check_backbone(name, model.fingerprint, "the checkpoint")
     return model, found.prompt(model.embeddings)
-
-
-def _pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)

@@ -1,7 +1,8 @@
 """Decoder-only models (GPT-2, Llama, ...): one pass over each distinct prompt, the rows on top of it.
 
 The prompt comes first, so its keys and values depend on the prompt alone. They are computed once per distinct prompt
-and gathered per row: U·P + B·S tokens instead of B·(P + S). Gradients flow through them.
+and gathered per row: U·P + B·S tokens instead of B·(P + S). Gradients flow through them. Training runs prompts and rows
+as one packed sequence where the model allows it (`packed`), otherwise the prompts first and the rows on top of them.
 """
 
 import inspect
@@ -43,8 +44,9 @@ class CausalBackbone(Backbone):
         layers = getattr(config, "layer_types", None)
         slides = layers is None or "sliding_attention" in layers
         self._window: int | None = getattr(config, "sliding_window", None) if slides else None
-        # Without gradients a shared prefix need not be copied for every row. With them the copies are the faster way,
-        # on a CPU by a tenth: the attention weights would have to be kept.
+        # Whether the model takes our attention function, which packs prompts and rows into one pass, and without
+        # gradients reads a shared prefix without copying it for every row. With gradients the copies are faster, on a
+        # CPU by a tenth: the attention weights would have to be kept.
         self._shares = (
             config._attn_implementation == "sdpa" and model._supports_attention_backend and self._window is None
         )
@@ -173,30 +175,28 @@ class CausalBackbone(Backbone):
         `prompt_mask` `[B, P]` is 1 where a row sees its prompt's token; by default it sees all. `predict_at` `[N]`
         names positions in 0..P-1 of the prompts whose logits for the next token are wanted too, as `prompt_logits`.
         """
-        if self._packs(prompts, input_ids):
-            return self._packed(
-                prompts, rows, input_ids, attention_mask, labels, hidden_states, prompt_mask, predict_at
-            )
-        encoded = self.encode_prompts(prompts, predict_at)
-        prompt_logits = encoded.logits
         # With the padding on the left the text ends in one column, and the labels' logits are the last M columns.
         input_ids, attention_mask = align(input_ids, attention_mask, "left")
         given = labels[:, :-1]  # the last label is predicted, never read
         whole = torch.cat([input_ids, given.clamp(min=0)], dim=1)
+        mask = torch.cat([attention_mask, (given != IGNORE).to(attention_mask.dtype)], dim=1)
+        if self._packs(prompts, input_ids):
+            return self._packed(prompts, rows, whole, mask, labels.shape[1], hidden_states, prompt_mask, predict_at)
+        encoded = self.encode_prompts(prompts, predict_at)
+        prompt_logits = encoded.logits
         encoded, tokens = self._among(encoded, rows, whole, torch.cat([attention_mask, torch.zeros_like(given)], dim=1))
         output = self._read(
             self._prefix(encoded, rows, whole=prompt_mask is None),
             past=attention_mask.new_ones(len(rows), encoded.length) if prompt_mask is None else prompt_mask,
             before=encoded.length,
             tokens=tokens,
-            mask=torch.cat([attention_mask, (given != IGNORE).to(attention_mask.dtype)], dim=1),
+            mask=mask,
             keep=labels.shape[1],
             hidden_states=hidden_states,
         )
         result = BackboneOutput(output.logits, prompt_logits=prompt_logits)
         if hidden_states:
-            text = torch.cat([attention_mask, (given != IGNORE).to(attention_mask.dtype)], dim=1)
-            result.hidden = {"decoder/text": Segment(tuple(output.hidden_states[1:]), text)}
+            result.hidden = {"decoder/text": Segment(tuple(output.hidden_states[1:]), mask)}
             if encoded.hidden:
                 shared_by = torch.bincount(rows, minlength=len(encoded.hidden[0]))
                 result.hidden["decoder/prompt"] = Segment(encoded.hidden, shared_by[:, None].expand(-1, encoded.length))
@@ -212,27 +212,23 @@ class CausalBackbone(Backbone):
         self,
         prompts: Tensor,
         rows: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        labels: Tensor,
+        tokens: Tensor,
+        mask: Tensor,
+        predicted: int,
         hidden_states: bool,
         prompt_mask: Tensor | None,
         predict_at: Tensor | None,
     ) -> BackboneOutput:
-        """Do what `forward` does in one pass; see `packed`."""
-        input_ids, attention_mask = align(input_ids, attention_mask, "left")
-        given, (count, length) = labels[:, :-1], prompts.shape[:2]
-        tokens = torch.cat([input_ids, given.clamp(min=0)], dim=1)
-        mask = torch.cat([attention_mask, (given != IGNORE).to(attention_mask.dtype)], dim=1)
-        size, width = tokens.shape
-        seen = attention_mask.new_ones(size, length) if prompt_mask is None else prompt_mask
+        """Do what `forward` does in one pass, see `packed`: tokens and mask `[B, S]`, logits for the last M of them."""
+        (count, length), (size, width) = prompts.shape[:2], tokens.shape
+        seen = mask.new_ones(size, length) if prompt_mask is None else prompt_mask
         group = group_size(count, length, size, width)
         layout = Layout(count, length, rows, row_bias(seen, mask, self.embeddings.dtype, group), group)
         own = torch.arange(length, device=rows.device).repeat(count)
         positions = torch.cat([own, (length + mask.cumsum(dim=1) - 1).clamp(min=0).flatten()])[None]
         embeds = torch.cat([prompts.to(self.embeddings.dtype).flatten(0, 1), self.embed(tokens).flatten(0, 1)])[None]
         ends = layout.start + torch.arange(size, device=rows.device)[:, None] * width
-        keep = (ends + torch.arange(width - labels.shape[1], width, device=rows.device)).flatten()
+        keep = (ends + torch.arange(width - predicted, width, device=rows.device)).flatten()
         if predict_at is not None:
             starts = torch.arange(count, device=rows.device)[:, None] * length
             keep = torch.cat([(starts + predict_at).flatten(), keep])
@@ -245,8 +241,8 @@ class CausalBackbone(Backbone):
                 output_hidden_states=hidden_states,
                 return_dict=True,
             )
-        asked = len(keep) - labels.numel()
-        logits = output.logits[0, asked:].unflatten(0, labels.shape)
+        asked = len(keep) - size * predicted
+        logits = output.logits[0, asked:].unflatten(0, (size, predicted))
         of_prompts = None if predict_at is None else output.logits[0, :asked].unflatten(0, (count, -1))
         result = BackboneOutput(logits, prompt_logits=of_prompts)
         if hidden_states:

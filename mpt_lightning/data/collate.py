@@ -25,7 +25,7 @@ class PromptCollator:
 
     def __init__(self, pad_id: int, choices: Sequence[Sequence[int]] | None = None) -> None:
         self.pad_id = pad_id
-        self.choices = None if choices is None else _pad(choices, -100)
+        self.choices = None if choices is None else pad(choices, -100)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Make a batch.
@@ -39,9 +39,9 @@ class PromptCollator:
         """
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         batch: dict[str, Any] = {
-            "input_ids": _pad([row["input_ids"] for row in rows], self.pad_id),
+            "input_ids": pad([row["input_ids"] for row in rows], self.pad_id),
             "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
-            "labels": _pad([row["labels"] for row in rows], -100),
+            "labels": pad([row["labels"] for row in rows], -100),
             "task_ids": torch.tensor([row["task_ids"] for row in rows]),
         }
         if "context_examples" in rows[0]:
@@ -54,5 +54,6 @@ class PromptCollator:
         return batch
 
 
-def _pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Pad lists of ids on the right, `[B, longest]`."""
     return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)

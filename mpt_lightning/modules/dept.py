@@ -2,12 +2,10 @@
 
 from typing import Any
 
-import torch
-
 from mpt_lightning.backbones import Backbone
 from mpt_lightning.modules.base import PromptModule
 from mpt_lightning.modules.options import PromptInit
-from mpt_lightning.modules.start import class_words, initial_prompt
+from mpt_lightning.modules.start import initial_prompts
 from mpt_lightning.prompts import DecomposedPrompt
 
 
@@ -47,13 +45,7 @@ class DePT(PromptModule):
         options, length = self.hparams, self.hparams["prompt_length"]
         longest = getattr(self._datamodule(), "max_input_length", None) or options["text_length"]
         prompt = DecomposedPrompt(len(self.tasks), length, backbone.dim, longest, options["rank"], self.tasks)
-        starts = [
-            initial_prompt(
-                options["prompt_init"], backbone, length, options["init_text"], class_words(self.cards, [task])
-            )
-            for task in self.tasks
-        ]
-        prompt.initialize(torch.stack(starts))
+        prompt.initialize(initial_prompts(options, backbone, self.cards, self.tasks))
         return prompt
 
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -2,12 +2,10 @@
 
 from typing import Any
 
-import torch
-
 from mpt_lightning.backbones import Backbone
 from mpt_lightning.modules.base import PromptModule
 from mpt_lightning.modules.options import PromptInit, Reparameterization
-from mpt_lightning.modules.start import checkpoint_prompts, class_words, initial_prompt
+from mpt_lightning.modules.start import checkpoint_prompts, initial_prompts
 from mpt_lightning.prompts import EncodedPrompt, Prompt, SoftPrompt, SuperposedPrompt
 from mpt_lightning.prompts.init import vocabulary_ids
 
@@ -67,14 +65,7 @@ class PromptTuning(PromptModule):
         if options["prompt_init"] == "checkpoint":
             starts = checkpoint_prompts(options["init_checkpoint"], backbone, self.tasks, length)
         else:
-            starts = torch.stack(
-                [
-                    initial_prompt(
-                        options["prompt_init"], backbone, length, options["init_text"], class_words(self.cards, [task])
-                    )
-                    for task in self.tasks
-                ]
-            )
+            starts = initial_prompts(options, backbone, self.cards, self.tasks)
         prompt.initialize(starts)
         return prompt
 

@@ -47,6 +47,24 @@ def initial_prompt(kind: PromptInit, backbone: Backbone, length: int, text: str 
     return init.sampled_vocabulary(table, length, exclude=tokenizer.all_special_ids)
 
 
+def initial_prompts(
+    options: Mapping[str, Any], backbone: Backbone, cards: Mapping[str, Any], tasks: Sequence[str]
+) -> Tensor:
+    """Make a start of its own for each task's prompt.
+
+    Args:
+        options: a module's arguments: `prompt_init`, `prompt_length` and `init_text`.
+        backbone: whose embeddings are used.
+        cards: the tasks' cards by name, for their class words.
+        tasks: [T] the tasks.
+
+    Returns:
+        [T, P, H], fp32.
+    """
+    kind, length, text = options["prompt_init"], options["prompt_length"], options["init_text"]
+    return torch.stack([initial_prompt(kind, backbone, length, text, class_words(cards, [task])) for task in tasks])
+
+
 def checkpoint_prompts(path: str | None, backbone: Backbone, tasks: Sequence[str], length: int) -> Tensor:
     """Take the prompts of a checkpoint as a start.
 

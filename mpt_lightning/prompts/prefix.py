@@ -59,8 +59,9 @@ class PrefixPrompt(Prompt):
 
     def forward(self, task_ids: Tensor) -> Any:
         """Give per layer the keys and values `[U, heads, P, D]` of the tasks `[U]`."""
-        states = self.prefix[task_ids]
-        if self.projection is not None:
+        if self.projection is None:
+            states = self.prefix[task_ids]
+        else:
             states = torch.stack([self.networks[t](self.prefix[t]) for t in task_ids.tolist()])
         split = states.view(len(task_ids), self.length, self.layers, 2, self.heads, self.width)
         layers: Layers = tuple((both[0], both[1]) for both in split.permute(2, 3, 0, 4, 1, 5))
