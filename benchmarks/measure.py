@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
+from typing import Any
 
 import lightning.pytorch as L
 import peft
@@ -102,6 +103,21 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
+def environment(threads: int, rounds: int) -> dict[str, str]:
+    return {
+        "threads": f"{threads} CPU threads ({platform.machine()})",
+        "rounds": f"{rounds} rounds",
+        "torch": f"torch {torch.__version__}",
+        "transformers": f"transformers {transformers.__version__}",
+        "lightning": f"lightning {L.__version__}",
+        "peft": f"peft {peft.__version__}",
+    }
+
+
+def plain(lines: list[Line]) -> list[dict[str, Any]]:
+    return [asdict(line) | {"ratio": median(line.ratios), "met": line.met} for line in lines]
+
+
 def show(title: str, lines: list[Line], environment: dict[str, str]) -> None:
     table = Table(title=f"{title}: median of the rounds' ratios", caption=", ".join(environment.values()))
     for column in ("measured", "reference", "goal", "ratio", "middle half", "seconds", "same result"):
@@ -139,15 +155,9 @@ def main(title: str, parts: Mapping[str, Callable[[int], Iterator[Line]]], outpu
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     lines = [line for part in options.only for line in parts[part](options.repeats)]
-    environment = {
-        "threads": f"{options.threads} CPU threads ({platform.machine()})",
-        "rounds": f"{options.repeats} rounds",
-        "torch": f"torch {torch.__version__}",
-        "transformers": f"transformers {transformers.__version__}",
-        "lightning": f"lightning {L.__version__}",
-        "peft": f"peft {peft.__version__}",
-    }
-    show(title, lines, environment)
-    rows = [asdict(line) | {"ratio": median(line.ratios), "met": line.met} for line in lines]
+    found = environment(options.threads, options.repeats)
+    show(title, lines, found)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    options.output.write_text(
+        json.dumps({"environment": found, "rows": plain(lines)}, indent=1) + "\n", encoding="utf-8"
+    )

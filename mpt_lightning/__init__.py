@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from mpt_lightning.predictor import Predictor
     from mpt_lightning.prompts import ContextPrompt, MultitaskPrompt, SoftPrompt
+    from mpt_lightning.strategies import ShardedStrategy
 
 _HOMES = {
     "SoftPrompt": "mpt_lightning.prompts",
@@ -46,6 +47,7 @@ _HOMES = {
     "MultitaskDataModule": "mpt_lightning.data",
     "load_task": "mpt_lightning.data",
     "Predictor": "mpt_lightning.predictor",
+    "ShardedStrategy": "mpt_lightning.strategies",
     "export_peft": "mpt_lightning.interop",
     "import_peft": "mpt_lightning.interop",
 }
@@ -69,6 +71,7 @@ __all__ = [  # noqa: RUF022  (the order of a reader: prompts, backbones, modules
     "MultitaskDataModule",
     "load_task",
     "Predictor",
+    "ShardedStrategy",
     "export_peft",
     "import_peft",
 ]

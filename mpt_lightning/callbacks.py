@@ -1,8 +1,9 @@
-"""Callbacks: predictions as JSONL, the best checkpoint for PEFT, and the picture of how alike the prompts are."""
+"""Callbacks: the last checkpoint, predictions as JSONL, an export of the best one for PEFT, the picture of prompts."""
 
 import json
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,14 @@ class PredictionWriter(BasePredictionWriter):
         if not trainer.is_global_zero:
             return
         parts = [self._part(rank) for rank in range(trainer.world_size)]
-        lines = [line for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
-        records = [json.loads(line) for line in lines]
+        if missing := [str(part) for part in parts if not part.is_file()]:
+            raise FileNotFoundError(
+                f"The answers of other ranks are not here: {', '.join(missing)}. Give an output on a disk that all "
+                "machines share."
+            )
+        # Not splitlines(), which also splits at line separators within a text.
+        lines = [line for part in parts for line in part.read_text(encoding="utf-8").split("\n")]
+        records = [json.loads(line) for line in lines if line]
         order = {task: place for place, task in enumerate(dict.fromkeys(record["task"] for record in records))}
         records.sort(key=lambda record: (order[record["task"]], record["row"]))
         unfinished = self.path.with_name(self.path.name + ".part")
@@ -72,6 +79,40 @@ class PredictionWriter(BasePredictionWriter):
         os.replace(unfinished, self.path)
         for part in parts:
             part.unlink()
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps the newest checkpoint, `last.ckpt`, for `--ckpt_path last`, beside the best one of a ModelCheckpoint.
+
+    It is written after every validation and after the last step. (In Lightning 2.6 ModelCheckpoint's own `save_last`
+    writes only when the monitored score got better.)
+
+    Args:
+        dirpath: the folder; by default the logger's, or the Trainer's `default_root_dir`.
+        every_n_train_steps: write after so many steps instead.
+        train_time_interval: write after so much time instead.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | None = None,
+        every_n_train_steps: int | None = None,
+        train_time_interval: timedelta | None = None,
+    ) -> None:
+        super().__init__(
+            dirpath,
+            self.CHECKPOINT_NAME_LAST,
+            every_n_train_steps=every_n_train_steps,
+            train_time_interval=train_time_interval,
+            enable_version_counter=False,
+        )
+
+    def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
+        """Write when it is time, and after the last step, which no validation needs to follow."""
+        super().on_train_batch_end(trainer, *rest)
+        is_last = trainer.global_step == trainer.estimated_stepping_batches
+        if is_last and self.dirpath and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.save_checkpoint(Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
 
 
 class PEFTExport(L.Callback):
@@ -124,7 +165,9 @@ class PEFTExport(L.Callback):
         if version != self._exported:
             from mpt_lightning.interop import export_peft
 
-            export_peft(best, best.parent / self.folder, self.task, backbone=module.backbone, replace=True)
+            # One rank alone has no sharded backbone's embeddings; without it they are read where they are needed.
+            backbone = None if module.backbone is None or module.backbone.sharded else module.backbone
+            export_peft(best, best.parent / self.folder, self.task, backbone=backbone, replace=True)
             self._exported = version
 
     def on_train_batch_start(

@@ -1,5 +1,6 @@
 """What a checkpoint holds, and reading one: trained tensors and how to use them, never the backbone."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mpt_lightning.content import TRAINING_STATE, check_types, check_values
+from mpt_lightning.content import check_state as check_state
+from mpt_lightning.content import keep_trainable as keep_trainable
+from mpt_lightning.content import trainable as trainable
+from mpt_lightning.data.card import load_card
+from mpt_lightning.files import one_line
 from mpt_lightning.prompts import (
     ContextPrompt,
     DecomposedPrompt,
@@ -19,6 +26,7 @@ from mpt_lightning.prompts import (
     SoftPrompt,
     SuperposedPrompt,
 )
+from mpt_lightning.seal import check_seal
 
 if TYPE_CHECKING:
     from mpt_lightning.backbones import Backbone
@@ -38,6 +46,13 @@ PROMPTS: dict[str, type[Prompt]] = {
         EmptyPrompt,
     )
 }
+
+
+DESCRIPTION = {
+    "stage": str, "backbone": str, "fingerprint": str, "prompt_class": str, "prompt_config": dict, "cards": dict,
+    "hyper_parameters": dict, "data": dict, "metrics": dict,
+}  # fmt: skip
+"""The types of what describes the tensors."""
 
 
 @dataclass
@@ -69,6 +84,50 @@ class PromptCheckpoint:
     hyper_parameters: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the description, wherever it was read.
+
+        Raises:
+            ValueError: a value is of another type than described above, or no prompt or card can be made of them.
+        """
+        check_types(vars(self), DESCRIPTION, self.path)
+        check_types(self.metrics, dict.fromkeys(self.metrics, float), self.path)
+        if self.prompt_class not in PROMPTS:
+            raise ValueError(f"{self.path} holds a {self.prompt_class!r}; known are {', '.join(PROMPTS)}.")
+        tasks = self.prompt_config.get("tasks")
+        if not isinstance(tasks, list) or any(not isinstance(task, str) for task in tasks):
+            raise ValueError(f"{self.path} is damaged: its tasks are {tasks!r}, expected a list of names.")
+        try:
+            if self._shapes().config() != self.prompt_config:
+                raise ValueError("it is incomplete")
+        except Exception as error:  # values of any kind go into a class that expects the right ones
+            raise ValueError(
+                f"{self.path} is damaged: no {self.prompt_class} can be made of its description ({one_line(error)})."
+            ) from error
+        for name, card in self.cards.items():
+            try:
+                load_card(card if isinstance(card, Mapping) else {})
+            except ValueError as error:
+                raise ValueError(f"{self.path} is damaged: its card of {name!r} is wrong. {error}") from error
+
+    def _shapes(self) -> Prompt:
+        # On this device tensors have shapes and no memory, so that a wrong size costs nothing.
+        with torch.device("meta"):
+            return PROMPTS[self.prompt_class](**self.prompt_config)
+
+    def check_tensors(self) -> None:
+        """Check the trained tensors.
+
+        Raises:
+            ValueError: one is missing, of another shape or type than the description says, or not finite.
+        """
+        check_values(self.state_dict, self.path)
+        prompts = {name: value for name, value in self.state_dict.items() if name.startswith("prompt.")}
+        try:
+            check_state(nn.ModuleDict({"prompt": self._shapes()}), prompts)
+        except ValueError as error:
+            raise ValueError(f"{self.path} is damaged. {error}") from error
 
     @property
     def tasks(self) -> list[str]:
@@ -140,7 +199,7 @@ def parse_checkpoint(content: Mapping[str, Any], path: str) -> PromptCheckpoint:
         ValueError: it is not one of this package's, or of a later format.
     """
     found = content.get(KEY)
-    if not isinstance(found, Mapping) or "state_dict" not in content:
+    if not isinstance(found, Mapping) or not isinstance(content.get("state_dict"), Mapping):
         raise ValueError(f"{path} is no checkpoint of mpt_lightning. Give one that its modules saved.")
     if found.get("format") != FORMAT:
         raise ValueError(
@@ -149,10 +208,12 @@ def parse_checkpoint(content: Mapping[str, Any], path: str) -> PromptCheckpoint:
         )
     values = {key: value for key, value in found.items() if key != "format"}
     if set(values) != {"stage", "backbone", "fingerprint", "prompt_class", "prompt_config", "cards"}:
-        raise ValueError(f"{path} is damaged: its description has the fields {', '.join(sorted(values))}.")
-    if values["prompt_class"] not in PROMPTS:
-        raise ValueError(f"{path} holds a {values['prompt_class']!r}; known are {', '.join(PROMPTS)}.")
-    return PromptCheckpoint(
+        raise ValueError(f"{path} is damaged: its description has the fields {', '.join(sorted(map(str, values)))}.")
+    check_types(content, TRAINING_STATE, path)
+    for name, form in (("stage", r"[^\W\d]\w*"), ("backbone", r".+"), ("fingerprint", "[0-9a-f]{16}")):
+        if not re.fullmatch(form, str(values[name])):
+            raise ValueError(f"{path} is damaged: its {name} is {values[name]!r}.")
+    checkpoint = PromptCheckpoint(
         path=path,
         state_dict=dict(content["state_dict"]),
         hyper_parameters=dict(content.get("hyper_parameters") or {}),
@@ -160,17 +221,25 @@ def parse_checkpoint(content: Mapping[str, Any], path: str) -> PromptCheckpoint:
         metrics=_metrics(content, path),
         **values,
     )
+    trained = checkpoint.hyper_parameters.get("_class_path", checkpoint.stage)
+    if str(trained).rpartition(".")[2] != checkpoint.stage:
+        raise ValueError(f"{path} is damaged: it was saved by {checkpoint.stage}, and its arguments are {trained}'s.")
+    checkpoint.check_tensors()
+    return checkpoint
 
 
 def _metrics(content: Mapping[str, Any], path: str) -> dict[str, float]:
     """Give the scores under which ModelCheckpoint saved the file of this name."""
-    states = [s for s in (content.get("callbacks") or {}).values() if isinstance(s, Mapping) and s.get("monitor")]
-    return {
-        str(state["monitor"]): float(score)
-        for state in states
-        for file, score in (state.get("best_k_models") or {}).items()
-        if Path(file).name == Path(path).name
-    }
+    try:
+        states = [s for s in (content.get("callbacks") or {}).values() if isinstance(s, Mapping) and s.get("monitor")]
+        return {
+            str(state["monitor"]): float(score)
+            for state in states
+            for file, score in (state.get("best_k_models") or {}).items()
+            if Path(file).name == Path(path).name
+        }
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged: its scores cannot be read ({one_line(error)}).") from error
 
 
 def read_checkpoint(
@@ -215,9 +284,10 @@ def load_plain(file: Path, name: str) -> Any:
         name: what to call it in the message.
 
     Raises:
-        ValueError: it cannot be read, or holds more than that.
+        ValueError: it cannot be read, is not as it was written, or holds more than that.
     """
     try:
+        check_seal(file)
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no checkpoint fail anywhere in torch's reader, with any exception
         raise ValueError(
@@ -242,46 +312,3 @@ def close_finished_epoch(checkpoint: dict[str, Any]) -> None:
     if epochs["current"]["completed"] == epochs["current"]["processed"]:
         batches["is_last_batch"] = False
         batches["current"] = dict.fromkeys(batches["current"], 0)
-
-
-def trainable(module: nn.Module) -> dict[str, Tensor]:
-    """Give the trainable parameters by name: what a checkpoint holds."""
-    return {name: value for name, value in module.named_parameters() if value.requires_grad}
-
-
-def keep_trainable(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    """Drop everything frozen from a state dict; a hook for `register_state_dict_post_hook`.
-
-    A hook rather than an overridden `state_dict`, because it also holds inside a wrapper module.
-    """
-    kept = {prefix + name for name in trainable(module)}
-    for name in [name for name in state_dict if name.startswith(prefix) and name not in kept]:
-        del state_dict[name]
-    # torch also lists every module, which for a large backbone is longer than a prompt.
-    versions = getattr(state_dict, "_metadata", {})
-    for path in [p for p in versions if p.startswith(prefix) and not any(k.startswith(f"{p}.") for k in kept)]:
-        del versions[path]
-
-
-def check_state(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Compare a state dict with the trainable parameters: every one, none else, equal shapes.
-
-    Raises:
-        ValueError: they differ.
-    """
-    expected = {name: tuple(value.shape) for name, value in trainable(module).items()}
-    got = {name: tuple(value.shape) for name, value in state_dict.items()}
-    if expected == got:
-        return
-    missing, extra = sorted(expected.keys() - got.keys()), sorted(got.keys() - expected.keys())
-    sizes = [
-        f"{name}: {list(got[name])} instead of {list(expected[name])}"
-        for name in sorted(expected.keys() & got.keys())
-        if got[name] != expected[name]
-    ]
-    parts = [
-        f"missing: {', '.join(missing)}" if missing else "",
-        f"not expected: {', '.join(extra)}" if extra else "",
-        f"other sizes: {'; '.join(sizes)}" if sizes else "",
-    ]
-    raise ValueError("The checkpoint's tensors do not fit this model; " + "; ".join(p for p in parts if p) + ".")

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import NoReturn
 
 from mpt_lightning import __version__
 
+PATIENCE = 10.0
+"""Seconds after which a process that fails alone says so."""
 TRAINER_COMMANDS = {
     "fit": "train: mpt fit --config mpt/source --data.data_root DATA",
     "validate": "evaluate a checkpoint on the validation split",
@@ -156,9 +159,23 @@ def resolve_names(argv: Sequence[str]) -> list[str]:
             fail(f"{name} is a comparison and no recipe. Run it with: mpt compare {name}")
         if kind and file is None and _looks_like_a_name(name):
             _unknown(kind, name)
+        if kind and name and file is None and Path(name).is_file():
+            _check_yaml(Path(name))
         resolved.append(word if file is None else f"{option}={file}" if equals else str(file))
         previous = word
     return resolved
+
+
+def _check_yaml(file: Path) -> None:
+    """Refuse a file that is no YAML mapping, which the parser would take for other things first, for minutes."""
+    from mpt_lightning.files import read_yaml
+
+    try:
+        content = read_yaml(file)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    if not isinstance(content, dict) or isinstance(content.get("trainer"), list):
+        fail(f"{file} holds a {type(content).__name__}, expected a YAML mapping of arguments, as `trainer` is one.")
 
 
 def _looks_like_a_name(word: str) -> bool:
@@ -176,7 +193,12 @@ def _unknown(kind: str, name: str) -> None:
 
 
 def fail(message: str) -> NoReturn:
-    """Print one message, and leave."""
+    """Print one message, and leave. Where all of several processes fail alike, the first one speaks for them."""
+    if int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_PROCID") or 0) > 0:
+        parent = os.getppid()
+        time.sleep(PATIENCE)  # when the first process fails, torchrun and srun end this one
+        if os.getppid() != parent:  # with Lightning's own launcher the parent is the first process
+            raise SystemExit(2)
     print(f"mpt: error: {message}", file=sys.stderr)
     raise SystemExit(2)
 

@@ -1,19 +1,28 @@
 """The LightningCLI behind `mpt fit|validate|test|predict`."""
 
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import lightning.pytorch as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import mpt_lightning.data  # (so that classes are known by their short names)
 import mpt_lightning.modules
 from mpt_lightning.callbacks import PredictionWriter
 from mpt_lightning.checkpoint import PromptCheckpoint, read_checkpoint
+from mpt_lightning.cli import fail
+from mpt_lightning.errors import own_error
+from mpt_lightning.files import one_line
 from mpt_lightning.modules.base import NO_PROMPT, PromptModule
 
+LAUNCHERS = "lightning.fabric.plugins.environments"
+RESTORES = "lightning.pytorch.trainer.connectors.checkpoint_connector"
 TASK_MODULES = (mpt_lightning.data.TaskDataModule, mpt_lightning.data.MultitaskDataModule)
 
 
@@ -54,7 +63,12 @@ class MPTCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, then check `--ckpt_path` against the model, since Lightning lets the checkpoint win."""
-        super().parse_arguments(parser, args)
+        # LightningCLI warns of arguments that are not the process's own.
+        own, sys.argv = sys.argv, sys.argv[:1]
+        try:
+            super().parse_arguments(parser, args)
+        finally:
+            sys.argv = own
         command = self.config.get("subcommand")
         options = self.config.get(command) if command else None
         if options is None or options.get("model") is None:
@@ -71,6 +85,7 @@ class MPTCLI(LightningCLI):
         given = options.model.get("init_args")
         self._tell_what_the_checkpoint_overrides(checkpoint, ours.plain_arguments(given.as_dict() if given else {}))
 
+    @rank_zero_only
     def _tell_what_the_checkpoint_overrides(self, checkpoint: PromptCheckpoint, given: dict[str, Any]) -> None:
         differ = [
             f"{key}={value!r} instead of {given[key]!r}"
@@ -87,30 +102,35 @@ def _subclasses(cls: type[PromptModule]) -> set[type[PromptModule]]:
 
 def run(args: Sequence[str], predictions: str | None = None) -> None:
     """Run a trainer command; a user's mistake ends in one message, not in a traceback."""
-    # LightningCLI warns when it is given arguments that are not the process's.
-    sys.argv = ["mpt", *args]
+    # The process keeps its own arguments: with several devices, Lightning starts the others with the same ones.
     try:
-        MPTCLI(predictions=predictions)
-    except (ValueError, OSError) as error:
-        cause = own_error(error)
-        if cause is None:
-            raise
-        fail(str(cause))
+        MPTCLI(list(args), predictions)
+    except SIGTERMException:
+        # Its own exit status is that of success.
+        raise SystemExit(128 + signal.SIGTERM) from None
+    except Exception as error:
+        message = own_error(error) or _restoring_error(error) or _lightnings_error(error)
+        if message is not None:
+            fail(str(message))
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            fail(f"{error.filename}: {error.strerror}. Check the path, what it allows, and the space that is left.")
+        raise
 
 
-def own_error(error: BaseException) -> BaseException | None:
-    """Find the error that this package raised for the user, in a chain of errors that others wrapped around it."""
-    link: BaseException | None = error
-    while link is not None:
-        frames = list(traceback.walk_tb(link.__traceback__))
-        raised_in = str(frames[-1][0].f_globals.get("__name__", "")) if frames else ""
-        if isinstance(link, (ValueError, OSError)) and raised_in.startswith("mpt_lightning"):
-            return link
-        link = link.__cause__ or link.__context__
-    return None
+def _lightnings_error(error: Exception) -> str | None:
+    """Give what Lightning says of arguments that do not fit the machine, or the launcher: torchrun, srun."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    if str(frame.f_globals.get("__name__")).startswith(LAUNCHERS):
+        return f"{error} The launcher's numbers and --trainer.num_nodes and --trainer.devices must be the same."
+    return str(error) if isinstance(error, MisconfigurationException) else None
 
 
-def fail(message: str) -> NoReturn:
-    """Print one message, and leave."""
-    print(f"mpt: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+def _restoring_error(error: Exception) -> str | None:
+    """Say that a checkpoint does not fit, where Lightning failed to restore it: it takes what it reads as given."""
+    if RESTORES not in {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)}:
+        return None
+    return (
+        f"--ckpt_path: the run's state in the checkpoint cannot be restored here ({type(error).__name__}: "
+        f"{one_line(error)}). It is damaged, or was saved by another version or with other arguments. Use another "
+        "checkpoint of the run, or begin a new one without --ckpt_path."
+    )

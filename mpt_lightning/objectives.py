@@ -114,6 +114,80 @@ def logit_distillation(student: Tensor, teacher: Tensor, labels: Tensor, tempera
     return divergence * temperature**2 / counted.sum().clamp(min=1)
 
 
+def top_buckets(logits: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Shorten distributions: the likeliest tokens, each a bucket of its own, and all others together as one more.
+
+    Args:
+        logits: [N, V].
+        k: tokens to keep, 1 or more. From V on all are kept, and there is no bucket of the others.
+        temperature: softens the distribution first, above 0.
+
+    Returns:
+        The tokens' ids [N, k], the likeliest first, and log-probabilities [N, k + 1], the others' at the end; both
+        [N, V] where all tokens are kept.
+
+    Example:
+        >>> ids, log_probs = top_buckets(torch.tensor([[1.0, 0.0, 2.0, 0.0]]), k=2)
+        >>> ids, log_probs.exp()
+        (tensor([[2, 0]]), tensor([[0.6103, 0.2245, 0.1652]]))
+    """
+    log_probs = functional.log_softmax(_precise(logits) / temperature, dim=-1)
+    top, ids = log_probs.topk(min(k, logits.shape[-1]), dim=-1)
+    return ids, _with_rest(log_probs, ids, top)
+
+
+def _with_rest(log_probs: Tensor, ids: Tensor, top: Tensor) -> Tensor:
+    """Append the log-probability of all tokens but `ids`, if there are others.
+
+    It is summed from the others themselves: one minus the kept ones' sum would be rounding alone where that is near 1.
+    """
+    if ids.shape[-1] == log_probs.shape[-1]:
+        return top
+    rest = log_probs.scatter(-1, ids, float("-inf")).logsumexp(dim=-1, keepdim=True)
+    return torch.cat([top, rest], dim=-1)
+
+
+def bucketed_distillation(
+    student: Tensor, ids: Tensor, log_probs: Tensor, labels: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """KL(teacher || student) over the buckets of `top_buckets`; otherwise as `logit_distillation`.
+
+    Both distributions are put into the teacher's buckets, so that this is a lower bound of the KL over the vocabulary
+    (the log-sum inequality), and equal to it where all tokens were kept.
+
+    Args:
+        student: [B, M, V] logits.
+        ids: [N, k] the teacher's likeliest tokens at the N label tokens, row by row, without padding.
+        log_probs: [N, k + 1], or [N, V] with k = V; at the same temperature. No gradient flows into them.
+        labels: [B, M], -100 for padding.
+        temperature: of the student, above 0.
+
+    Returns:
+        A scalar, in nats.
+
+    Example:
+        >>> labels, logits = torch.tensor([[1, -100]]), torch.randn(1, 2, 9)
+        >>> bucketed_distillation(logits, *top_buckets(logits[labels >= 0], k=3), labels).abs() < 1e-6
+        tensor(True)
+    """
+    counted = labels != IGNORE
+    of_student = functional.log_softmax(_precise(student)[counted] / temperature, dim=-1)
+    buckets = _with_rest(of_student, ids, of_student.gather(-1, ids))
+    divergence = functional.kl_div(buckets, log_probs.detach(), log_target=True, reduction="sum")
+    return divergence * temperature**2 / counted.sum().clamp(min=1)
+
+
+def chosen_states(
+    states: Mapping[str, HiddenStates], layers: Layers, positions: Positions, stacks: Stacks
+) -> dict[str, tuple[Tensor, ...]]:
+    """Pick the hidden states that `hidden_distillation` compares, by "<stack>/<part>"; its arguments."""
+    return {
+        key: found.layers[-1:] if layers == "last" else found.layers
+        for key, found in states.items()
+        if stacks in ("both", key.split("/")[0]) and positions in ("all", key.split("/")[1])
+    }
+
+
 def hidden_distillation(
     student: Mapping[str, HiddenStates],
     teacher: Mapping[str, HiddenStates],
@@ -128,7 +202,7 @@ def hidden_distillation(
 
     Args:
         student: hidden states by "<stack>/<part>".
-        teacher: the same keys and shapes; no gradient flows into them.
+        teacher: the same keys and shapes, at least of the states that are compared; no gradient flows into them.
         layers: the last layer of each stack, or all.
         positions: text tokens, prompt tokens, or all.
         stacks: encoder, decoder, or both where the model has both.
@@ -141,15 +215,13 @@ def hidden_distillation(
     """
     errors: dict[str, list[Tensor]] = {}
     counts: dict[str, list[Tensor]] = {}
-    for key, ours in student.items():
-        stack, part = key.split("/")
-        if stacks not in ("both", stack) or positions not in ("all", part):
-            continue
-        chosen = slice(-1, None) if layers == "last" else slice(None)
-        for mine, theirs in zip(ours.layers[chosen], teacher[key].layers[chosen], strict=True):
+    of_teacher = chosen_states(teacher, layers, positions, stacks)
+    for key, ours in chosen_states(student, layers, positions, stacks).items():
+        stack, weight = key.split("/")[0], student[key].weight
+        for mine, theirs in zip(ours, of_teacher[key], strict=True):
             squares = (_precise(mine) - _precise(theirs.detach())).square().mean(dim=-1)
-            errors.setdefault(stack, []).append((squares * ours.weight).sum())
-            counts.setdefault(stack, []).append(ours.weight.sum())
+            errors.setdefault(stack, []).append((squares * weight).sum())
+            counts.setdefault(stack, []).append(weight.sum())
     if not errors:
         raise ValueError(
             f"No hidden states to distil: stacks={stacks!r}, positions={positions!r}, and the model has "

@@ -1,7 +1,9 @@
 """Inference in one object: texts of any of a checkpoint's tasks in, answers out."""
 
 import json
+import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +18,9 @@ from mpt_lightning.data.card import TaskCard
 from mpt_lightning.data.collate import pad
 from mpt_lightning.data.encode import Encoder
 from mpt_lightning.data.examples import Example
+from mpt_lightning.files import one_line, read_text
 from mpt_lightning.modules import evaluation
+from mpt_lightning.modules.base import PromptModule
 from mpt_lightning.objectives import IGNORE
 from mpt_lightning.prompts import Prompt
 
@@ -171,7 +175,7 @@ class Predictor:
         if isinstance(given, str):
             if not given.strip():
                 raise ValueError(f"{where} is empty; give some text.")
-            ids = self.encoder.inputs([given])[0]
+            ids = self.encoder.inputs([_text(given, "text", where)])[0]
             if len(ids) > self.encoder.max_input_length:
                 raise ValueError(
                     f"{where} has {len(ids)} tokens, more than {self.encoder.max_input_length}; shorten it, or give "
@@ -182,7 +186,10 @@ class Predictor:
             raise ValueError(f"{where} is given as columns, and the checkpoint has no card of the task; give a text.")
         if missing := [column for column in card.columns if column not in given]:
             raise ValueError(f"{where} has no {', '.join(missing)}; the card reads {', '.join(card.columns)}.")
-        example = Example(row, {column: str(given[column]) for column in card.columns}, "", [], "")
+        values = {column: _text(given[column], column, where) for column in card.columns}
+        if card.empty_text != "keep" and (empty := [column for column, text in values.items() if not text.strip()]):
+            raise ValueError(f"{where} has nothing in {', '.join(empty)}; give some text.")
+        example = Example(row, values, "", [], "")
         fitted, ids = self.encoder.fit(card, example)
         return self.encoder.text(card, fitted.values), ids
 
@@ -227,7 +234,8 @@ def predict_file(predictor: Predictor, source: str, dest: str) -> int:
     Raises:
         ValueError: `dest` exists, there is no `source`, or a line is not as described; says which.
     """
-    target, texts, tasks = Path(dest), [], []
+    target, tasks = Path(dest), []
+    texts: list[Text] = []
     if target.exists():
         raise ValueError(f"{dest} exists; remove it, or give --output another path.")
     for number, row in _lines(source):
@@ -240,9 +248,9 @@ def predict_file(predictor: Predictor, source: str, dest: str) -> int:
         if not isinstance(row.get("text"), str) or (columns and set(columns) <= set(row)):
             if missing := [column for column in columns or ["text"] if column not in row]:
                 raise ValueError(f"{where}: there is no field {', '.join(missing)}; give these, or `text`.")
-            texts.append({column: str(row[column]) for column in columns})
+            texts.append({column: _text(row[column], column, where) for column in columns})
         else:
-            texts.append(row["text"])
+            texts.append(_text(row["text"], "text", where))
         tasks.append(task)
     answers = predictor.predict(texts, tasks) if texts else []
     part = target.with_name(f"{target.name}.part")
@@ -258,26 +266,37 @@ def _lines(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
     file = Path(source)
     if not file.is_file():
         raise ValueError(f"--input {source}: there is no such file. Give a file of JSON lines.")
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--input {source} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
-    for number, line in enumerate(lines, start=1):
+    # Not splitlines(), which also splits at line separators within a text.
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{source}, line {number}: this is no JSON ({error.msg} at {error.colno}).") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{source}, line {number}: this is no JSON ({one_line(error)}).") from None
         if not isinstance(row, dict):
             raise ValueError(f"{source}, line {number}: expected an object like {{'text': ...}}, got {line[:40]!r}.")
         yield number, row
 
 
+def _text(value: Any, field: str, where: str) -> str:
+    """Give a field's text; numbers are written out."""
+    plain = isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+    # Halves of surrogate pairs, which JSON can write, are no characters.
+    if not plain or re.search("[\0\ud800-\udfff]", str(value)):
+        raise ValueError(f"{where}: got {field}={str(value)[:40]!r} ({type(value).__name__}), expected text.")
+    return str(value)
+
+
 def _build(cls: type, found: PromptCheckpoint, path: str, name: str, dtype: Any) -> tuple[Backbone, Prompt]:
     """Make the backbone and the prompt; for methods that train weights the module itself puts them in."""
     if found.prompt_class == "EmptyPrompt":
-        stage: Any = getattr(modules, found.stage)
+        stage: Any = getattr(modules, found.stage, None)
+        if not (isinstance(stage, type) and issubclass(stage, PromptModule)):
+            raise ValueError(
+                f"{path} was saved by {found.stage}, which is no class of this package. Use that class's "
+                "load_from_checkpoint(...), or give another checkpoint."
+            )
         module = stage.load_from_checkpoint(path, map_location="cpu", backbone=name, backbone_dtype=dtype)
         backbone, prompt = module.parts()
         return backbone, prompt

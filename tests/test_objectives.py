@@ -8,10 +8,13 @@ import torch
 from mpt_lightning.backbones import Segment
 from mpt_lightning.objectives import (
     IGNORE,
+    bucketed_distillation,
+    chosen_states,
     context_cross_entropy,
     hidden_distillation,
     logit_distillation,
     token_cross_entropy,
+    top_buckets,
 )
 
 torch.manual_seed(0)
@@ -48,6 +51,81 @@ def test_the_teacher_gets_no_gradient() -> None:
     assert teacher.grad is None
     assert student.grad is not None
     assert student.grad[1, 1:].abs().sum() == 0  # padding does not count
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_bucketed_distillation_is_kl_over_the_likeliest_tokens_and_all_others(k: int, temperature: float) -> None:
+    student, teacher = torch.randn(2, 2, 3, 5, dtype=torch.double)
+    total = 0.0
+    for b, m in COUNTED:
+        p = (teacher[b, m] / temperature).softmax(-1)
+        q = (student[b, m] / temperature).softmax(-1)
+        kept = sorted(range(5), key=lambda token: -p[token])[:k]
+        for token in kept:
+            total += p[token] * (p[token] / q[token]).log()
+        others_p, others_q = (sum(side[token] for token in range(5) if token not in kept) for side in (p, q))
+        total += others_p * (others_p / others_q).log()
+    buckets = top_buckets(teacher[LABELS != IGNORE], k, temperature)
+    assert [tuple(part.shape) for part in buckets] == [(3, k), (3, k + 1)]
+    result = bucketed_distillation(student, *buckets, LABELS, temperature)
+    torch.testing.assert_close(result, total * temperature**2 / 3)
+    assert 0 < result < logit_distillation(student, teacher, LABELS, temperature)  # a lower bound
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("k", [5, 64])
+def test_buckets_of_all_tokens_are_the_whole_divergence(k: int, temperature: float) -> None:
+    student, teacher = torch.randn(2, 2, 3, 5, dtype=torch.double)
+    student.requires_grad_()
+    buckets = top_buckets(teacher[LABELS != IGNORE], k, temperature)
+    losses = [
+        bucketed_distillation(student, *buckets, LABELS, temperature),
+        logit_distillation(student, teacher, LABELS, temperature),
+    ]
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=1e-14)
+    gradients = [torch.autograd.grad(loss, student)[0] for loss in losses]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("k", [2, 5])
+def test_gradient_of_bucketed_distillation(k: int) -> None:
+    student, teacher = torch.randn(2, 2, 3, 5, dtype=torch.double)
+    buckets = top_buckets(teacher[LABELS != IGNORE], k, 1.5)
+    assert torch.autograd.gradcheck(
+        lambda logits: bucketed_distillation(logits, *buckets, LABELS, 1.5), student.requires_grad_()
+    )
+    bucketed_distillation(student, *buckets, LABELS).backward()
+    assert student.grad is not None
+    assert student.grad[1, 1:].abs().sum() == 0  # padding does not count
+
+
+def test_tiny_remainders_keep_their_digits() -> None:
+    """One minus the sum of the kept ones would be 0 in fp32, and its logarithm -inf."""
+    teacher, student = (torch.tensor([[[top, 0.0, 1.0, 0.5]]]) for top in (40.0, 60.0))
+    labels = torch.zeros(1, 1, dtype=torch.long)
+    ids, log_probs = top_buckets(teacher[0], 1)
+    exact = top_buckets(teacher[0].double(), 1)[1]
+    torch.testing.assert_close(log_probs, exact.float(), rtol=1e-6, atol=0)
+    expected = bucketed_distillation(student.double(), ids, exact, labels).float()
+    torch.testing.assert_close(bucketed_distillation(student, ids, log_probs, labels), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("k", [1, 3, 4])
+def test_extreme_logits_stay_finite(k: int) -> None:
+    logits = torch.tensor([[[1e4, -1e4, 0.0, 3.0]], [[-1e4, 1e4, 1e4, -1e4]]])
+    labels = torch.zeros(2, 1, dtype=torch.long)
+    student = logits.flip(0).clone().requires_grad_()
+    loss = bucketed_distillation(student, *top_buckets(logits.flatten(0, 1), k), labels)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert student.grad is not None
+    assert torch.isfinite(student.grad).all()
+
+
+def test_no_label_tokens_no_divergence() -> None:
+    buckets = top_buckets(torch.randn(0, 5), 2)
+    assert bucketed_distillation(torch.randn(1, 2, 5), *buckets, torch.full((1, 2), IGNORE)) == 0
 
 
 @pytest.fixture
@@ -91,6 +169,17 @@ def test_hidden_distillation(states, layers, chosen, positions, stacks, groups) 
     student, teacher = states
     expected = sum(by_hand(student, teacher, keys, chosen) for keys in groups)
     torch.testing.assert_close(hidden_distillation(student, teacher, layers, positions, stacks), expected)
+
+
+def test_only_the_chosen_states_are_needed_of_the_teacher(states) -> None:
+    student, teacher = states
+    for layers, positions, stacks in (("last", "text", "both"), ("all", "prompt", "encoder")):
+        options = {"layers": layers, "positions": positions, "stacks": stacks}
+        kept = {key: Segment(found, teacher[key].weight) for key, found in chosen_states(teacher, **options).items()}
+        assert len(kept) < len(teacher)
+        torch.testing.assert_close(
+            hidden_distillation(student, kept, **options), hidden_distillation(student, teacher, **options)
+        )
 
 
 def test_a_shared_prompt_counts_once_per_row() -> None:

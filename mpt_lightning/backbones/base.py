@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mpt_lightning.demo import backbone_path
+from mpt_lightning.backbones.compilation import compile_parts
+from mpt_lightning.backbones.tokenizer import load_tokenizer
 
 IGNORE = -100
 """The label of padding, Hugging Face's and torch's convention."""
@@ -57,19 +59,27 @@ class Backbone(nn.Module, ABC):
         name: Hub id or folder it came from.
         dropout: keep the model's dropout on while prompts train. Off by default, which is worth several points.
         gradient_checkpointing: recompute each layer in the backward pass instead of keeping its activations.
+        compiled: compile feed-forward networks and norms, see `compilation`.
 
     Raises:
-        ValueError: the model cannot checkpoint gradients.
+        ValueError: the model cannot checkpoint gradients, or has nothing to compile.
     """
 
     def __init__(
-        self, model: PreTrainedModel, name: str, dropout: bool = False, gradient_checkpointing: bool = False
+        self,
+        model: PreTrainedModel,
+        name: str,
+        dropout: bool = False,
+        gradient_checkpointing: bool = False,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.model: Any = model.requires_grad_(False)
         self.name = name
         self.dropout = dropout
         self.gradient_checkpointing = gradient_checkpointing
+        # Whether each rank holds a part of the model only (see `sharding`): then all ranks must make the same passes.
+        self.sharded = False
         # Modules put into the model to be trained, each by itself: in training mode whatever `dropout` says.
         self.parts: list[nn.Module] = []
         if gradient_checkpointing:
@@ -78,18 +88,21 @@ class Backbone(nn.Module, ABC):
                     f"{type(model).__name__} ({name}) cannot checkpoint gradients. Set gradient_checkpointing=False."
                 )
             model.activation_checkpointing_enable({"use_reentrant": False})
+        if compiled:
+            compile_parts(model, name)
         self.train(self.training)
 
     @property
     def dim(self) -> int:
         """H, the size of an input embedding."""
-        return self.embeddings.shape[1]
+        return int(self.model.get_input_embeddings().weight.shape[1])
 
     @property
     def embeddings(self) -> Tensor:
-        """The input embeddings `[V, H]`."""
-        table: Tensor = self.model.get_input_embeddings().weight
-        return table
+        """The input embeddings `[V, H]`; where the model is sharded they are gathered, so that all ranks must ask."""
+        table: Any = self.model.get_input_embeddings().weight
+        whole: Tensor = table.full_tensor() if isinstance(table, DTensor) else table
+        return whole
 
     @property
     def max_positions(self) -> int | None:
@@ -101,7 +114,7 @@ class Backbone(nn.Module, ABC):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that belongs to the model."""
-        return AutoTokenizer.from_pretrained(backbone_path(self.name))
+        return load_tokenizer(self.name)
 
     @cached_property
     def fingerprint(self) -> str:

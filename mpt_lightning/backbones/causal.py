@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -20,6 +21,7 @@ from mpt_lightning.backbones.attention import NAME
 from mpt_lightning.backbones.base import IGNORE, Backbone, BackboneOutput, Segment, align, log_likelihood
 from mpt_lightning.backbones.packed import Layout, group_size, packed, row_bias
 from mpt_lightning.backbones.prefix import EncodedPrompts, Pair, PrefixCache, gather
+from mpt_lightning.backbones.sharding import tie
 
 
 class CausalBackbone(Backbone):
@@ -30,9 +32,14 @@ class CausalBackbone(Backbone):
     """
 
     def __init__(
-        self, model: PreTrainedModel, name: str, dropout: bool = False, gradient_checkpointing: bool = False
+        self,
+        model: PreTrainedModel,
+        name: str,
+        dropout: bool = False,
+        gradient_checkpointing: bool = False,
+        compiled: bool = False,
     ) -> None:
-        super().__init__(model, name, dropout, gradient_checkpointing)
+        super().__init__(model, name, dropout, gradient_checkpointing, compiled)
         config = model.config.get_text_config(decoder=True)
         kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
         if kinds:
@@ -82,12 +89,18 @@ class CausalBackbone(Backbone):
                 [U, heads, P, D], or encoded already, which run nothing.
             predict_at: [N] positions in 0..P-1 whose logits for the next token are wanted.
         """
+        return self._encode(prompts, predict_at)
+
+    def _encode(
+        self, prompts: Tensor | Sequence[Pair] | EncodedPrompts, predict_at: Tensor | None = None
+    ) -> EncodedPrompts:
+        """Do what `encode_prompts` does, within another verb: each verb is one pass of FSDP's."""
         if isinstance(prompts, EncodedPrompts):
             return prompts
         if not isinstance(prompts, Tensor):
             first, second = prompts[0], prompts[1] if len(prompts) > 1 else None
             if isinstance(first, Tensor):  # a prompt, and what is added to the text's embeddings
-                return replace(self.encode_prompts(first), shift=second)
+                return replace(self._encode(first), shift=second)
             return EncodedPrompts(tuple(prompts), (), first[0].shape[2])
         if prompts.shape[1] == 0:
             return EncodedPrompts((), (prompts,) * self._num_layers, 0)
@@ -102,7 +115,10 @@ class CausalBackbone(Backbone):
             return_dict=True,
         )
         logits = None if predict_at is None else output.logits
-        return EncodedPrompts(cache.contents(), tuple(output.hidden_states[1:]), prompts.shape[1], logits, prompts)
+        layers, hidden = cache.contents(), tuple(output.hidden_states[1:])
+        if self.sharded:
+            layers = (*layers[:-1], tie(*layers[-1], hidden[-1]))
+        return EncodedPrompts(layers, hidden, prompts.shape[1], logits, prompts)
 
     def _prefix(self, encoded: EncodedPrompts, rows: Tensor, whole: bool = True) -> PrefixCache:
         """Give the cache that a pass over the rows `[B]` begins with; without prompts it is empty.
@@ -177,12 +193,12 @@ class CausalBackbone(Backbone):
         """
         # With the padding on the left the text ends in one column, and the labels' logits are the last M columns.
         input_ids, attention_mask = align(input_ids, attention_mask, "left")
-        given = labels[:, :-1]  # the last label is predicted, never read
+        given, read = labels[:, :-1], labels[:, 1:] != IGNORE  # a row's last label is predicted, never read
         whole = torch.cat([input_ids, given.clamp(min=0)], dim=1)
-        mask = torch.cat([attention_mask, (given != IGNORE).to(attention_mask.dtype)], dim=1)
+        mask = torch.cat([attention_mask, read.to(attention_mask.dtype)], dim=1)
         if self._packs(prompts, input_ids):
             return self._packed(prompts, rows, whole, mask, labels.shape[1], hidden_states, prompt_mask, predict_at)
-        encoded = self.encode_prompts(prompts, predict_at)
+        encoded = self._encode(prompts, predict_at)
         prompt_logits = encoded.logits
         encoded, tokens = self._among(encoded, rows, whole, torch.cat([attention_mask, torch.zeros_like(given)], dim=1))
         output = self._read(
@@ -263,7 +279,7 @@ class CausalBackbone(Backbone):
         choices: Tensor,
     ) -> Tensor:
         """Give each choice's log-likelihood; see `Backbone.score`."""
-        encoded = self.encode_prompts(prompts)
+        encoded = self._encode(prompts)
         input_ids, attention_mask = align(input_ids, attention_mask, "left")
         encoded, tokens = self._among(encoded, rows, input_ids, attention_mask)
         past = attention_mask.new_ones(len(rows), encoded.length)
@@ -272,6 +288,8 @@ class CausalBackbone(Backbone):
         exists = (choices != IGNORE).any(dim=2)
         row, _ = exists.nonzero(as_tuple=True)
         labels = choices[exists]
+        if self.sharded and labels.shape[1] == 1:  # a second pass on every rank, whatever the others' choices are
+            labels = functional.pad(labels, (0, 1), value=IGNORE)
         logits = first[row]
         if labels.shape[1] > 1:
             # The text's keys and values serve all its choices; only the choices' own tokens are run.
@@ -298,7 +316,7 @@ class CausalBackbone(Backbone):
         **options: Any,
     ) -> Tensor:
         """Generate label tokens; see `Backbone.generate`."""
-        encoded = self.encode_prompts(prompts)
+        encoded = self._encode(prompts)
         input_ids, attention_mask = align(input_ids, attention_mask, "left")
         encoded, tokens = self._among(encoded, rows, input_ids, attention_mask)
         if tokens.is_floating_point():

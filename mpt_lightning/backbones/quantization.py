@@ -1,9 +1,12 @@
 """Frozen weights in 4 or 8 bits (QLoRA; Dettmers et al., 2023), where the libraries and the machine can do it."""
 
+import logging
+from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 Quantization = Literal["4bit", "8bit"]
 
@@ -55,3 +58,20 @@ def quantized(kind: Quantization, dtype: torch.dtype, device: torch.device) -> d
             bnb_4bit_compute_dtype=dtype,
         )
     return {"quantization_config": config, "device_map": {"": device}}
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """Keep quantized layers in the form that gradients pass through.
+
+    On a CPU with AVX512-BF16, bitsandbytes packs a 4-bit layer anew when it first runs without gradients, say in a
+    teacher's pass or in validation. From then on it cuts off gradients, without a word: nothing would be learned.
+
+    Args:
+        model: a quantized model.
+    """
+    layers: Iterable[Any] = model.modules()
+    for layer in layers:
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+    # At each product it logs that activations are cast to float16, which is how LLM.int8() works.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)

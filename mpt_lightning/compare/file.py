@@ -39,7 +39,7 @@ def read_comparison(name: str) -> Comparison:
             for key, recipe in getattr(comparison, kind).items():
                 vars(recipe).update(_arguments(content[kind][key]))
         _check_recipes(comparison)
-        check_values("tasks", [load_card(task).name for task in comparison.tasks])
+        check_values("tasks", [load_card(task).name.casefold() for task in comparison.tasks])
         comparison.runs()
     except Exception as error:  # jsonargparse's have no class in common
         if isinstance(error, OSError):

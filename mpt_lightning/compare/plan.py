@@ -11,10 +11,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import yaml
-
 from mpt_lightning.cli import packaged
 from mpt_lightning.data.card import load_card, read_card_file
+from mpt_lightning.files import can_be_path, parse_yaml, read_text
 
 PREPARED = "prepare"
 """The folder of the prepared runs, where others have the method's name."""
@@ -103,11 +102,12 @@ class Comparison:
             *((f"methods.{name}.seeds", method.seeds) for name, method in self.methods.items()),
         ]:
             check_values(place, values)
+        check_values("methods", [name.casefold() for name in self.methods])
         for name in filter(None, [*self.methods, self.name]):
-            if name == PREPARED or not re.fullmatch(r"\w[\w.+-]*", name):
+            if name == PREPARED or not re.fullmatch(r"\w[\w.+-]*", name) or not can_be_path(name):
                 raise ValueError(
-                    f"Got the name {name!r}, expected letters, digits and _ . + - and not {PREPARED!r}, since folders "
-                    "are named after it. Rename it."
+                    f"Got the name {name[:300]!r}, expected letters, digits and _ . + - and not {PREPARED!r}, since "
+                    "folders are named after it, on every system. Rename it."
                 )
         for name in self.prepare:
             if name in PLACEHOLDERS or not re.fullmatch(r"[a-z_][a-z0-9_]*", name):
@@ -269,15 +269,10 @@ def yaml_content(file: Path) -> Any:
     Raises:
         ValueError: it is none.
     """
-    try:
-        return _parse(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    return _parse(read_text(file), str(file))
 
 
-@lru_cache
-def _parse(text: str) -> Any:
-    return yaml.safe_load(text)  # hundreds of runs have one recipe
+_parse = lru_cache(parse_yaml)  # hundreds of runs have one recipe
 
 
 def _given(own: dict[str, Any] | None, common: dict[str, Any]) -> dict[str, Any]:

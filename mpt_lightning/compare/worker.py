@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from mpt_lightning.cli import resolve_names, shield_texts
 from mpt_lightning.demo.jobs import quiet
-from mpt_lightning.lightning_cli import MPTCLI, own_error
+from mpt_lightning.errors import own_error
+from mpt_lightning.lightning_cli import MPTCLI
 
 ERROR = "mpt: error: "
 

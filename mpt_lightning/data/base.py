@@ -27,7 +27,7 @@ from mpt_lightning.data.rows import SPLIT_SEED, Draw, ShotsPer, Split
 from mpt_lightning.data.sampling import EvalSampler, GlobalBatchSampler
 from mpt_lightning.data.slots import count_slots
 
-_TRAIN_COLUMNS = ["input_ids", "labels", "task_ids"]
+_TRAIN_COLUMNS = ["input_ids", "labels", "task_ids", "row_id"]
 
 
 class PromptDataModule(L.LightningDataModule):
@@ -232,11 +232,13 @@ class PromptDataModule(L.LightningDataModule):
 
     def _eval_loaders(self, split: Split) -> list[DataLoader[Any]]:
         loaders: list[DataLoader[Any]] = []
+        in_step = getattr(self.trainer and self.trainer.strategy, "ranks_in_step", False)
         tables: list[Any] = self._rows(split)
         for card, rows in zip(self.cards.values(), tables, strict=True):
             choices = None if card.choices is None else self.encoder.targets(card.choices)
             options = self._loading(self.eval_batch_size, PromptCollator(self.encoder.pad_id, choices))
-            loaders.append(DataLoader(rows, sampler=EvalSampler(rows, *self._ranks()), **options))
+            sampler = EvalSampler(rows, *self._ranks(), even=in_step)
+            loaders.append(DataLoader(rows, sampler=sampler, **options))
         return loaders
 
     def _loading(self, batch_size: int, collate: PromptCollator) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from datasets.arrow_dataset import Dataset
+from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError
 from datasets.features import Features, List, Value
 from datasets.fingerprint import Hasher
@@ -16,6 +17,7 @@ from mpt_lightning.data.encode import Encoder
 from mpt_lightning.data.examples import Example
 from mpt_lightning.data.rows import Draw, Split, examples, select_rows, source_rows
 from mpt_lightning.data.source import preprocess_source
+from mpt_lightning.files import one_line
 
 #: Part of the cache key: raise it when the same input would give other rows.
 _FORMAT = 1
@@ -109,6 +111,12 @@ def _cached(
         return Dataset.from_generator(generate, features=features, cache_dir=cache, fingerprint=key)
     except DatasetGenerationError as error:
         # `datasets` wraps what the generator raised; the user needs that message, not the wrapper's.
-        if isinstance(error.__cause__, ValueError):
+        if isinstance(error.__cause__, ValueError | OSError):
             raise error.__cause__ from None
         raise
+    except Exception as error:  # Arrow's errors, where a file of the cache is not as it was written
+        raise ValueError(
+            f"Task '{card.name}': got cached {split} rows that cannot be read ({type(error).__name__}: "
+            f"{one_line(error)}), expected them as they were written; remove the folder `cache_dir` "
+            f"({cache_dir or HF_DATASETS_CACHE}), and they are made anew."
+        ) from error

@@ -6,6 +6,7 @@ This module is light on purpose (no torch, no datasets): `mpt tasks` lists every
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -14,9 +15,8 @@ from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-import yaml
-
 from mpt_lightning.data.pattern import Pattern, apply_pattern, read_patterns
+from mpt_lightning.files import LONGEST_NAME, can_be_path, read_yaml
 
 if TYPE_CHECKING:
     from importlib.abc import Traversable
@@ -35,6 +35,9 @@ METRICS: dict[str, Literal["choices", "value_range", "text"]] = {
     "rouge": "text",
 }
 _SPLITS = ("train", "validation", "test")
+_TEXTS = ("path", "input", "label")
+_OPTIONAL_TEXTS = ("subset", "revision", "truncate", "group", "preprocess")
+_NOTES = ("language", "licence", "citation", "homepage")
 _OPTIONS: dict[str, tuple[str, ...]] = {
     "split_rule": ("given", "halved", "held_out"),
     "unlabelled": ("error", "drop"),
@@ -65,7 +68,8 @@ class TaskCard:
         truncate: The one column that may be cut to fit `max_input_length`. Unset: in each row the longest column of
             the template.
         group: Column that names the group a row belongs to (MultiRC: the question).
-        preprocess: Dotted path of a function `(row, split) -> list of rows`, applied to each raw row.
+        preprocess: Dotted path of a function `(row, split) -> list of rows`, applied to each raw row: one that is
+            written in the module that the path names, with these two parameters; no expression, no method.
         unlabelled: What to do with rows without a label (-1 or nothing): `error` or `drop`.
         empty_text: What to do with rows where a column of the template is empty: `error`, `drop` or `keep`.
         patterns: Other templates over the same columns, each with its own `choices` where the words differ; the
@@ -107,9 +111,10 @@ class TaskCard:
     def __post_init__(self) -> None:
         """Check every field, so that a mistake shows before any data is read."""
         _check_name(self.name)
-        for option in ("path", "label"):
+        for option in (*_TEXTS, *_OPTIONAL_TEXTS, *_NOTES):
             value = getattr(self, option)
-            if not isinstance(value, str) or not value.strip():
+            unset = option not in _TEXTS and value == ("" if option in _NOTES else None)
+            if not unset and (not isinstance(value, str) or not value.strip() or "\0" in value):
                 self._fail(option, value, "a text")
         for option, allowed in _OPTIONS.items():
             if getattr(self, option) not in allowed:
@@ -119,10 +124,10 @@ class TaskCard:
         if self.truncate is not None and self.truncate not in self.columns:
             self._fail("truncate", self.truncate, f"a column of the template ({', '.join(self.columns)})")
         if self.max_target_length is not None and not (
-            isinstance(self.max_target_length, int) and self.max_target_length >= 1
+            type(self.max_target_length) is int and self.max_target_length >= 1
         ):
             self._fail("max_target_length", self.max_target_length, "a number of tokens >= 1")
-        if self.preprocess is not None and not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", self.preprocess):
+        if self.preprocess is not None and not re.fullmatch(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+", self.preprocess, re.ASCII):
             self._fail("preprocess", self.preprocess, "a dotted path 'package.module.function'")
         self._check_splits()
         self._check_labels()
@@ -158,6 +163,10 @@ class TaskCard:
     def _check_splits(self) -> None:
         if not isinstance(self.splits, Mapping) or set(self.splits) - set(_SPLITS) or "train" not in self.splits:
             self._fail("splits", self.splits, "a mapping of train, validation and test (train is needed)")
+        for option, names in (("subset", [self.subset or "-"]), ("splits", self.splits.values())):
+            # They are parts of a local file's path.
+            if not all(map(_is_inside, names)):
+                self._fail(option, getattr(self, option), "names on the Hub, without '..' and without a leading '/'")
         if self.split_rule == "halved" and "validation" not in self.splits:
             self._fail("splits", self.splits, "a `validation` split to halve (split_rule: halved)")
         if self.split_rule == "held_out" and not {"validation", "test"} & set(self.splits):
@@ -174,20 +183,22 @@ class TaskCard:
                 self._fail("value_range", self.value_range, "either `choices` or `value_range`, not both")
         if self.value_range is not None:
             pair = self.value_range
-            numbers = isinstance(pair, list | tuple) and all(isinstance(value, int | float) for value in pair)
+            numbers = isinstance(pair, list | tuple) and all(map(_is_number, pair))
             if not numbers or len(pair) != 2 or not pair[0] < pair[1]:
                 self._fail("value_range", self.value_range, "[lowest, highest] with lowest < highest")
             self.value_range = (float(pair[0]), float(pair[1]))
-            tenths = round(self.value_step * 10)
-            if abs(tenths - self.value_step * 10) > 1e-6 or not 0 < tenths <= (pair[1] - pair[0]) * 10:
+            tenths = round(self.value_step * 10) if _is_number(self.value_step) else 0
+            if tenths == 0 or abs(tenths - self.value_step * 10) > 1e-6 or not 0 < tenths <= (pair[1] - pair[0]) * 10:
                 self._fail("value_step", self.value_step, "a multiple of 0.1, no wider than `value_range`")
 
     def _check_metrics(self) -> None:
         if not isinstance(self.metrics, list) or not self.metrics:
             self._fail("metrics", self.metrics, f"a list of metric names out of {', '.join(METRICS)}")
         for metric in self.metrics:
-            if metric not in METRICS:
+            if not isinstance(metric, str) or metric not in METRICS:
                 self._fail("metrics", metric, f"names out of {', '.join(METRICS)}")
+            if self.metrics.count(metric) > 1:
+                self._fail("metrics", self.metrics, f"'{metric}' once")
             need = METRICS[metric]
             if need != "text" and getattr(self, need) is None:
                 self._fail(need, None, f"a value, because the metric '{metric}' needs it")
@@ -240,10 +251,7 @@ def read_card_file(card: str | Path) -> dict[str, Any]:
         ValueError: If there is no such card, or if the file is not a YAML mapping.
         FileNotFoundError: If a path to a YAML file does not exist.
     """
-    try:
-        content = yaml.safe_load(_find(card).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"Task card '{card}': got a file that cannot be read as YAML ({error}); change it.") from None
+    content = read_yaml(_find(card))
     if not isinstance(content, dict):
         raise ValueError(f"Task card '{card}': got {type(content).__name__}, expected a YAML mapping; change the file.")
     return content
@@ -251,7 +259,8 @@ def read_card_file(card: str | Path) -> dict[str, Any]:
 
 def _find(card: str | Path) -> Traversable:
     path = Path(card)
-    if path.is_file():
+    # A name that the system cannot even look up is no file.
+    if len(path.name) < 256 and "\0" not in str(card) and path.is_file():
         return path
     if path.suffix in (".yaml", ".yml"):
         raise FileNotFoundError(f"Task card: got the path '{card}', which does not exist; change the path.")
@@ -279,7 +288,9 @@ def _shipped() -> Iterator[tuple[str, Traversable]]:
 
 
 def _from_mapping(content: Mapping[str, Any], source: str) -> TaskCard:
-    values = content.get("init_args", {}).get("card") if "init_args" in content else content
+    values: Any = content
+    if "init_args" in content:
+        values = content["init_args"].get("card") if isinstance(content["init_args"], Mapping) else None
     if not isinstance(values, Mapping):
         raise ValueError(f"Task card {source}: got no `init_args.card`, expected the fields of the card there.")
     known = {item.name for item in fields(TaskCard)}
@@ -295,9 +306,17 @@ def _from_mapping(content: Mapping[str, Any], source: str) -> TaskCard:
 
 def _check_name(name: object) -> None:
     # Names become file names of exports and keys of logs: no way out of the folder, nothing to escape.
-    good = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*", name)
+    good = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9._/-]+", name) and can_be_path(name)
     if not good or ".." in str(name):
         raise ValueError(
-            f"Task name: got {name!r}, expected letters, digits, '.', '_', '-' and single '/', without '..' "
-            "and without a leading '/'; change `name`."
+            f"Task name: got {str(name)[:300]!r}, expected letters, digits, '.', '_', '-' and single '/', without "
+            f"'..' and a leading '/', at most {LONGEST_NAME}, that can name a file on every system; change `name`."
         )
+
+
+def _is_inside(name: object) -> bool:
+    return isinstance(name, str) and bool(name.strip()) and not re.search(r"\0|^[/\\]|(^|[/\\])\.\.($|[/\\])", name)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

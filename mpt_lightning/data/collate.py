@@ -19,8 +19,9 @@ class PromptCollator:
 
     Returns of a call, for B rows: `input_ids [B, L]`, `attention_mask [B, L]` (1 is a token), `labels [B, M]` (-100 is
     padding), `task_ids [B]`, and in training after a context `context_examples [B]` (the place in the context, from 0,
-    of the row's copy; -1 is none). Rows that carry their text (evaluation) add `references`, `texts`, `groups`,
-    `row_ids` (lists of B) and, where the task has choices, `choices [B, C, M']` (-100 is padding).
+    of the row's copy; -1 is none). Rows that carry their number in the Hub's split add `row_ids`, those that carry
+    their text (evaluation) `references`, `texts` and `groups` (lists of B) and, where the task has choices,
+    `choices [B, C, M']` (-100 is padding).
     """
 
     def __init__(self, pad_id: int, choices: Sequence[Sequence[int]] | None = None) -> None:
@@ -31,8 +32,8 @@ class PromptCollator:
         """Make a batch.
 
         Args:
-            rows: B rows with `input_ids`, `labels` and `task_ids`; after a context also `context_examples`, in
-                evaluation also `references`, `text`, `group` and `row_id`.
+            rows: B rows with `input_ids`, `labels` and `task_ids`; where there are such, `row_id`; after a context also
+                `context_examples`, in evaluation also `references`, `text` and `group`.
 
         Returns:
             The batch.
@@ -46,8 +47,10 @@ class PromptCollator:
         }
         if "context_examples" in rows[0]:
             batch["context_examples"] = torch.tensor([row["context_examples"] for row in rows])
+        if "row_id" in rows[0]:
+            batch["row_ids"] = [row["row_id"] for row in rows]
         if "text" in rows[0]:
-            names = {"references": "references", "texts": "text", "groups": "group", "row_ids": "row_id"}
+            names = {"references": "references", "texts": "text", "groups": "group"}
             batch |= {name: [row[column] for row in rows] for name, column in names.items()}
             if self.choices is not None:
                 batch["choices"] = self.choices.expand(len(rows), -1, -1).clone()

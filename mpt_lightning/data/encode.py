@@ -9,14 +9,14 @@ from itertools import islice
 from typing import Any
 
 from datasets.fingerprint import Hasher
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from mpt_lightning.backbones.load import load_config
+from mpt_lightning.backbones.tokenizer import load_tokenizer
 from mpt_lightning.data.card import TaskCard
 from mpt_lightning.data.examples import Example
 from mpt_lightning.data.rows import Split
 from mpt_lightning.data.slots import count_slots, with_slots
-from mpt_lightning.demo import backbone_path
 
 _CHUNK = 1000
 
@@ -43,7 +43,11 @@ class Encoder:
     with_bos: bool = True
 
     def __post_init__(self) -> None:
-        """Check that a target can be closed."""
+        """Check the options, which may come from a checkpoint, and that a target can be closed."""
+        if type(self.max_input_length) is not int or self.max_input_length < 1:
+            raise ValueError(f"Got max_input_length={self.max_input_length!r}, expected a number of tokens >= 1.")
+        if not isinstance(self.answer_prefix, str):
+            raise ValueError(f"Got answer_prefix={self.answer_prefix!r}, expected a text.")
         if self.tokenizer.eos_token_id is None:
             raise ValueError(
                 f"Tokenizer '{self.tokenizer.name_or_path}': got no end-of-sequence token, expected one to close "
@@ -63,7 +67,7 @@ class Encoder:
             The encoder.
         """
         kind = load_config(backbone).is_encoder_decoder
-        return cls(AutoTokenizer.from_pretrained(backbone_path(backbone)), bool(kind), max_input_length, **options)
+        return cls(load_tokenizer(backbone), bool(kind), max_input_length, **options)
 
     @property
     def pad_id(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +95,7 @@ def to_example(card: TaskCard, row: dict[str, Any]) -> Example | None:
             f"{where}: got an empty text in column '{empty[0]}', expected some text; change the data, or set "
             "`empty_text: drop` or `keep` on the card."
         )
-    label = _column(row, card.label)
+    label = _column(row, card.label, where)
     if _is_unlabelled(card, label):
         if card.unlabelled == "drop":
             return None
@@ -104,26 +104,37 @@ def to_example(card: TaskCard, row: dict[str, Any]) -> Example | None:
             "`unlabelled: drop` on the card."
         )
     target, references = _label_texts(card, label, where)
-    group = str(_column(row, card.group)) if card.group else ""
+    group = ""
+    if card.group:
+        if (value := _column(row, card.group, where)) is None:
+            raise ValueError(f"{where}: got nothing in column '{card.group}', expected a group; change the data.")
+        group = _text(value, card.group, where)
     return Example(int(row[ROW]), values, target, references, group)
 
 
-def _column(row: dict[str, Any], name: str) -> Any:
+def _column(row: dict[str, Any], name: str, where: str) -> Any:
     value: Any = row
     for part in name.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            raise ValueError(f"{where}: got no '{name}' ({value!r} has no '{part}'), expected one; change the data.")
         value = value[part]
     return value
 
 
 def _text(value: Any, column: str, where: str) -> str:
-    if value is None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
-    if isinstance(value, str | int | float):
-        return str(value)
-    raise ValueError(
-        f"{where}: got {type(value).__name__} in column '{column}', expected text; change `input` or add a "
-        "`preprocess` function to the card."
-    )
+    if not isinstance(value, str | int | float):
+        raise ValueError(
+            f"{where}: got {type(value).__name__} in column '{column}', expected text; change `input` or add a "
+            "`preprocess` function to the card."
+        )
+    if "\0" in (text := str(value)):
+        raise ValueError(
+            f"{where}: got {text[:40]!r} in column '{column}', expected text, which has no zero bytes; change the "
+            "data, which is damaged or in another encoding than it seems."
+        )
+    return text
 
 
 def _is_unlabelled(card: TaskCard, label: Any) -> bool:
@@ -132,7 +143,7 @@ def _is_unlabelled(card: TaskCard, label: Any) -> bool:
     if isinstance(label, str):
         return not label.strip()
     if isinstance(label, Sequence):
-        return not any(str(answer).strip() for answer in label)
+        return not any(answer is not None and str(answer).strip() for answer in label)
     below = card.choices is not None or (card.value_range is not None and card.value_range[0] > -1)
     return bool(below and label == -1)
 
@@ -162,8 +173,6 @@ def _label_texts(card: TaskCard, label: Any, where: str) -> tuple[str, list[str]
         # The model writes the grid; metrics compare with the value as it was annotated.
         grid = min(high, low + round((value - low) / card.value_step) * card.value_step)
         return f"{grid:.1f}", [f"{value:.6g}"]
-    answers = [label] if isinstance(label, str) else label
-    if not isinstance(answers, Sequence):
-        answers = [str(label)]
-    texts = [str(answer) for answer in answers if str(answer).strip()]
+    answers = label if isinstance(label, Sequence) and not isinstance(label, str | bytes) else [label]
+    texts = [text for answer in answers if (text := _text(answer, card.label, where)).strip()]
     return texts[0], texts

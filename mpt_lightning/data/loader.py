@@ -39,6 +39,9 @@ class ResumableLoader(DataLoader[Any]):
         Raises:
             ValueError: If the checkpoint stopped in mid-epoch with batches of another size.
         """
+        counts = [state.get(name) for name in ("epoch", "batches", "rows")] if isinstance(state, dict) else [None]
+        if any(type(count) is not int or count < 0 for count in counts):
+            raise ValueError(f"Got the state {state!r}, expected the numbers that `state_dict` gives; it is damaged.")
         unfinished = 0 < state["batches"] < len(self)
         if unfinished and state["rows"] != self.sampler.global_size:
             raise ValueError(

@@ -79,7 +79,7 @@ class GlobalBatchSampler(DistributedSampler[int]):
 
 
 class ShuffleSampler(GlobalBatchSampler):
-    """Every row of one task once an epoch (less the few that do not divide over the ranks).
+    """Every row of one task once an epoch; a few twice where rows do not divide over the ranks.
 
     Args:
         lengths: Length of each row in tokens [N], to put rows of like length into one batch. Unset: plain shuffle.
@@ -114,11 +114,12 @@ class ShuffleSampler(GlobalBatchSampler):
         self.lengths = None if lengths is None else np.asarray(lengths)
 
     def __len__(self) -> int:
-        return self.size // self.num_replicas
+        return -(-self.size // self.num_replicas)
 
     def global_batches(self, rng: np.random.Generator) -> Iterator[Sequence[int]]:
         """See the base class."""
-        order = rng.permutation(self.size)[: len(self) * self.num_replicas]
+        order = rng.permutation(self.size)
+        order = np.append(order, order[: len(self) * self.num_replicas - self.size])
         if self.lengths is not None:
             window = self.WINDOW * self.global_size
             parts = [order[start : start + window] for start in range(0, len(order), window)]
@@ -263,11 +264,17 @@ class EvalSampler(DistributedSampler[int]):
         dataset: The rows.
         num_replicas: Number of ranks.
         rank: This rank.
+        even: Give ranks that are a row short one to fill up, the last one again; it counts nowhere.
+
+    Attributes:
+        filling: Rows at the end that only fill up.
     """
 
-    def __init__(self, dataset: Sized, num_replicas: int = 1, rank: int = 0) -> None:
+    def __init__(self, dataset: Sized, num_replicas: int = 1, rank: int = 0, even: bool = False) -> None:
         super().__init__(cast(Any, dataset), num_replicas, rank, shuffle=False)
-        self.rows = range(rank, len(dataset), num_replicas)
+        self.rows = list(range(rank, len(dataset), num_replicas))
+        self.filling = int(even and rank >= len(dataset) % num_replicas > 0)
+        self.rows += [len(dataset) - 1] * self.filling
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import inspect
+import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -11,15 +14,16 @@ from typing import Any
 
 import numpy as np
 from datasets.arrow_dataset import Dataset
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.fingerprint import Hasher
 from datasets.load import load_dataset
 
 from mpt_lightning import demo
 from mpt_lightning.data.card import TaskCard
+from mpt_lightning.files import one_line, read_text
 
 #: Column with the row's number in the Hub's split. Error messages, predictions and references all use it.
 ROW = "__row__"
+_UNNAMED = "__index_level_0__"
 #: The branch with the Hub's own Parquet conversion of a data set that is a loading script.
 CONVERTED = "refs/convert/parquet"
 # Not `load_dataset`, which reports even the reading of a local file to the Hub and waits where there is no network.
@@ -55,25 +59,57 @@ def load_raw(card: TaskCard, hub_split: str, data_root: str | None = None, cache
     root = data_root or os.environ.get("MPT_DATA_ROOT")
     where = f"'{card.path}'" + (f" ({card.subset})" if card.subset else "") + f", split '{hub_split}'"
     change = "change `path`, `subset`, `revision` or `splits` of the card, or set `data_root`"
+    file = _local_file(card, hub_split, Path(root)) if root else None
+    if file is not None:
+        where, change = f"'{file}'", "change the file or `data_root`, or remove a damaged copy of it in `cache_dir`"
     try:
-        if root:
-            file = _local_file(card, hub_split, Path(root))
-            where, change = f"'{file}'", "change the file or `data_root`"
-            raw = _READERS[file.suffix](str(file), cache_dir=cache_dir)
-        else:
-            raw = _from_hub(card, hub_split, cache_dir)
-    except DatasetNotFoundError as error:
-        raise ValueError(f"Task '{card.name}': got {where}, which cannot be opened ({error}); {change}.") from error
-    except (DatasetGenerationError, StopIteration, ValueError, RuntimeError, ConnectionError) as error:
-        # `datasets` reports an empty file in as many ways as it has formats.
+        raw = _from_hub(card, hub_split, cache_dir) if file is None else _read(card, file, cache_dir)
+        raw.data.validate(full=True)  # the readers do not look whether texts are UTF-8
+    except Exception as error:
+        # `datasets` reports an empty or broken file in as many ways as it has formats and readers.
         reason = error.__cause__ or error
         raise ValueError(
-            f"Task '{card.name}': got {where}, which is empty or cannot be read ({type(reason).__name__}: {reason}), "
-            f"expected a data set with at least one row; {change}."
+            f"Task '{card.name}': got {where}, which is empty or cannot be read ({type(reason).__name__}: "
+            f"{one_line(reason)}), expected a data set with at least one row; {change}."
         ) from error
     if len(raw) == 0:
         raise ValueError(f"Task '{card.name}': got an empty data set {where}, expected at least one row; {change}.")
+    if taken := {ROW, _UNNAMED} & set(raw.column_names):
+        # A file of comma-separated values gets a column without a name where rows have more fields than the header.
+        raise ValueError(
+            f"Task '{card.name}': got the column '{taken.pop()}' in {where}, expected as many columns as are named in "
+            f"its first line, and none of that name; {change}."
+        )
     return raw.add_column(ROW, np.arange(len(raw)), new_fingerprint=Hasher.hash([raw._fingerprint, ROW]))
+
+
+def _read(card: TaskCard, file: Path, cache_dir: str | None) -> Dataset:
+    options: dict[str, Any] = {}
+    if file.suffix == ".csv":
+        # Texts as they are written: otherwise "NA" is nothing, and "007" is 7.
+        options = {"converters": dict.fromkeys(card.columns, str), "keep_default_na": False, "na_values": [""]}
+    elif file.suffix != ".parquet":
+        _check_json(file)
+    return _READERS[file.suffix](str(file), cache_dir=cache_dir, **options)
+
+
+def _check_json(file: Path) -> None:
+    """Refuse values that are no rows; Arrow's reader takes `null` for one, and where it is the first, crashes."""
+    with file.open("rb") as stream:
+        lines = ((number, line.removeprefix(codecs.BOM_UTF8).strip()) for number, line in enumerate(stream, start=1))
+        rows = ((number, line) for number, line in lines if line)
+        number, line = next(rows, (0, b"{"))
+        if file.suffix == ".json" and line.startswith(b"["):
+            elements = enumerate(json.loads(read_text(file)))
+            wrong = next((f"element {place}" for place, row in elements if not isinstance(row, dict)), None)
+        else:
+            # A `.json` file may also be one object over many lines.
+            each_a_row = file.suffix == ".jsonl"
+            bad = (n for n, text in rows if text == b"null" or (each_a_row and not text.startswith(b"{")))
+            place = next(bad, None) if line.startswith(b"{") else number
+            wrong = None if place is None else f"line {place}"
+    if wrong:
+        raise ValueError(f"{wrong} is no JSON object")
 
 
 def _from_hub(card: TaskCard, split: str, cache_dir: str | None) -> Dataset:
@@ -129,7 +165,13 @@ def preprocess(card: TaskCard, raw: Dataset, split: str) -> Dataset:
         for values in zip(*batch.values(), strict=True):
             row = dict(zip(batch, values, strict=True))
             number = row.pop(ROW)
-            made = function(row, split)
+            try:
+                made = function(row, split)
+            except Exception as error:
+                raise ValueError(
+                    f"Task '{card.name}', row {number}: {card.preprocess} cannot use it ({type(error).__name__}: "
+                    f"{one_line(error)}); change the data, or `path`, `subset` or `preprocess` of the card."
+                ) from error
             if not isinstance(made, list) or any(not isinstance(item, Mapping) for item in made):
                 raise ValueError(
                     f"Task '{card.name}', row {number}: got {type(made).__name__} from {card.preprocess}, "
@@ -152,6 +194,10 @@ def preprocess(card: TaskCard, raw: Dataset, split: str) -> Dataset:
 def import_preprocess(card: TaskCard) -> Preprocess:
     """Import the function that `card.preprocess` names.
 
+    A card is data, perhaps somebody else's. So the function must be made for cards: outside of Python's own library,
+    written in the module that the path names (no method, no lambda, nothing that the module has merely imported), with
+    the parameters `row` and `split` by these names.
+
     Args:
         card: The task.
 
@@ -159,18 +205,22 @@ def import_preprocess(card: TaskCard) -> Preprocess:
         The function.
 
     Raises:
-        ValueError: If there is no such module or function.
+        ValueError: If there is no such module or function, or if it is none that a card may name.
     """
     module, _, name = str(card.preprocess).rpartition(".")
+    where = f"Task '{card.name}': got preprocess={card.preprocess!r}"
+    if module.split(".")[0] in sys.stdlib_module_names:
+        raise ValueError(f"{where}, expected a function outside of Python's own library; change `preprocess`.")
     try:
         function = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"Task '{card.name}': got preprocess={card.preprocess!r}, which cannot be imported ({error}), expected "
-            "the dotted path of a function; change `preprocess`."
+            f"{where}, which cannot be imported ({error}), expected the dotted path of a function; change `preprocess`."
         ) from error
-    if not callable(function):
-        raise ValueError(f"Task '{card.name}': got preprocess={card.preprocess!r}, expected a function there.")
+    if not inspect.isfunction(function) or (function.__module__, function.__qualname__) != (module, name):
+        raise ValueError(f"{where}, expected a function that is written in the module {module}; change `preprocess`.")
+    if list(inspect.signature(function).parameters) != ["row", "split"]:
+        raise ValueError(f"{where}, expected a function with the parameters `row` and `split`; change `preprocess`.")
     return function
 
 

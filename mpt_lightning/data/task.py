@@ -140,7 +140,8 @@ def load_task(name_or_path: str | Path | TaskCard, **options: Any) -> TaskDataMo
     """
     if isinstance(name_or_path, TaskCard):
         return TaskDataModule(name_or_path, **options)
+    card = load_card(name_or_path)
     # A card's file may set options of its own, such as a longer input.
     written = dict(read_card_file(name_or_path).get("init_args", {}))
     written.pop("card", None)
-    return TaskDataModule(load_card(name_or_path), **{**written, **options})
+    return TaskDataModule(card, **{**written, **options})

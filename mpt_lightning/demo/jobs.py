@@ -44,9 +44,9 @@ class Row:
     seconds: float
 
 
-def stage(module: PromptModule, steps: int, output: Path) -> tuple[str, list[Row]]:
+def stage(module: PromptModule, steps: int, output: Path, seed: int = 0) -> tuple[str, list[Row]]:
     """Train on all source tasks; give the checkpoint's path and the tasks' results."""
-    L.seed_everything(0, verbose=False)
+    L.seed_everything(seed, verbose=False)
     data = MultitaskDataModule(
         list(SOURCES), sampling="all", batch_size=24, eval_batch_size=100, cache_dir=str(output / "cache")
     )

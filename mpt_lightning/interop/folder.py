@@ -3,8 +3,8 @@
 import hashlib
 import json
 import os
-import re
 import tempfile
+import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace as with_changes
@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mpt_lightning.backbones import Backbone, load_backbone
-from mpt_lightning.checkpoint import PROMPTS, PromptCheckpoint, read_checkpoint
+from mpt_lightning.checkpoint import PromptCheckpoint, read_checkpoint
+from mpt_lightning.files import LONGEST_NAME, can_be_path, one_line
 from mpt_lightning.prompts import Prompt
 
 DESCRIPTION = "mpt_lightning.json"
@@ -27,6 +27,8 @@ FORMAT = 1
 FIELDS = (
     "stage", "backbone", "fingerprint", "prompt_class", "prompt_config", "cards", "hyper_parameters", "data", "metrics",
 )  # fmt: skip
+OWN_SUFFIXES = (".safetensors", ".json", ".md")
+"""What an export's own files end with; a task's folder of such a name could be in the place of one."""
 PRIVATE = ("teachers", "source", "init_checkpoint", "data_root", "cache_dir", "card", "tasks")
 """Arguments that stay behind: paths of the machine that trained, which nobody else needs, and what `cards` has."""
 
@@ -67,11 +69,11 @@ def task_path(task: str) -> str:
     Raises:
         ValueError: the name cannot be a path on every system.
     """
-    parts = task.split("/")
-    if any(not part.strip(". ") or part != part.strip() or re.search(r'[\\:*?"<>|\x00-\x1f]', part) for part in parts):
+    if not can_be_path(task) or any(part.casefold().endswith(OWN_SUFFIXES) for part in task.split("/")):
         raise ValueError(
-            f"The task name {task!r} cannot name a folder: expected parts of letters, digits, '.', '_', '-' and spaces "
-            "with single '/' between them, and no '..'. Rename the task, or export it alone with --task."
+            f"The task name {task[:300]!r} cannot name a folder: expected parts of letters, digits, '.', '_', '-' and "
+            f"spaces with single '/' between them, no '..', at most {LONGEST_NAME} bytes, and no part that ends like "
+            f"the export's own files ({', '.join(OWN_SUFFIXES)}). Rename the task, or export it alone with --task."
         )
     return task
 
@@ -80,10 +82,10 @@ def task_paths(tasks: Iterable[str]) -> dict[str, str]:
     """Give each task's path.
 
     Raises:
-        ValueError: two are the same where upper and lower case are.
+        ValueError: two are the same where upper and lower case are, or letters with accents in one piece and in two.
     """
     paths = {task: task_path(task) for task in tasks}
-    if len({path.casefold() for path in paths.values()}) < len(paths):
+    if len({unicodedata.normalize("NFC", path).casefold() for path in paths.values()}) < len(paths):
         raise ValueError(f"The task names {', '.join(paths)} differ in case alone, and cannot all name folders.")
     return paths
 
@@ -96,9 +98,9 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     """
     try:
         return load_file(file)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # its own errors, and Python's where a type has no name in torch
         raise ValueError(
-            f"{file} cannot be read: {str(error).splitlines()[0]}. Export or copy the folder anew."
+            f"{file} cannot be read: it is cut off or damaged ({one_line(error)}). Export or copy the folder anew."
         ) from error
 
 
@@ -134,8 +136,10 @@ def read_json(file: Path) -> Any:
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read as JSON: {error}. Export or copy the folder anew.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{file} cannot be read as JSON: {one_line(error)}. Export or copy the folder anew."
+        ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a {type(content).__name__}, expected a JSON object.")
     return content
@@ -146,9 +150,8 @@ def write_description(folder: Path, checkpoint: PromptCheckpoint, files: Iterabl
     values = {name: getattr(checkpoint, name) for name in FIELDS}
     for name in ("hyper_parameters", "data"):
         values[name] = {key: value for key, value in values[name].items() if key not in PRIVATE and _is_plain(value)}
-    write_json(
-        folder / DESCRIPTION, {"format": FORMAT, **values, "files": {name: _digest(folder / name) for name in files}}
-    )
+    content = {"format": FORMAT, **values, "files": {name: digest(folder / name) for name in files}}
+    write_json(folder / DESCRIPTION, {**content, "sha256": _own_digest(content)})
 
 
 def read_description(folder: Path) -> tuple[PromptCheckpoint, list[str]]:
@@ -166,21 +169,30 @@ def read_description(folder: Path) -> tuple[PromptCheckpoint, list[str]]:
             f"{folder} has the export format {content.get('format')!r}; this version reads {FORMAT}. "
             "Update mpt_lightning."
         )
-    complete = set(content) == {"format", *FIELDS, "files"} and isinstance(content["files"], dict)
-    if not complete or content["prompt_class"] not in PROMPTS:
+    if set(content) != {"format", *FIELDS, "files", "sha256"} or not isinstance(content["files"], dict):
         raise ValueError(f"{folder / DESCRIPTION} is damaged: it has the fields {', '.join(sorted(content))}.")
-    for name, digest in content["files"].items():
-        if not (folder / name).is_file() or _digest(folder / name) != digest:
+    if content.pop("sha256") != _own_digest(content):
+        raise ValueError(
+            f"{folder / DESCRIPTION} was changed after the export: its own digest does not fit. Export anew; to import "
+            "what another program has put there, remove it."
+        )
+    for name, expected in content["files"].items():
+        if not can_be_path(name) or not (folder / name).is_file() or digest(folder / name) != expected:
             raise ValueError(
-                f"{folder / name} is missing or was changed after the export, so that {DESCRIPTION} no longer "
+                f"{folder}: {name} is missing or was changed after the export, so that {DESCRIPTION} no longer "
                 f"describes it. Export anew; to import what another program has put there, remove {DESCRIPTION}."
             )
     values = {name: content[name] for name in FIELDS}
     return PromptCheckpoint(path=str(folder), state_dict={}, **values), list(content["files"])
 
 
-def _digest(file: Path) -> str:
+def digest(file: Path) -> str:
+    """Give the SHA-256 of a file."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _own_digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _is_plain(value: Any) -> bool:

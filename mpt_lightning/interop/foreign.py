@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mpt_lightning.backbones import Backbone, load_backbone
 from mpt_lightning.checkpoint import PromptCheckpoint, load_plain
+from mpt_lightning.content import check_values
 from mpt_lightning.interop.folder import read_json, read_tensors
 from mpt_lightning.prompts import ContextPrompt, MultitaskPrompt, Prompt, SoftPrompt
 
@@ -45,7 +46,10 @@ def import_foreign(folder: Path, backbone: Backbone | None) -> PromptCheckpoint:
     if backbone is None and config["peft_type"] == "CPT":
         if not base:
             raise ValueError(f"{folder} does not name its backbone; give import_peft the argument backbone.")
-        backbone = load_backbone(base)
+        try:
+            backbone = load_backbone(base)
+        except ValueError as error:
+            raise ValueError(f"{folder} needs its backbone; give import_peft the argument backbone. {error}") from error
     if backbone is not None:
         _check_backbone(folder, config, base, dim, backbone)
     prompt = _make_prompt(folder, config, tensors, _task_names(folder, tasks), backbone)
@@ -80,13 +84,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
     optional = ("num_tasks", "num_ranks", "token_dim", "num_transformer_submodules")
     sizes |= {name: config[name] for name in optional if config.get(name) is not None}
     for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
+        if type(size) is not int or size < 1:
             raise ValueError(f"{folder / CONFIG} has {name}={size!r}; expected a number of 1 or more.")
     if (sizes.get("num_transformer_submodules") or 1) > (2 if config["task_type"] == "SEQ_2_SEQ_LM" else 1):
         raise ValueError(
             f"{folder / CONFIG} has num_transformer_submodules={sizes['num_transformer_submodules']}; expected 1, or 2 "
             "for an encoder-decoder."
         )
+    if not isinstance(config.get("base_model_name_or_path"), str | None):
+        raise ValueError(f"{folder / CONFIG} has base_model_name_or_path={config['base_model_name_or_path']!r}.")
     return config
 
 
@@ -100,6 +106,7 @@ def _read_adapter(folder: Path) -> dict[str, Tensor]:
         raise ValueError(f"{folder} has no tensors: expected {ADAPTER} or {PICKLED} beside {CONFIG}.")
     if not isinstance(tensors, Mapping) or any(not isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"{folder / PICKLED} holds something else than tensors by name.")
+    check_values(tensors, str(folder))
     return {name: value.detach().float() for name, value in tensors.items()}
 
 
@@ -179,17 +186,22 @@ def _make_context(
 ) -> ContextPrompt:
     """PEFT saves embedding + perturbation in one; the backbone's embeddings tell them apart."""
     ids, types = config.get("cpt_token_ids") or [], config.get("cpt_tokens_type_mask") or []
+    if not isinstance(ids, list) or not isinstance(types, list):
+        raise ValueError(f"{folder / CONFIG} has cpt_token_ids or cpt_tokens_type_mask that are no lists.")
     if len(ids) != len(table):
         raise ValueError(f"{folder / CONFIG} has {len(ids)} cpt_token_ids; expected {len(table)}, num_virtual_tokens.")
-    prompt = ContextPrompt(
-        ids,
-        types,
-        table.shape[1],
-        tasks,
-        epsilon=config.get("opt_projection_epsilon"),
-        template_epsilon=config.get("opt_projection_format_epsilon"),
-    )
-    prompt.attach(backbone.embeddings.cpu())
+    try:
+        prompt = ContextPrompt(
+            ids,
+            types,
+            table.shape[1],
+            tasks,
+            epsilon=config.get("opt_projection_epsilon"),
+            template_epsilon=config.get("opt_projection_format_epsilon"),
+        )
+        prompt.attach(backbone.embeddings.cpu())
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG} describes no context of {backbone.name!r}. {error}") from error
     delta = table - prompt.embeddings
     frozen = prompt.moves[:, 0] == 0
     if (delta[frozen].norm(dim=1) > 0.02 * prompt.embeddings[frozen].norm(dim=1) + 1e-6).any():

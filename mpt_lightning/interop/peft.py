@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mpt_lightning.backbones import Backbone
 from mpt_lightning.backbones.load import load_config
-from mpt_lightning.checkpoint import PromptCheckpoint, check_state
+from mpt_lightning.checkpoint import PromptCheckpoint
 from mpt_lightning.interop.examples import Layout
 from mpt_lightning.interop.folder import (
     DESCRIPTION,
@@ -170,12 +170,10 @@ def import_peft(folder: str | Path, backbone: Backbone | None = None) -> PromptC
     else:
         parts = [ADAPTER] if ADAPTER in files else files
         tensors = [read_tensors(path / part) for part in parts]
-        if any(set(part) != {"prompt_embeddings"} for part in tensors):
+        if not parts or any(set(part) != {"prompt_embeddings"} for part in tensors):
             raise ValueError(f"{path}: expected the tensor prompt_embeddings and no other in {', '.join(parts)}.")
         state = {"prompt_embeddings": torch.stack([part["prompt_embeddings"] for part in tensors])}
-    try:
-        check_state(found.empty_prompt(), state)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged. {error}") from error
     found = found if backbone is None else for_backbone(found, backbone)
-    return with_changes(found, state_dict={f"prompt.{name}": value for name, value in state.items()})
+    found = with_changes(found, state_dict={f"prompt.{name}": value for name, value in state.items()})
+    found.check_tensors()
+    return found

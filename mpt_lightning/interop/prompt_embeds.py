@@ -8,6 +8,7 @@ from mpt_lightning.backbones.load import load_config
 from mpt_lightning.checkpoint import PromptCheckpoint
 from mpt_lightning.interop.folder import (
     as_checkpoint,
+    digest,
     new_folder,
     only,
     task_paths,
@@ -67,7 +68,13 @@ def export_prompt_embeds(
             "length": prompt.length,
             "width": prompt.dim,
             "tasks": {
-                name: {"file": file, **_input(found, name), "special_tokens": special} for name, file in files.items()
+                name: {
+                    "file": file,
+                    "sha256": digest(folder / file),
+                    **_input(found, name),
+                    "special_tokens": special,
+                }
+                for name, file in files.items()
             },
         }
         write_json(folder / INDEX, index)

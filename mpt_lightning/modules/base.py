@@ -7,15 +7,19 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.optim import Optimizer
 
+from mpt_lightning import checkpoint as ckpt
 from mpt_lightning import objectives
-from mpt_lightning.modules import evaluation
+from mpt_lightning.modules import agreement, evaluation
 from mpt_lightning.modules.built import Batch, BuiltModule
 from mpt_lightning.modules.optimization import make_optimizer, make_schedule
 
 
 class PromptModule(BuiltModule):
     """A prompt in front of a frozen backbone; see `BuiltModule` for the arguments."""
+
+    _fault: str | None = None  # why this rank cannot go on
 
     @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -28,7 +32,13 @@ class PromptModule(BuiltModule):
 
     def on_fit_start(self) -> None:
         """Match the data's tasks with the prompt's."""
+        self._fault = None
         self._match_tasks()
+        agreement.check_one_start(self.trainer, self._resumed)
+        if self.trainer.ckpt_path is not None:
+            # To count the run's steps Lightning 2.6 makes the training data early, and then does not tell it where the
+            # checkpoint was. So it is made again.
+            self.trainer.fit_loop._combined_loader = None
 
     def forward(self, batch: Batch) -> Tensor:
         """Give the logits `[B, M, V]` of the label tokens."""
@@ -42,17 +52,40 @@ class PromptModule(BuiltModule):
         terms = self.losses(batch)
         loss = terms["loss"]
         if not torch.isfinite(loss):
-            names = [self.tasks[row] for row in self.task_rows(batch).unique().tolist()]
-            raise ValueError(
-                f"The loss is {loss.item()} at step {self.global_step} (batch {batch_idx}; tasks {', '.join(names)}; "
-                f"terms { ({name: round(value.item(), 4) for name, value in terms.items()}) }). Training has stopped "
-                "and the last checkpoint is whole. Lower the learning rate, raise --model.warmup_steps, or set "
-                "--trainer.gradient_clip_val 1."
+            values = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
+            self._fault = (
+                f"The loss is not finite at step {self.global_step}, batch {batch_idx} ({values}). Rows: "
+                f"{self._not_finite(batch)}. Training has stopped; checkpoints written before are whole. Lower the "
+                "learning rate, raise --model.warmup_steps, set --trainer.gradient_clip_val 1, or look at these rows."
             )
+            if self.trainer.world_size == 1:
+                raise ValueError(self._fault)
+            loss = agreement.spoil(loss, list(ckpt.trainable(self).values()))
         size = len(batch["task_ids"])
         for name, value in terms.items():
             self.log(f"train/{name}", value, prog_bar=True, batch_size=size)
         return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Stop, where the loss of any rank was not finite."""
+        if self.trainer.world_size > 1:
+            agreement.stop_together(self.trainer, optimizer, self._fault)
+
+    @torch.no_grad()
+    def _not_finite(self, batch: Batch) -> str:
+        """Name the rows whose own loss is not finite, by task; all rows where it is that of none."""
+        backbone, _ = self.parts()
+        # A sharded backbone makes no pass for one rank alone.
+        own = batch["labels"].new_zeros(len(batch["labels"])) if backbone.sharded else torch.stack(
+            [objectives.token_cross_entropy(logits[None], labels[None])
+             for logits, labels in zip(self(batch), batch["labels"], strict=True)]
+        )  # fmt: skip
+        bad = [row for row, finite in enumerate(own.isfinite().tolist()) if not finite]
+        rows, numbers = self.task_rows(batch).tolist(), batch.get("row_ids")
+        found: dict[str, list[int]] = {}
+        for row in bad or range(len(own)):
+            found.setdefault(self.tasks[rows[row]], []).append(row if numbers is None else numbers[row])
+        return "; ".join(f"{task} {', '.join(map(str, sorted(of_task)))}" for task, of_task in found.items())
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Make the optimizer and its schedule, stepped once per optimizer step."""
@@ -78,7 +111,7 @@ class PromptModule(BuiltModule):
         names = list(getattr(self._datamodule(), "tasks", self.tasks))
         self.evaluator = evaluation.Evaluator(names, self.cards).to(self.device)
 
-    def _evaluate(self, batch: Batch, index: int) -> None:
+    def _evaluate(self, batch: Batch, index: int, counted: int) -> None:
         backbone, _ = self.parts()
         evaluator = self.evaluator
         if evaluator is None:
@@ -89,12 +122,15 @@ class PromptModule(BuiltModule):
             # The gold answer is scored as one more choice, so that the loss costs no pass of its own.
             scores = backbone.score(*inputs, evaluation.with_gold(batch["choices"], labels))
             texts = evaluation.choice_texts(scores[:, :-1].argmax(dim=1), self.cards.get(task))
-            loss = -scores[:, -1].sum() / (labels != objectives.IGNORE).sum()
+            loss = -scores[:counted, -1].sum() / (labels[:counted] != objectives.IGNORE).sum()
         else:
             texts = self.predict_texts(batch, rows, task) if evaluator.has_metrics(task) else []
-            loss = objectives.token_cross_entropy(backbone(*inputs, labels).logits, labels)
-        evaluator.update(task, texts, batch)
-        evaluator.update_loss(task, loss, int((labels != objectives.IGNORE).sum()))
+            loss = objectives.token_cross_entropy(backbone(*inputs, labels).logits[:counted], labels[:counted])
+        if counted < len(labels):
+            batch, texts = {name: value[:counted] for name, value in batch.items()}, texts[:counted]
+        if counted:
+            evaluator.update(task, texts, batch)
+            evaluator.update_loss(task, loss, int((labels[:counted] != objectives.IGNORE).sum()))
 
     def _end_evaluation(self, stage: str) -> None:
         if self.evaluator is not None:
@@ -126,18 +162,21 @@ class PromptModule(BuiltModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Evaluate a batch of one task."""
-        self._evaluate(batch, dataloader_idx)
+        counted = evaluation.counted_rows(batch, self.trainer.val_dataloaders, batch_idx, dataloader_idx)
+        self._evaluate(batch, dataloader_idx, counted)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Evaluate a batch of one task."""
-        self._evaluate(batch, dataloader_idx)
+        counted = evaluation.counted_rows(batch, self.trainer.test_dataloaders, batch_idx, dataloader_idx)
+        self._evaluate(batch, dataloader_idx, counted)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Give one record per row: `task`, `row`, `text`, `prediction`, `gold`."""
         names = list(getattr(self._datamodule(), "tasks", self.tasks))
         task = names[dataloader_idx]
         predictions = self.predict_texts(batch, self.task_rows(batch), task)
-        return evaluation.records(task, predictions, batch)
+        counted = evaluation.counted_rows(batch, self.trainer.predict_dataloaders, batch_idx, dataloader_idx)
+        return evaluation.records(task, predictions, batch)[:counted]
 
     def on_validation_epoch_end(self) -> None:
         """Log `val/<task>/<metric>` and `val/average`."""

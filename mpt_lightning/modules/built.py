@@ -3,21 +3,28 @@
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict
+from contextlib import nullcontext
 from os import PathLike
 from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from mpt_lightning import checkpoint as ckpt
 from mpt_lightning.backbones import Backbone, load_backbone
 from mpt_lightning.backbones.quantization import Quantization
+from mpt_lightning.checkpoint_io import CheckedCheckpointIO
+from mpt_lightning.content import check_training_state
+from mpt_lightning.errors import own_error
+from mpt_lightning.files import one_line
 from mpt_lightning.modules import evaluation
 from mpt_lightning.modules.options import OptimizerName, ScheduleName, check_options
+from mpt_lightning.modules.termination import SaveOnTermination
 from mpt_lightning.prompts import Prompt
+from mpt_lightning.strategies import ShardedStrategy, check_strategy, share_random_numbers
 
 Batch = dict[str, Any]
 
@@ -35,6 +42,8 @@ class BuiltModule(L.LightningModule, ABC):
         backbone_quantization: keep the frozen weights in 4 or 8 bits; needs `pip install mpt_lightning[quantization]`.
         backbone_dropout: keep the backbone's dropout on while prompts train. Off is usually worth several points.
         gradient_checkpointing: recompute the backbone's layers in the backward pass: less memory, more time.
+        backbone_compile: compile the backbone's feed-forward networks and norms (`torch.compile`): the first steps take
+            long, later ones less than without. Needs a C++ compiler.
         optimizer: "adamw" or "adafactor".
         schedule: the learning rate after the warm-up: linearly to 0, constant, or along a cosine to 0.
         warmup_steps: optimizer steps over which the learning rate rises from 0.
@@ -51,6 +60,7 @@ class BuiltModule(L.LightningModule, ABC):
         backbone_quantization: Quantization | None = None,
         backbone_dropout: bool = False,
         gradient_checkpointing: bool = False,
+        backbone_compile: bool = False,
         optimizer: OptimizerName = "adamw",
         schedule: ScheduleName = "linear",
         warmup_steps: int = 0,
@@ -68,7 +78,14 @@ class BuiltModule(L.LightningModule, ABC):
         self._encoded: Any = None  # the prompts of all tasks, while evaluating
         self._row_of_task: Tensor | None = None  # from the data's task ids to this module's
         self._cards: dict[str, Any] = {}
+        self._resumed: int | None = None  # the step of the checkpoint that was loaded
         self.register_state_dict_post_hook(ckpt.keep_trainable)
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DDP leaves alone, at the start and in every step: all but what is trained, which each rank has."""
+        frozen = [name for name, value in self.named_parameters(remove_duplicate=False) if not value.requires_grad]
+        return [*frozen, *(name for name, _ in self.named_buffers(remove_duplicate=False))]
 
     @abstractmethod
     def build_prompt(self, backbone: Backbone) -> Prompt:
@@ -95,6 +112,10 @@ class BuiltModule(L.LightningModule, ABC):
         if not self.hparams["backbone_dropout"]:
             # The backbone is in eval mode because it was asked for.
             warnings.filterwarnings("ignore", "Found .* in eval mode at the start of training")
+        if self._trainer is not None and type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = CheckedCheckpointIO()
+        if self._trainer is not None:
+            check_strategy(self.trainer.strategy, self.hparams["backbone_quantization"], self._datamodule())
         if stage != "fit":
             return
         if not self.tasks:
@@ -104,6 +125,10 @@ class BuiltModule(L.LightningModule, ABC):
                 "The tasks have no names: the data has no `tasks`. Set --model.tasks to a list of names, in the "
                 "order of the batches' task_ids."
             )
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Bring the callback that saves a run which the system ends."""
+        return [SaveOnTermination()]
 
     def configure_model(self) -> None:
         """Load the backbone, and make the prompt where a fit begins."""
@@ -116,10 +141,16 @@ class BuiltModule(L.LightningModule, ABC):
                 options["gradient_checkpointing"],
                 options["backbone_quantization"],
                 self.trainer.strategy.root_device if self._trainer is not None else None,
+                options["backbone_compile"],
             )
             self.adapt(backbone)
-            self.backbone = backbone.to(self.device)
+            self.backbone = backbone
+        if self._trainer is not None and isinstance(self.trainer.strategy, ShardedStrategy):
+            self.trainer.strategy.shard(self.backbone)
+        else:
+            self.backbone.to(self.device)
         if self.prompt is None and self._fits():
+            share_random_numbers(self.trainer.strategy)
             self.prompt = self.build_prompt(self.backbone).to(self.device)
             self._check_positions(self.backbone, self.prompt)
 
@@ -204,24 +235,46 @@ class BuiltModule(L.LightningModule, ABC):
         """
         if isinstance(checkpoint_path, str | PathLike):
             cls.check_stage(ckpt.read_checkpoint(str(checkpoint_path), "checkpoint_path"))
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        kwargs["weights_only"] = True
+        try:
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        except Exception as error:  # arguments of any kind go into a class that expects the right ones
+            cause = own_error(error)
+            if cause is error:
+                raise
+            raise ValueError(
+                f"{cls.__name__} cannot be made of the arguments in {checkpoint_path}, which is damaged or of another "
+                f"version, and of those given here. The cause: {one_line(cause or repr(error))}"
+            ) from error
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add how to use the tensors: class, backbone, tasks, cards."""
         backbone, prompt = self.parts()
-        cards = {name: plain(card) for name, card in self.cards.items() if name in prompt.tasks}
+        damaged = [name for name, value in ckpt.trainable(self).items() if not value.isfinite().all()]
+        if damaged:
+            raise ValueError(
+                f"{', '.join(damaged)} has values that are not finite at step {self.global_step}, so no checkpoint is "
+                "written; those written before are whole. Lower the learning rate, raise --model.warmup_steps, or set "
+                "--trainer.gradient_clip_val 1."
+            )
+        cards = {name: evaluation.plain_card(card) for name, card in self.cards.items() if name in prompt.tasks}
         checkpoint[ckpt.KEY] = ckpt.metadata(type(self).__name__, backbone.name, backbone.fingerprint, prompt, cards)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint fits, and make a prompt of its shape."""
         found = ckpt.parse_checkpoint(checkpoint, str(getattr(self._trainer, "ckpt_path", None) or "the checkpoint"))
         self.check_stage(found)
+        if self._fits():
+            check_training_state(checkpoint, found.path)
         self.configure_model()
         if self.backbone is not None:
             found.check_backbone(self.backbone.name, self.backbone.fingerprint, "--ckpt_path")
-            self.prompt = found.empty_prompt().to(self.device)
+            # In the Trainer's precision from the start: a float64 prompt (64-true) must not go through float32.
+            with nullcontext() if self._trainer is None else self.trainer.precision_plugin.module_init_context():
+                self.prompt = found.empty_prompt().to(self.device)
             self.prompt.attach(self.backbone.embeddings)
         self.tasks = found.tasks
+        self._resumed = checkpoint.get("global_step")
         self._cards = evaluation.read_cards(found.cards)
         ckpt.close_finished_epoch(checkpoint)
 
@@ -236,11 +289,6 @@ class BuiltModule(L.LightningModule, ABC):
             return super().load_state_dict({}, strict=False)
         ckpt.check_state(self, state_dict)
         return super().load_state_dict(state_dict, strict=False, assign=assign)
-
-
-def plain(card: Any) -> dict[str, Any]:
-    """Give a card as plain values that `weights_only` loading accepts."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(card).items()}
 
 
 HAND_OVER = {

@@ -1,6 +1,7 @@
 """Evaluating one task after another: predictions as texts, metrics by the cards' names."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -80,6 +81,21 @@ def with_gold(choices: Tensor, labels: Tensor) -> Tensor:
     return torch.cat(columns, dim=1)
 
 
+def counted_rows(batch: Mapping[str, Any], loaders: Any, batch_idx: int, dataloader_idx: int) -> int:
+    """Give how many rows of a batch count: the last batch may be filled up (see `EvalSampler`).
+
+    Args:
+        batch: B rows.
+        loaders: the Trainer's.
+        batch_idx: the batch's place.
+        dataloader_idx: its loader's.
+    """
+    loader = loaders[dataloader_idx] if isinstance(loaders, list) else loaders
+    # The batch sampler's: to predict, Lightning makes a loader that has no other.
+    filling: int = getattr(getattr(getattr(loader, "batch_sampler", None), "sampler", None), "filling", 0)
+    return len(batch["labels"]) - (filling if filling and batch_idx + 1 == len(loader) else 0)
+
+
 def choice_texts(best: Tensor, card: TaskCard | None) -> list[str]:
     """Give the words of the chosen classes `[B]`; their numbers where no card names them."""
     words = card.choices if card is not None else None
@@ -103,6 +119,11 @@ def records(task: str, predictions: Sequence[str], batch: Mapping[str, Any]) -> 
         {"task": task, "row": int(row), "text": text, "prediction": prediction, "gold": list(gold)}
         for row, text, prediction, gold in zip(rows, texts, predictions, golds, strict=True)
     ]
+
+
+def plain_card(card: TaskCard) -> dict[str, Any]:
+    """Give a card as plain values that `weights_only` loading accepts."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(card).items()}
 
 
 def read_cards(cards: Mapping[str, Any]) -> dict[str, TaskCard]:

@@ -1,6 +1,6 @@
 """Multitask prompt tuning (Wang et al., ICLR 2023): source training with teachers, and target adaptation."""
 
-from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,12 +12,8 @@ from mpt_lightning.checkpoint import PromptCheckpoint, read_checkpoint
 from mpt_lightning.modules.base import PromptModule
 from mpt_lightning.modules.built import Batch
 from mpt_lightning.modules.options import PromptInit
-from mpt_lightning.modules.start import (
-    check_length,
-    checkpoint_prompts,
-    class_words,
-    initial_prompt,
-)
+from mpt_lightning.modules.start import check_length, checkpoint_prompts, class_words, initial_prompt
+from mpt_lightning.modules.teachers import Teachers, read_teachers
 from mpt_lightning.prompts import MultitaskPrompt
 
 
@@ -61,6 +57,14 @@ class MPTSource(_MultitaskModule):
         hidden_layers: the last layer, or all.
         hidden_positions: text tokens, prompt tokens, or all.
         hidden_stacks: encoder, decoder, or both where the model has both.
+        teacher_every: distil at every n-th optimizer step; the others have the task loss alone, and cost no teacher
+            pass. The terms then count n times, so that on average over the steps the loss is the one above; to let
+            them count once, divide both weights by n.
+        teacher_cache: folder of a disk cache of what the teachers say of each row. A row that was seen once, in any
+            run with the same teacher and settings, needs no teacher pass. The folder must be on a disk of this
+            machine. A row takes 8 bytes · teacher_top_k per label token, and 2 bytes · H per token and hidden layer.
+        teacher_top_k: with teacher_cache: the likeliest tokens that are kept of each distribution. All others count
+            as one, so that the KL term is a lower bound of the whole one; equal to it from the vocabulary's size on.
         **kwargs: see `BuiltModule`.
     """
 
@@ -82,16 +86,22 @@ class MPTSource(_MultitaskModule):
         hidden_layers: objectives.Layers = "last",
         hidden_positions: objectives.Positions = "text",
         hidden_stacks: objectives.Stacks = "both",
+        teacher_every: int = 1,
+        teacher_cache: str | None = None,
+        teacher_top_k: int = 64,
         **kwargs: Any,
     ) -> None:
         super().__init__(backbone=backbone, **kwargs)
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}.")
         self.distils = logits_weight > 0 or hidden_weight > 0
-        # The teachers' prompts, [T, P, H]: no parameter, so neither trained nor saved.
-        self.teacher_prompts: Tensor | None
-        self.register_buffer("teacher_prompts", None, persistent=False)
-        self._teachers: Any = None
+        if teacher_cache is not None and self.hparams["backbone_dropout"]:
+            raise ValueError(
+                "backbone_dropout=True makes each pass of the teachers another one, so there is nothing to keep in "
+                "teacher_cache. Set --model.backbone_dropout to false, or --model.teacher_cache to null."
+            )
+        # No module and no buffer: neither trained, nor saved, nor sent from rank to rank at every step.
+        self.teachers: Teachers | None = None
 
     def setup(self, stage: str) -> None:
         """Check the teachers before anything is loaded."""
@@ -105,50 +115,42 @@ class MPTSource(_MultitaskModule):
             self._teacher_checkpoints()
 
     def _teacher_checkpoints(self) -> dict[str, PromptCheckpoint]:
-        """Give each task's teacher.
-
-        Raises:
-            ValueError: a task has none, or its prompt is of another length.
-        """
-        given = self.hparams["teachers"]
-        paths = {task: given for task in self.tasks} if isinstance(given, str) else given
-        read: dict[str, PromptCheckpoint] = {}
-        teachers = {}
-        for task in self.tasks:
-            if task not in paths:
-                raise ValueError(
-                    f"The task {task!r} has no teacher: --model.teachers names {', '.join(paths)}. Add it."
-                )
-            path = paths[task]
-            teacher = read[path] = read.get(path) or read_checkpoint(
-                path, "--model.teachers", folder=True, backbone=self.backbone
-            )
-            if (teacher.stage, teacher.tasks) == ("PEFT", ["0"]) and not isinstance(given, str):
-                # PEFT does not name its tasks; the argument does.
-                teacher = replace(teacher, prompt_config=teacher.prompt_config | {"tasks": [task]})
-            if task not in teacher.tasks:
-                raise ValueError(
-                    f"The task {task!r} has no teacher: --model.teachers {path} has {', '.join(teacher.tasks)}. "
-                    "Train PromptTuning on it too, or leave the task out."
-                )
-            check_length(path, teacher.empty_prompt().length, self.hparams["prompt_length"], "--model.teachers")
-            teachers[task] = teacher
-        return teachers
+        return read_teachers(self.hparams["teachers"], self.tasks, self.hparams["prompt_length"], self.backbone)
 
     def configure_model(self) -> None:
         """Build the prompt, and load the teachers where a fit begins or goes on."""
         super().configure_model()
-        if self._fits() and self.distils and self.teacher_prompts is None and self.backbone is not None:
+        if self._fits() and self.distils and self.teachers is None and self.backbone is not None:
             prompts = []
             for task, teacher in self._teacher_checkpoints().items():
                 teacher.check_backbone(self.backbone.name, self.backbone.fingerprint, "--model.teachers")
                 prompts.append(teacher.prompt(self.backbone.embeddings).fold(task))
-            self.teacher_prompts = torch.stack(prompts).to(self.device)
+            self.teacher_prompts = torch.stack(prompts)
+
+    @property
+    def teacher_prompts(self) -> Tensor | None:
+        """The teachers' prompts `[T, P, H]`, in the order of `tasks`; a fit without them reads `teachers`."""
+        return None if self.teachers is None else self.teachers.prompts
+
+    @teacher_prompts.setter
+    def teacher_prompts(self, prompts: Tensor) -> None:
+        cache = self.hparams["teacher_cache"]
+        folder = None if cache is None else Path(cache).expanduser()
+        if folder is not None and self._trainer is not None and self.trainer.num_nodes > 1:
+            # Processes of one machine share a file; between machines SQLite's locks do not hold.
+            folder = folder / f"node{self.trainer.node_rank}"
+        self.teachers = Teachers(prompts, self.hparams, folder)
 
     def on_fit_start(self) -> None:
-        """Match the data's tasks with the prompt's, and forget teachers encoded on another device."""
+        """Match the data's tasks with the prompt's, and forget what the teachers kept of another run."""
         super().on_fit_start()
-        self._teachers = None
+        if self.teachers is not None:
+            self.teachers.forget()
+
+    def teardown(self, stage: str) -> None:
+        """Close the teachers' cache."""
+        if self.teachers is not None:
+            self.teachers.forget()
 
     def build_prompt(self, backbone: Backbone) -> MultitaskPrompt:
         """Make the shared prompt and one pair of factors per task."""
@@ -164,45 +166,48 @@ class MPTSource(_MultitaskModule):
         prompt.initialize(start)
         return prompt
 
+    @property
+    def distils_now(self) -> bool:
+        """Whether this optimizer step distils: with `teacher_every` n, the n-th one, the 2n-th, ...
+
+        The number of the step decides, which a checkpoint has, and which all micro batches of a step share.
+        """
+        return self.distils and (self.global_step + 1) % self.hparams["teacher_every"] == 0
+
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Give the task loss, both distillation terms and their weighted sum."""
-        if not self.distils:
-            return super().losses(batch)
+        if not self.distils_now:
+            loss = super().losses(batch)["loss"]
+            return {"loss": loss, "task_loss": loss} if self.distils else {"loss": loss}
+        if self.teachers is None:
+            raise RuntimeError("the teachers are loaded when a fit begins")
         options = self.hparams
         backbone, prompt = self.parts()
         distinct, rows = self.task_rows(batch).unique(return_inverse=True)
+        # The teachers go first: what their pass needs is free again before the student's is kept for its gradients.
+        targets = self.teachers.targets(backbone, distinct, rows, batch, self._any_rank if backbone.sharded else bool)
         inputs = (rows, batch["input_ids"], batch["attention_mask"], batch["labels"])
-        hidden = options["hidden_weight"] > 0
-        with torch.no_grad():
-            teacher = backbone(self._encoded_teachers(backbone)[distinct], *inputs, hidden_states=hidden)
-        student = backbone(prompt(distinct), *inputs, hidden_states=hidden)
+        student = backbone(prompt(distinct), *inputs, hidden_states=options["hidden_weight"] > 0)
         terms = {"task_loss": objectives.token_cross_entropy(student.logits, batch["labels"])}
+        terms |= targets.terms(student, batch["labels"])
         loss = terms["task_loss"]
-        if options["logits_weight"] > 0:
-            terms["logits_loss"] = objectives.logit_distillation(
-                student.logits, teacher.logits, batch["labels"], options["temperature"]
-            )
-            loss = loss + options["logits_weight"] * terms["logits_loss"]
-        if hidden:
-            terms["hidden_loss"] = objectives.hidden_distillation(
-                student.hidden,
-                teacher.hidden,
-                options["hidden_layers"],
-                options["hidden_positions"],
-                options["hidden_stacks"],
-            )
-            loss = loss + options["hidden_weight"] * terms["hidden_loss"]
+        for name in ("logits", "hidden"):
+            if options[f"{name}_weight"] > 0:
+                loss = loss + options["teacher_every"] * options[f"{name}_weight"] * terms[f"{name}_loss"]
         return {"loss": loss, **terms}
 
-    def _encoded_teachers(self, backbone: Backbone) -> Any:
-        """Teachers do not change, so what depends on their prompts alone is computed once (dropout draws anew)."""
-        if self.teacher_prompts is None:
-            raise RuntimeError("the teachers are loaded when a fit begins")
-        if self.hparams["backbone_dropout"]:
-            return self.teacher_prompts
-        if self._teachers is None:
-            self._teachers = backbone.encode_prompts(self.teacher_prompts)
-        return self._teachers
+    def _any_rank(self, decision: bool) -> bool:
+        return self.trainer.strategy.reduce_boolean_decision(decision, all=False)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Give the loss of a batch, and log each of its terms."""
+        loss = super().training_step(batch, batch_idx)
+        results = self.trainer._results
+        if self.distils and not self.distils_now and results is not None:
+            # Lightning writes a value again at every later step, until it gets a new one.
+            for name in ("logits_loss", "hidden_loss"):
+                results.pop(f"training_step.train/{name}", None)
+        return loss
 
 
 class MPTTarget(_MultitaskModule):

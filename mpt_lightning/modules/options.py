@@ -1,5 +1,6 @@
 """The values that arguments of the modules may have."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -53,14 +54,14 @@ def check_options(options: Mapping[str, Any]) -> None:
         "logits_weight",
         "hidden_weight",
     ):
-        if name in options and not options[name] >= 0:
-            raise ValueError(f"{name} must be 0 or more, got {options[name]}.")
+        if name in options and not (_is_number(options[name]) and options[name] >= 0):
+            raise ValueError(f"{name} must be 0 or more, got {options[name]!r}.")
     if options.get("backbone_quantization"):
         check_quantization(options["backbone_quantization"])
     for name in ("epsilon", "template_epsilon"):
-        if options.get(name) is not None and not options[name] > 0:
-            raise ValueError(f"{name} must be above 0, or null for no bound; got {options[name]}.")
-    if "decay" in options and not 0 < options["decay"] <= 1:
+        if options.get(name) is not None and not (_is_number(options[name]) and options[name] > 0):
+            raise ValueError(f"{name} must be above 0, or null for no bound; got {options[name]!r}.")
+    if "decay" in options and not (_is_number(options["decay"]) and 0 < options["decay"] <= 1):
         raise ValueError(f"decay must be above 0 and at most 1 (1 weighs all examples alike), got {options['decay']}.")
     for name in (
         "prompt_length",
@@ -71,6 +72,15 @@ def check_options(options: Mapping[str, Any]) -> None:
         "network_width",
         "size",
         "text_length",
+        "teacher_every",
+        "teacher_top_k",
     ):
-        if options.get(name) is not None and options[name] < 1:
-            raise ValueError(f"{name} must be 1 or more, got {options[name]}.")
+        if options.get(name) is not None and not (isinstance(options[name], int) and options[name] >= 1):
+            raise ValueError(f"{name} must be 1 or more, got {options[name]!r}.")
+    for name, kind in (("tasks", list), ("backbone", str)):
+        if options.get(name) is not None and not isinstance(options[name], kind):
+            raise ValueError(f"{name} must be a {'list of names' if kind is list else 'text'}, got {options[name]!r}.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

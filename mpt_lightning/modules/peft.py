@@ -1,5 +1,6 @@
 """PEFT's methods that change weights (LoRA, AdaLoRA, IA3, ...) on this package's data, evaluation and checkpoints."""
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -9,6 +10,7 @@ from peft import AdaLoraModel, PeftConfig
 from torch import Tensor
 
 from mpt_lightning.backbones import Backbone
+from mpt_lightning.checkpoint import PromptCheckpoint
 from mpt_lightning.modules import peft_config as configs
 from mpt_lightning.modules.adapted import ADAPTATION, AdaptedModule
 from mpt_lightning.modules.built import Batch
@@ -52,6 +54,18 @@ class PEFTModule(AdaptedModule):
     def plain_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Give arguments as a checkpoint holds them."""
         return {**arguments, "peft_config": configs.plain_config(arguments["peft_config"])}
+
+    @classmethod
+    def check_stage(cls, checkpoint: PromptCheckpoint) -> None:
+        """Refuse another class's checkpoint, and one whose config is none of PEFT's, since its class is looked up."""
+        super().check_stage(checkpoint)
+        config = checkpoint.hyper_parameters.get("peft_config")
+        module = str(config.get("class_path")).rpartition(".")[0] if isinstance(config, Mapping) else ""
+        if module not in sys.modules:
+            raise ValueError(
+                f"{checkpoint.path} is damaged: peft_config is {config!r}. Expected a config of PEFT; import the "
+                "module that has its class, if it is one of your own."
+            )
 
     def adaptation(self) -> dict[str, Any]:
         """Give the config, and the seed of what PEFT draws and does not train."""

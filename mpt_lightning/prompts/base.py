@@ -122,3 +122,23 @@ class Prompt(nn.Module, ABC):
 
     def _replace(self, name: str, value: Tensor) -> None:
         setattr(self, name, nn.Parameter(value, requires_grad=getattr(self, name).requires_grad))
+
+
+def through_networks(rows: Tensor, networks: nn.ModuleList, task_ids: Tensor) -> Tensor:
+    """Pass the rows of some tasks through the tasks' own networks.
+
+    The other tasks' networks get gradients of zero, as their rows do: in a distributed run each parameter needs a
+    gradient on every rank, whatever tasks it has drawn.
+
+    Args:
+        rows: [T, ...].
+        networks: one per task.
+        task_ids: [U] in 0..T-1.
+
+    Returns:
+        [U, ...] what the networks give.
+    """
+    tasks = task_ids.tolist()
+    made = torch.stack([networks[task](rows[task]) for task in tasks])
+    idle = [p.sum() for task, network in enumerate(networks) if task not in tasks for p in network.parameters()]
+    return made + 0 * torch.stack(idle).sum() if idle and torch.is_grad_enabled() else made

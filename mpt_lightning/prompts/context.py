@@ -72,12 +72,13 @@ class ContextPrompt(Prompt):
         super().__init__(1, len(token_ids), dim, tasks)
         check_types(token_ids, token_types)
         for name, value in (("epsilon", epsilon), ("template_epsilon", template_epsilon)):
-            if value is not None and not value > 0:
+            if value is not None and not (isinstance(value, int | float) and value > 0):
                 raise ValueError(f"{name} must be above 0, or none for no bound; got {value}.")
         self.token_ids, self.token_types = list(token_ids), list(token_types)
         self.trained, self.epsilon_scale = trained, epsilon_scale
         self.epsilon, self.template_epsilon = epsilon, template_epsilon
-        types = torch.tensor(self.token_types)
+        # On the CPU whatever the default device is: which tokens are of which type depends on values.
+        types, ids = torch.tensor(self.token_types, device="cpu"), torch.tensor(self.token_ids, device="cpu")
         is_label = (types > 0) & (types % 4 == 0)
         moves = {
             "inputs": (types > 0) & ~is_label,
@@ -94,7 +95,7 @@ class ContextPrompt(Prompt):
         examples = torch.where(types > 0, (types - 1) // 4, -1)
         self._hold("examples", examples)
         self._hold("label_positions", is_label.nonzero()[:, 0])
-        self._hold("label_ids", torch.tensor(self.token_ids)[is_label])
+        self._hold("label_ids", ids[is_label])
         self._hold("label_distances", (examples.max() + 1 - examples)[is_label])
         self._attached = False
 
@@ -191,6 +192,8 @@ def check_types(token_ids: Sequence[int], token_types: Sequence[int]) -> None:
     Raises:
         ValueError: they cannot be those of a context.
     """
+    if any(type(value) is not int for value in (*token_ids, *token_types)) or min(token_ids, default=0) < 0:
+        raise ValueError("Token ids must be whole numbers, 0 or above, and token types whole numbers.")
     if len(token_types) != len(token_ids):
         raise ValueError(f"A context needs one type per token: got {len(token_ids)} ids, {len(token_types)} types.")
     if min(token_types) < INSTRUCTION:

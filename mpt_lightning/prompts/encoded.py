@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mpt_lightning.prompts.base import Prompt
+from mpt_lightning.prompts.base import Prompt, through_networks
 from mpt_lightning.prompts.init import random_uniform
 
 EncoderName = Literal["residual", "mlp", "lstm"]
@@ -58,7 +58,7 @@ class EncodedPrompt(Prompt):
 
     def forward(self, task_ids: Tensor) -> Tensor:
         """Give the prompts `[U, P, H]` of the tasks `[U]`."""
-        return torch.stack([self.encoders[task](self.prompt_embeddings[task]) for task in task_ids.tolist()])
+        return through_networks(self.prompt_embeddings, self.encoders, task_ids)
 
     def initialize(self, prompts: Tensor) -> None:
         """Start from given prompts, before their networks.

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpt_lightning.prompts.base import Prompt
+from mpt_lightning.prompts.base import Prompt, through_networks
 
 Layers = tuple[tuple[Tensor, Tensor], ...]
 
@@ -62,7 +62,7 @@ class PrefixPrompt(Prompt):
         if self.projection is None:
             states = self.prefix[task_ids]
         else:
-            states = torch.stack([self.networks[t](self.prefix[t]) for t in task_ids.tolist()])
+            states = through_networks(self.prefix, self.networks, task_ids)
         split = states.view(len(task_ids), self.length, self.layers, 2, self.heads, self.width)
         layers: Layers = tuple((both[0], both[1]) for both in split.permute(2, 3, 0, 4, 1, 5))
         return layers

@@ -183,7 +183,14 @@ def test_every_overlay_is_accepted_on_top_of_a_recipe(name: str, capsys: pytest.
     assert leaving.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     overlay = yaml.safe_load(packaged("configs", name).read_text())
-    assert overlay["trainer"].items() <= printed["trainer"].items()
+    assert within(overlay["trainer"], printed["trainer"])
+
+
+def within(part: dict, whole: dict) -> bool:
+    """Whether all of a nested mapping is in another one."""
+    return all(
+        within(value, whole[key]) if isinstance(value, dict) else whole[key] == value for key, value in part.items()
+    )
 
 
 def test_an_argument_overrides_a_cards_and_a_recipes_value(capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,8 +221,36 @@ def test_a_methods_help_names_its_arguments_and_explains_them(capsys: pytest.Cap
         (["test", "--config", "mpt/target", "--ckpt_path", "no.ckpt"], "no.ckpt: there is no such file"),
         (["fit", "--config", "mpt/teachers", "--data.tasks", "[glue/sst3]"], "did you mean glue/sst2"),
         (["fit", "--config", "mpt/teachers", "--data.kappa", "1"], "kappa=1, expected at least 2"),
+        (["fit", "--config", "demo/teachers", "--trainer.limit_val_batches", "2.5"], "invalid value 2.5"),
         (["demo", "--seeds", "0"], "--seeds must be at least 1, got 0"),
     ],
 )
 def test_mistakes_get_one_message(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert message in error(capsys, *words)
+
+
+def test_a_launcher_with_other_numbers_gets_one_message(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "one"}.items():
+        monkeypatch.setenv(name, value)
+    words = ["fit", "--config", "demo/teachers", "--config", "trainer/multinode", "--trainer.accelerator", "cpu"]
+    message = error(capsys, *words)
+    assert "(8 * 2) does not match the world size (4)" in message
+    assert "--trainer.num_nodes and --trainer.devices must be the same" in message
+
+
+@pytest.mark.parametrize("parent_left", [False, True])
+@pytest.mark.parametrize("variable", ["LOCAL_RANK", "SLURM_PROCID"])
+def test_the_first_of_several_processes_speaks_for_them(
+    parent_left: bool, variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parents = iter([7, 1 if parent_left else 7])
+    waited: list[float] = []
+    monkeypatch.setenv(variable, "1")
+    monkeypatch.setattr("os.getppid", lambda: next(parents))
+    monkeypatch.setattr("time.sleep", waited.append)
+    with pytest.raises(SystemExit):
+        mpt("fit", "--config", "mpt/sourc")
+    assert waited[0] > 1
+    assert ("unknown recipe" in capsys.readouterr().err) is not parent_left

@@ -1,6 +1,8 @@
-"""Two processes on one machine: disjoint training rows, evaluation rows once."""
+"""Several processes on one machine: disjoint training rows, evaluation rows once, one cache."""
 
 import json
+import os
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -79,3 +81,24 @@ def test_ranks_share_the_rows(film, film_rows, make_card, write_split, tmp_path,
     # Seven rows, or seven and one: one rank has no row of the second task.
     whole = [*range(7), 0] if kind == "multitask" else [*range(7)]
     assert sorted(first["val"] + second["val"]) == sorted(whole)
+
+
+def prepare(card, options, folder):
+    """One of several machines that share a cache, and all begin to fill it at once."""
+    Path(folder, f"ready{os.environ['RANK']}").touch()
+    while len(list(Path(folder).glob("ready*"))) < int(os.environ["WORLD_SIZE"]):
+        time.sleep(0.001)
+    data = TaskDataModule(TaskCard(**card), **options)
+    data.prepare_data()
+    data.setup("fit")
+    rows = [batch["input_ids"].tolist() for batch in [*data.train_dataloader(), *data.val_dataloader()[0]]]
+    Path(folder, f"rows{os.environ['RANK']}.json").write_text(json.dumps(rows))
+
+
+def test_machines_fill_one_cache_at_once(film, tmp_path):
+    options = {key: value for key, value in film.items() if key != "card"}
+    launch(prepare, asdict(film["card"]), options, str(tmp_path), ranks=3)
+    rows = [json.loads((tmp_path / f"rows{rank}.json").read_text()) for rank in range(3)]
+    assert rows[0] == rows[1] == rows[2]
+    assert sum(map(len, rows[0])) == 47
+    assert not list((tmp_path / "cache").rglob("*.incomplete"))

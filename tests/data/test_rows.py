@@ -293,8 +293,10 @@ def functions(monkeypatch):
     """Give functions a dotted path: a card names what is importable."""
 
     def add(function):
-        monkeypatch.setattr(rows_module, "_test_function", function, raising=False)
-        return "mpt_lightning.data.rows._test_function"
+        monkeypatch.setattr(function, "__module__", rows_module.__name__)
+        monkeypatch.setattr(function, "__qualname__", "as_written")
+        monkeypatch.setattr(rows_module, "as_written", function, raising=False)
+        return "mpt_lightning.data.rows.as_written"
 
     return add
 
@@ -314,9 +316,9 @@ def test_preprocess_makes_rows(make_card, write_split, read, functions):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda row, split: None, r"row 0: got NoneType from .*_test_function, expected a list of mappings"),
+        (lambda row, split: None, r"row 0: got NoneType from .*as_written, expected a list of mappings"),
         (lambda row, split: [1], r"row 0: got list from"),
-        (lambda row, split: [], r"got no rows from .*_test_function on 1 train rows"),
+        (lambda row, split: [], r"got no rows from .*as_written on 1 train rows"),
     ],
 )
 def test_bad_preprocess(make_card, write_split, read, functions, function, message):

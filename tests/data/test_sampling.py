@@ -30,7 +30,7 @@ def test_epoch_is_reproducible_and_epochs_differ(sampling):
 
 
 @pytest.mark.parametrize("sampling", ["stochastic", "proportional", "all"])
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, 3, 4])
 def test_ranks_share_one_draw_without_overlap(sampling, world):
     whole = TaskMixSampler(SIZES, 6 * world, sampling)
     ranks = [TaskMixSampler(SIZES, 6, sampling, num_replicas=world, rank=rank) for rank in range(world)]
@@ -132,13 +132,21 @@ def test_start_batch_skips_exactly(make, world):
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize(("size", "world"), [(100, 1), (101, 2), (7, 3)])
-def test_shuffle_is_a_permutation_over_ranks(grouped, size, world):
+@pytest.mark.parametrize(("size", "world"), [(100, 1), (101, 2), (7, 3), (2, 2), (1003, 4)])
+def test_an_epoch_has_every_row_over_all_ranks(grouped, size, world):
     lengths = np.random.default_rng(0).integers(1, 50, size) if grouped else None
     ranks = [ShuffleSampler(size, 8, world, rank, lengths=lengths) for rank in range(world)]
-    rows = [row for rank in ranks for row in rank]
-    assert len(rows) == len(set(rows)) == size // world * world
-    assert {len(list(rank)) for rank in ranks} == {size // world}
+    parts = [list(rank) for rank in ranks]
+    seen = Counter(row for part in parts for row in part)
+    assert set(seen) == set(range(size))
+    # As many rows twice as make the ranks' shares equal; others with every epoch.
+    assert sum(seen.values()) - size == -size % world == sum(count == 2 for count in seen.values())
+    assert {len(part) for part in parts} == {len(ranks[0])}
+    if -size % world and not grouped:
+        twice = {row for row, count in seen.items() if count == 2}
+        for rank in ranks:
+            rank.set_epoch(1)
+        assert {row for row, count in Counter(row for rank in ranks for row in rank).items() if count == 2} != twice
 
 
 def test_grouped_batches_have_less_padding():

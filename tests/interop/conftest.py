@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from mpt_lightning import ContextPrompt, MultitaskPrompt, SoftPrompt, load_backbone
 from mpt_lightning.backbones import Backbone
 from mpt_lightning.checkpoint import KEY, metadata
-from mpt_lightning.prompts import EncodedPrompt, Prompt, SuperposedPrompt
+from mpt_lightning.prompts import EmptyPrompt, EncodedPrompt, Prompt, SuperposedPrompt
 
 TASKS = ["glue/one", "two"]
 STAGES = ["PromptTuning", "MPTSource", "MPTTarget"]
@@ -32,6 +32,7 @@ def make_prompt(stage: str, dim: int = 32) -> Prompt:
         "PromptTuning": lambda: SoftPrompt(2, 5, dim, TASKS),
         "MPTSource": lambda: MultitaskPrompt(2, 5, dim, 3, TASKS, "normal"),
         "MPTTarget": lambda: MultitaskPrompt(1, 5, dim, 1, ["glue/one"]),
+        "Adapters": lambda: EmptyPrompt(2, dim, TASKS),
         "CPT": lambda: ContextPrompt(IDS, TYPES, dim, ["glue/one"]),
         "encoded": lambda: EncodedPrompt(2, 5, dim, TASKS, "lstm"),
         "superposed": lambda: SuperposedPrompt(2, 5, dim, [[5, 6, 7], [8, 9, 10]], TASKS),

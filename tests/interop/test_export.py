@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from mpt_lightning import export_peft, import_peft
 from mpt_lightning.backbones import Backbone
 from mpt_lightning.checkpoint import PromptCheckpoint, read_checkpoint
+from mpt_lightning.interop.folder import _own_digest
 from tests.conftest import KINDS
 from tests.interop.conftest import STAGES, TASKS, assert_same_model, make_prompt, with_peft
 
@@ -182,8 +183,8 @@ def test_mistakes_get_one_message(checkpoint: Make, backbones: Give, tmp_path: P
     ]:
         with pytest.raises(ValueError, match=message):
             export_peft(*arguments, **options)
-    adapter = checkpoint("llama", "PromptTuning", state_dict={"backbone.model.lora_A": torch.ones(2)})
-    with pytest.raises(ValueError, match="was saved by PromptTuning, and holds no prompt to export"):
+    adapter = checkpoint("llama", "Adapters", state_dict={"backbone.model.lora_A": torch.ones(2)})
+    with pytest.raises(ValueError, match="was saved by Adapters, and holds no prompt to export"):
         export_peft(adapter, tmp_path / "e")
     gone = checkpoint("llama", "CPT")
     content = torch.load(gone, weights_only=True)
@@ -199,6 +200,13 @@ def add_one(folder: Path) -> None:
     save_file({name: value + 1 for name, value in tensors.items()}, folder / "adapter_model.safetensors")
 
 
+def edit(folder: Path, old: str, new: str) -> None:
+    file = folder / "mpt_lightning.json"
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new))
+
+
+OTHER = "is damaged. The checkpoint's tensors do not fit this model"
 OWN = {
     "later": (lambda f: describe(f, format=2), "has the export format 2; this version reads 1"),
     "damaged": (lambda f: (f / "mpt_lightning.json").write_text("{}"), "has the export format None"),
@@ -207,13 +215,16 @@ OWN = {
     "gone": (lambda f: (f / "adapter_model.safetensors").unlink(), "is missing or was changed"),
     "other arguments": (lambda f: describe(f, prompt_config={"size": 1}), "is damaged"),
     "no files": (lambda f: describe(f, files=[]), "is damaged: it has the fields"),
-    "other shape": (lambda f: describe(f, prompt_config={"num_tasks": 1, "length": 9, "dim": 32}), "is damaged. The"),
+    "other shape": (lambda f: describe(f, prompt_config=dict(num_tasks=1, length=9, dim=32, tasks=["a"])), OTHER),
+    "edited": (lambda f: edit(f, '"rank": 3', '"rank": 1'), "was changed after the export: its own digest"),
 }
 
 
 def describe(folder: Path, **values: object) -> None:
     file = folder / "mpt_lightning.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    content = json.loads(file.read_text()) | values
+    del content["sha256"]
+    file.write_text(json.dumps(content | {"sha256": _own_digest(content)}))
 
 
 @pytest.mark.parametrize("case", OWN)

@@ -1,0 +1,75 @@
+"""Compiling the parts of a model that stand between its attentions (`torch.compile`).
+
+These parts, feed-forward networks and norms, take one tensor and give one, so that one compiled version serves all
+layers, all verbs and all lengths. A whole layer does not: it is handed masks, caches and its own number, and every
+combination of these would be compiled anew, up to torch's limit and then not at all. Attention has kernels of its own.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch._dynamo import config as dynamo_config
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from mpt_lightning.files import one_line
+
+_VERSIONS = 32  # torch's limit for all models of a process together; beyond it the rest would run uncompiled
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compile and run a line of code.
+
+    Args:
+        device: where the model will run.
+
+    Raises:
+        ValueError: this cannot be done here; says why.
+    """
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+    except (RuntimeError, OSError, ImportError) as error:
+        raise ValueError(
+            f"backbone_compile=True: torch.compile does not work here for {device.type}. It needs a C++ compiler (g++ "
+            "or clang++; on a GPU a C compiler and triton). Install it, or set backbone_compile=False. The cause: "
+            f"{one_line(error)}"
+        ) from error
+
+
+def compile_parts(model: PreTrainedModel, name: str) -> None:
+    """Compile feed-forward networks and norms of all layers in place; the model keeps its modules and their names.
+
+    Each is compiled when it first runs, and runs as what it then is: layers that PEFT put into it included.
+
+    Args:
+        model: the model.
+        name: what the error calls it.
+
+    Raises:
+        ValueError: the model's layers have no such parts.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    parts = [part for layer in layers for part in _parts(layer)]
+    if not parts:
+        raise ValueError(
+            f"{type(model).__name__} ({name}) has no part that is known to gain from compiling: no feed-forward "
+            "network that is a module, and no norm but torch's own. Set backbone_compile=False."
+        )
+    # One version each with gradients, without, and in inference mode, times whether there is one row and one token.
+    dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, _VERSIONS)
+    for part in parts:
+        part.compile(dynamic=True)  # lengths and batch sizes vary from step to step
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """Find the largest modules within one that have no attention, and more to do than one of torch's own."""
+    for child in module.children():
+        if any("Attention" in type(inner).__name__ for inner in list(child.modules())[1:]):
+            yield from _parts(child)
+        elif "Attention" in type(child).__name__:
+            continue
+        elif isinstance(child, nn.ModuleList):
+            yield from _parts(child)
+        elif not type(child).__module__.startswith("torch."):
+            yield child

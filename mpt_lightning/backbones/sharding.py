@@ -1,0 +1,76 @@
+"""Sharding a frozen backbone over ranks (FSDP2), for models that do not fit one device.
+
+Each rank keeps its part of every block, and holds a whole block only while that block runs.
+"""
+
+import warnings
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from mpt_lightning.backbones.base import Backbone
+
+
+def shard(backbone: Backbone, mesh: DeviceMesh) -> None:
+    """Shard a backbone in place, and move it to the mesh's device part by part; a sharded one stays as it is.
+
+    From then on its verbs and `embeddings` gather weights, so all ranks must ask for them, in the same order.
+
+    Args:
+        backbone: nothing of it is trained; on any device.
+        mesh: the ranks that share it, one-dimensional.
+
+    Raises:
+        ValueError: the model's weights are trained, or it has no layers of a known kind.
+    """
+    if isinstance(backbone, FSDPModule):
+        return
+    if any(parameter.requires_grad for parameter in backbone.parameters()):
+        raise ValueError(
+            f"{backbone.name}: only a frozen backbone is sharded, and this run trains weights inside it. Use "
+            "--trainer.strategy ddp, or a method that trains prompts (PromptTuning, MPTSource, MPTTarget, CPT)."
+        )
+    # Children before parents, as `fully_shard` wants them.
+    blocks = [layer for layer in reversed(list(backbone.modules())) if isinstance(layer, GradientCheckpointingLayer)]
+    if not blocks:
+        raise ValueError(
+            f"{type(backbone.model).__name__} ({backbone.name}) has no layers of transformers' own kind to shard. "
+            "Use --trainer.strategy ddp."
+        )
+    backbone.fingerprint  # noqa: B018  # computed once and kept; one rank alone may ask for it later
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(backbone, mesh=mesh)  # the rest: embeddings, norms, head
+    backbone.sharded = True
+    for verb in ("encode_prompts", "score", "generate"):
+        register_fsdp_forward_method(backbone, verb)
+    # A rank whose answers are done keeps running until those of all ranks are.
+    backbone.model.generate = partial(backbone.model.generate, synced_gpus=True)
+    # Logits are views of longer outputs, and nobody writes into them.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+
+
+class _Tied(torch.autograd.Function):
+    """Gives tensors as they are; in the backward pass each gets a gradient, if only zeros, when any does."""
+
+    @staticmethod
+    def forward(ctx: object, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients
+
+
+def tie(keys: Tensor, values: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+    """Give keys and values of a block whose output nobody uses.
+
+    FSDP gathers a block's weights for the backward pass when a gradient reaches its output. Keys and values leave a
+    block beside its output, in a cache: where only they are used, the weights would not be there.
+    """
+    keys, values, _ = _Tied.apply(keys, values, output)
+    return keys, values

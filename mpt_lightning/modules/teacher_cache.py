@@ -1,0 +1,155 @@
+"""What teachers said of rows, on disk: one SQLite file that several processes read and write at once."""
+
+import hashlib
+import json
+import os
+import sqlite3
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from safetensors.torch import load, save
+from torch import Tensor
+
+FORMAT = 1
+"""Part of what a file is named after: raise it when the same row would be stored in another way."""
+
+_APPLICATION = 0x4D505443  # "MPTC", SQLite's place for telling whose file it is
+_WAIT = 120.0  # seconds for another process that is writing
+_INHERITED: list[sqlite3.Connection] = []
+
+Row = dict[str, Tensor]
+"""A row's tensors by name, without padding."""
+
+
+class TeacherCache:
+    """Rows by key.
+
+    A row is there whole or not at all, whenever a process is killed, and its checksum is compared when it is read. The
+    file must be on a disk of this machine: SQLite's locks between processes do not reach across a network.
+
+    Args:
+        folder: where the file is; made where it does not exist.
+        about: what all rows depend on, as plain values. Each `about` has a file of its own.
+    """
+
+    def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
+        self.about = json.dumps({"format": FORMAT, **about}, sort_keys=True)
+        self.path = folder / f"{hashlib.sha256(self.about.encode()).hexdigest()[:16]}.sqlite"
+        self._connection: sqlite3.Connection | None = None
+        self._process = 0
+
+    def get(self, keys: Sequence[bytes]) -> dict[bytes, Row]:
+        """Give the rows that are there.
+
+        Raises:
+            ValueError: the file is damaged, or another program's.
+            OSError: it cannot be opened or read.
+        """
+        found = {}
+        with self._told():
+            for key in keys:
+                entry = self._open().execute("SELECT checksum, value FROM rows WHERE key = ?", (key,)).fetchone()
+                if entry is None:
+                    continue
+                checksum, value = entry
+                if not isinstance(value, bytes) or _checksum(key, value) != checksum:
+                    raise sqlite3.DatabaseError("a row's checksum does not fit")
+                found[key] = load(value)
+        return found
+
+    def put(self, rows: Mapping[bytes, Row]) -> None:
+        """Add rows, all or none of them; a row that is there already stays.
+
+        Raises:
+            ValueError: the file is damaged, or another program's.
+            OSError: it cannot be written: no space, no permission.
+        """
+        entries = [(key, _checksum(key, value), value) for key, value in ((k, save(row)) for k, row in rows.items())]
+        with self._told(), self._open() as transaction:
+            transaction.executemany("INSERT OR IGNORE INTO rows VALUES (?, ?, ?)", entries)
+
+    def close(self) -> None:
+        """Close the file, if this process has it open."""
+        if self._connection is not None and self._process == os.getpid():
+            with self._told():
+                self._connection.close()
+        self._connection = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the open file out: copies and other processes open their own."""
+        return self.__dict__ | {"_connection": None}
+
+    def _open(self) -> sqlite3.Connection:
+        if self._connection is not None and self._process != os.getpid():
+            # This process was forked off: SQLite allows it neither to use the connection nor to close it.
+            _INHERITED.append(self._connection)
+            self._connection = None
+        if self._connection is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # One process at a time makes the file and its tables.
+            with FileLock(f"{self.path}.lock", timeout=_WAIT):
+                connection = sqlite3.connect(self.path, timeout=_WAIT, check_same_thread=False)
+                try:
+                    self._prepare(connection)
+                except BaseException:
+                    connection.close()
+                    raise
+            self._connection, self._process = connection, os.getpid()
+        return self._connection
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        """Make the tables of a new file, check those of an old one."""
+        new = connection.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
+        if not new and connection.execute("PRAGMA application_id").fetchone() != (_APPLICATION,):
+            raise sqlite3.DatabaseError("another program made it")
+        # A log beside the file: readers do not wait for a writer, and a commit does not wait for the disk.
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")
+        if new:
+            with connection:
+                connection.execute("BEGIN IMMEDIATE")
+                connection.execute(f"PRAGMA application_id = {_APPLICATION}")
+                connection.execute("CREATE TABLE about (text TEXT NOT NULL)")
+                connection.execute("CREATE TABLE rows (key BLOB PRIMARY KEY, checksum INTEGER, value BLOB NOT NULL)")
+                connection.execute("INSERT INTO about VALUES (?)", (self.about,))
+        elif connection.execute("SELECT text FROM about").fetchall() != [(self.about,)]:
+            raise sqlite3.DatabaseError("its rows are of another backbone, or of other settings")
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Turn SQLite's errors into messages that say what to do."""
+        try:
+            yield
+        except (sqlite3.OperationalError, OSError) as error:
+            raise OSError(
+                f"The teachers' cache {self.path} cannot be used: {error}. Make room on its disk if that is full, or "
+                "set --model.teacher_cache to another folder on a disk of this machine that can be written, or to "
+                "null. Checkpoints written before are whole."
+            ) from error
+        except sqlite3.DatabaseError as error:
+            raise ValueError(
+                f"The teachers' cache {self.path} is damaged, or is none: {error}. Remove the file (with those of the "
+                "same name and -wal, -shm); it is made anew. Or set --model.teacher_cache to another folder."
+            ) from error
+
+
+def row_key(teacher: bytes, input_ids: bytes, labels: bytes) -> bytes:
+    """Hash what a row's teacher output depends on.
+
+    Args:
+        teacher: digest of the teacher's prompt.
+        input_ids: the input's token ids, without padding.
+        labels: the answer's, without padding.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (teacher, input_ids, labels):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.digest()
+
+
+def _checksum(key: bytes, value: bytes) -> int:
+    return zlib.crc32(value, zlib.crc32(key))

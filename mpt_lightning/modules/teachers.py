@@ -1,0 +1,288 @@
+"""The teachers of a source run: where they come from, and what they say of a batch."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpt_lightning import objectives
+from mpt_lightning.backbones import Backbone, BackboneOutput, Segment
+from mpt_lightning.checkpoint import PromptCheckpoint, read_checkpoint
+from mpt_lightning.modules.built import Batch
+from mpt_lightning.modules.start import check_length
+from mpt_lightning.modules.teacher_cache import Row, TeacherCache, row_key
+
+OF_PROMPTS = "decoder/prompt"
+"""The hidden states of a decoder-only model's prompts: a task's rows share them."""
+
+States = dict[str, tuple[Tensor, ...]]
+"""Per "<stack>/<part>" the layers that are compared."""
+
+
+@dataclass
+class Targets(ABC):
+    """What the teachers say of a batch, for the student to learn.
+
+    Attributes:
+        options: the module's arguments.
+    """
+
+    options: Mapping[str, Any]
+
+    def terms(self, student: BackboneOutput, labels: Tensor) -> dict[str, Tensor]:
+        """Give the distillation terms that have a weight, "logits_loss" and "hidden_loss".
+
+        Args:
+            student: its output for the same batch.
+            labels: [B, M], -100 for padding.
+        """
+        terms = {}
+        if self.options["logits_weight"] > 0:
+            terms["logits_loss"] = self.logits_loss(student.logits, labels)
+        if self.options["hidden_weight"] > 0:
+            terms["hidden_loss"] = objectives.hidden_distillation(
+                student.hidden, self.hidden(student.hidden), **hidden_options(self.options)
+            )
+        return terms
+
+    @abstractmethod
+    def logits_loss(self, student: Tensor, labels: Tensor) -> Tensor:
+        """Compare the logits `[B, M, V]`."""
+
+    @abstractmethod
+    def hidden(self, student: Mapping[str, Segment]) -> dict[str, Segment]:
+        """Give the hidden states to compare, laid out as the student's."""
+
+
+@dataclass
+class FreshTargets(Targets):
+    """What a pass of the teachers gave: logits `[B, M, V]` and hidden states."""
+
+    logits: Tensor
+    states: States
+
+    def logits_loss(self, student: Tensor, labels: Tensor) -> Tensor:
+        """Compare the whole distributions."""
+        return objectives.logit_distillation(student, self.logits, labels, self.options["temperature"])
+
+    def hidden(self, student: Mapping[str, Segment]) -> dict[str, Segment]:
+        """Give the states as they are."""
+        return {key: Segment(layers, student[key].weight) for key, layers in self.states.items()}
+
+
+@dataclass
+class CachedTargets(Targets):
+    """What a cache holds of a batch's rows, one after the other without padding, and what its prompts share.
+
+    `packed` has the names of a `Row`: "ids" and "log_probs" of `objectives.top_buckets`, and per "<stack>/<part>"
+    states `[tokens, layers, H]`.
+    """
+
+    packed: Row
+    shared: States
+
+    def logits_loss(self, student: Tensor, labels: Tensor) -> Tensor:
+        """Compare the likeliest tokens, and all others as one."""
+        ids, log_probs = self.packed["ids"].long(), self.packed["log_probs"]
+        return objectives.bucketed_distillation(student, ids, log_probs, labels, self.options["temperature"])
+
+    def hidden(self, student: Mapping[str, Segment]) -> dict[str, Segment]:
+        """Put the rows' states where the student has the same tokens."""
+        found = {}
+        for key, ours in student.items():
+            if key in self.shared:
+                found[key] = Segment(self.shared[key], ours.weight)
+            elif key in self.packed:
+                counted, packed = ours.weight > 0, self.packed[key]
+                spread = packed.new_zeros(*counted.shape, *packed.shape[1:])
+                spread[counted] = packed
+                found[key] = Segment(spread.unbind(dim=2), ours.weight)
+        return found
+
+
+class Teachers:
+    """One frozen prompt per task, on the student's backbone; runs without gradients, and keeps what is compared alone.
+
+    Args:
+        prompts: [T, P, H].
+        options: the module's arguments.
+        folder: of the cache; none for no cache.
+    """
+
+    def __init__(self, prompts: Tensor, options: Mapping[str, Any], folder: Path | None = None) -> None:
+        self.prompts = prompts.detach()
+        self.options = options
+        self.folder = folder
+        self._digests = [hashlib.blake2b(prompt.float().cpu().numpy().tobytes()).digest() for prompt in self.prompts]
+        self._encoded: Any = None
+        self._cache: TeacherCache | None = None
+
+    def forget(self) -> None:
+        """Give up what belongs to one run: prompts encoded on its device, and the open cache."""
+        if self._cache is not None:
+            self._cache.close()
+        self._encoded = self._cache = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to a run."""
+        return self.__dict__ | {"_encoded": None, "_cache": None}
+
+    @torch.no_grad()
+    def targets(
+        self, backbone: Backbone, distinct: Tensor, rows: Tensor, batch: Batch, any_rank: Callable[[bool], bool] = bool
+    ) -> Targets:
+        """Say what there is to learn about a batch.
+
+        Args:
+            backbone: the student's.
+            distinct: [U] the batch's tasks.
+            rows: [B] in 0..U-1, each row's task among them.
+            batch: the batch.
+            any_rank: says whether something is true on any rank; for a sharded backbone, which all ranks run or none.
+        """
+        if self.folder is not None:
+            # Opened here, in the process that uses it, and under the precision that the pass has.
+            self._cache = self._cache or TeacherCache(self.folder, self._about(backbone, rows.device))
+            return self._cached(self._cache, backbone, distinct, rows, batch, any_rank)
+        output = self._run(backbone, distinct, rows, batch)
+        return FreshTargets(self.options, output.logits, self._chosen(output.hidden))
+
+    def _run(self, backbone: Backbone, distinct: Tensor, rows: Tensor, batch: Batch) -> BackboneOutput:
+        inputs = (rows, batch["input_ids"], batch["attention_mask"], batch["labels"])
+        return backbone(
+            self._encode(backbone, rows.device)[distinct], *inputs, hidden_states=self.options["hidden_weight"] > 0
+        )
+
+    def _encode(self, backbone: Backbone, device: torch.device) -> Any:
+        """Teachers do not change, so what depends on their prompts alone is computed once (dropout draws anew)."""
+        if self._encoded is None:
+            self.prompts = self.prompts.to(device)
+            dropout = self.options["backbone_dropout"]
+            self._encoded = self.prompts if dropout else backbone.encode_prompts(self.prompts)
+        return self._encoded
+
+    def _chosen(self, states: Mapping[str, Segment]) -> States:
+        return objectives.chosen_states(states, **hidden_options(self.options))
+
+    def _cached(
+        self,
+        cache: TeacherCache,
+        backbone: Backbone,
+        distinct: Tensor,
+        rows: Tensor,
+        batch: Batch,
+        any_rank: Callable[[bool], bool],
+    ) -> Targets:
+        """Look the rows up, and run the teachers for those that are not there."""
+        keys = self._keys(distinct[rows].tolist(), batch)
+        found = cache.get(keys)
+        missing = {key: row for row, key in enumerate(keys) if key not in found}
+        if any_rank(bool(missing)):
+            some = torch.tensor(list(missing.values()) or [0], device=rows.device)
+            part = {name: batch[name][some] for name in ("input_ids", "attention_mask", "labels")}
+            made = self._split(self._run(backbone, distinct, rows[some], part), part["labels"])
+            new = dict(zip(missing, made, strict=False))
+            cache.put(new)
+            found |= new
+        pieces = [found[key] for key in keys]
+        packed = {name: torch.cat([piece[name] for piece in pieces]).to(rows.device) for name in pieces[0]}
+        return CachedTargets(self.options, packed, self._of_prompts(backbone, distinct))
+
+    def _about(self, backbone: Backbone, device: torch.device) -> dict[str, Any]:
+        """Give what all rows of a cache depend on; their teachers' prompts are in the rows' keys."""
+        options, autocast = self.options, torch.is_autocast_enabled(device.type)
+        table = backbone.model.get_input_embeddings().weight
+        top_k = min(options["teacher_top_k"], len(table))
+        return {
+            "backbone": backbone.fingerprint,
+            "dtype": str(table.dtype),
+            "autocast": str(torch.get_autocast_dtype(device.type)) if autocast else None,
+            "quantization": options["backbone_quantization"],
+            "logits": {"top_k": top_k, "temperature": options["temperature"]} if options["logits_weight"] > 0 else None,
+            "hidden": hidden_options(options) if options["hidden_weight"] > 0 else None,
+        }
+
+    def _keys(self, tasks: Sequence[int], batch: Batch) -> list[bytes]:
+        """Hash each row's teacher, input and answer; not its padding, nor the rows beside it."""
+        ids, mask, labels = (batch[name].long().cpu().numpy() for name in ("input_ids", "attention_mask", "labels"))
+        return [
+            row_key(
+                self._digests[task],
+                ids[row][mask[row] == 1].tobytes(),
+                labels[row][labels[row] != objectives.IGNORE].tobytes(),
+            )
+            for row, task in enumerate(tasks)
+        ]
+
+    def _split(self, output: BackboneOutput, labels: Tensor) -> list[Row]:
+        """Cut a pass's output into rows as they are stored."""
+        options, parts = self.options, {}
+
+        def per_row(packed: Tensor, counted: Tensor) -> Sequence[Tensor]:
+            return packed.cpu().split(counted.sum(dim=1).tolist())
+
+        if options["logits_weight"] > 0:
+            counted = labels != objectives.IGNORE
+            ids, log_probs = objectives.top_buckets(
+                output.logits[counted], options["teacher_top_k"], options["temperature"]
+            )
+            parts = {"ids": per_row(ids.int(), counted), "log_probs": per_row(log_probs, counted)}
+        for key, layers in self._chosen(output.hidden).items():
+            if key != OF_PROMPTS:
+                counted = output.hidden[key].weight > 0
+                parts[key] = per_row(torch.stack(layers, dim=2)[counted].bfloat16(), counted)
+        return [{name: pieces[row] for name, pieces in parts.items()} for row in range(len(labels))]
+
+    def _of_prompts(self, backbone: Backbone, distinct: Tensor) -> States:
+        """Give the states that belong to no row: they are computed once per run, and stay in memory."""
+        if self.options["hidden_positions"] == "text":
+            return {}
+        layers = getattr(self._encode(backbone, distinct.device), "hidden", ())
+        return self._chosen({OF_PROMPTS: Segment(tuple(states[distinct] for states in layers), distinct)})
+
+
+def hidden_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the arguments that say which hidden states are compared, as `objectives.hidden_distillation` takes them."""
+    return {name: options[f"hidden_{name}"] for name in ("layers", "positions", "stacks")}
+
+
+def read_teachers(
+    given: str | Mapping[str, str], tasks: Sequence[str], length: int, backbone: Backbone | None
+) -> dict[str, PromptCheckpoint]:
+    """Read each task's teacher.
+
+    Args:
+        given: a checkpoint of all tasks, or one per task by name.
+        tasks: the tasks.
+        length: P.
+        backbone: the backbone in use, where it is loaded.
+
+    Raises:
+        ValueError: a task has none, or its prompt is of another length.
+    """
+    paths = {task: given for task in tasks} if isinstance(given, str) else given
+    read: dict[str, PromptCheckpoint] = {}
+    teachers = {}
+    for task in tasks:
+        if task not in paths:
+            raise ValueError(f"The task {task!r} has no teacher: --model.teachers names {', '.join(paths)}. Add it.")
+        path = paths[task]
+        teacher = read[path] = read.get(path) or read_checkpoint(
+            path, "--model.teachers", folder=True, backbone=backbone
+        )
+        if (teacher.stage, teacher.tasks) == ("PEFT", ["0"]) and not isinstance(given, str):
+            # PEFT does not name its tasks; the argument does.
+            teacher = replace(teacher, prompt_config=teacher.prompt_config | {"tasks": [task]})
+        if task not in teacher.tasks:
+            raise ValueError(
+                f"The task {task!r} has no teacher: --model.teachers {path} has {', '.join(teacher.tasks)}. "
+                "Train PromptTuning on it too, or leave the task out."
+            )
+        check_length(path, teacher.empty_prompt().length, length, "--model.teachers")
+        teachers[task] = teacher
+    return teachers

@@ -1,0 +1,353 @@
+"""Damaged and hostile checkpoints and exports: each is refused with a clear message, by all that read one."""
+
+import gzip
+import io
+import json
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+import torch
+from safetensors.torch import save
+
+from mpt_lightning import MPTSource, MPTTarget, Predictor, PromptTuning
+from mpt_lightning.checkpoint import KEY, read_checkpoint
+from mpt_lightning.cli import main
+from tests.faults.conftest import STAGES, Outcome, Sprung, World
+from tests.faults.damage import Damage, drop, flip, put, saved, zipped
+from tests.modules.conftest import AnyData
+
+pytestmark = pytest.mark.usefixtures("own_folder")
+
+
+def inside(name: str, part: str) -> Callable[[bytes, Random], int]:
+    """A place in one of the archive's files: its header, or its content."""
+
+    def find(content: bytes, random: Random) -> int:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            infos = archive.infolist()
+            (info,) = [i for i in infos if i.filename.endswith(name)][:1]
+            end = min([i.header_offset for i in infos if i.header_offset > info.header_offset] + [archive.start_dir])
+        name_length, extra_length = struct.unpack_from("<HH", content, info.header_offset + 26)
+        data = info.header_offset + 30 + name_length + extra_length
+        if part == "header":
+            return info.header_offset + random.randrange(30)
+        if part == "content":
+            return data + random.randrange(info.file_size)
+        if part == "padding":
+            return data - 1 - random.randrange(8)
+        return min(data + info.file_size + random.randrange(8), end - 1)  # the checksum after the content
+
+    return find
+
+
+def from_end(low: int, high: int) -> Callable[[bytes, Random], int]:
+    return lambda content, random: len(content) - random.randrange(low, high)
+
+
+def byte_damages() -> Iterator[tuple[str, Damage]]:
+    for size in (0, 1, 2, 21, 100):
+        yield f"first {size} bytes", lambda c, r, size=size: c[:size]
+    for less in (1, 2, 22, 71, 93, 400):
+        yield f"last {less} bytes gone", lambda c, r, less=less: c[:-less]
+    for number in range(4):
+        yield f"cut at random {number}", lambda c, r: c[: r.randrange(1, len(c))]
+    for number in range(12):
+        yield f"bit at random {number}", flip(lambda c, r: r.randrange(len(c)))
+    for name in ("data.pkl", "data/0", "version", "byteorder"):
+        for part in ("header", "content", "checksum"):
+            yield f"bit in {part} of {name.replace('/', ' ')}", flip(inside(name, part))
+    yield "bit in padding", flip(inside("data/0", "padding"))
+    yield "bit in directory", flip(from_end(200, 400))
+    yield "bit in directory's end", flip(from_end(72, 93))
+    yield "bit in seal's mark", flip(from_end(65, 72))
+    yield "bit in seal's digest", flip(from_end(1, 65))
+    yield "byte before", lambda c, r: b"\0" + c
+    yield "byte after", lambda c, r: c + b"\0"
+    yield "text after", lambda c, r: c + b"more than there was" * 9
+    yield "twice", lambda c, r: c + c
+    for number in range(3):
+        yield f"byte lost {number}", lambda c, r: c[: (at := r.randrange(len(c)))] + c[at + 1 :]
+        yield f"byte more {number}", lambda c, r: c[: (at := r.randrange(len(c)))] + b"x" + c[at:]
+        yield (
+            f"block of zeros {number}",
+            lambda c, r: c[: (at := r.randrange(len(c) - 512))] + bytes(512) + c[at + 512 :],
+        )
+    yield "blocks swapped", lambda c, r: c[512:1024] + c[:512] + c[1024:]
+    yield "all zeros", lambda c, r: bytes(len(c))
+    yield "random bytes", lambda c, r: r.randbytes(len(c))
+    yield "yaml", lambda c, r: b"trainer:\n  max_steps: 3\n"
+    yield "json", lambda c, r: json.dumps({KEY: {}}).encode()
+    yield "text", lambda c, r: b"prompt\n" * 30
+    yield "png", lambda c, r: b"\x89PNG\r\n\x1a\n" + r.randbytes(200)
+    yield "safetensors", lambda c, r: save({"prompt.prompt_embeddings": torch.zeros(2, 4, 32)})
+    yield "gzip", lambda c, r: gzip.compress(c)
+    yield "another zip", lambda c, r: zipped({"readme.txt": b"text"})
+    yield "empty zip", lambda c, r: zipped({})
+    yield "bare pickle", lambda c, r: pickle.dumps({KEY: {}})
+    yield "a tensor", lambda c, r: saved(torch.zeros(3))
+    yield "a list", lambda c, r: saved([1, 2])
+    yield "a state dict", lambda c, r: saved({"weight": torch.zeros(3)})
+
+
+ENTRIES = ("load", "predictor", "export", "teachers", "source", "init", "fit", "test")
+
+
+def enter(entry: str, path: Path, stage: str, world: World) -> object:
+    """Read a checkpoint where a user gives one."""
+    backbone = world.backbones["llama" if stage == "CPT" else "t5"]
+    trainer = partial(
+        L.Trainer, accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, limit_val_batches=0,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    if entry == "read":
+        return read_checkpoint(str(path))
+    if entry == "load":
+        return STAGES[stage].load_from_checkpoint(str(path))
+    if entry == "predictor":
+        return Predictor.from_checkpoint(str(path))
+    if entry == "export":
+        return main(["export", str(path), "export", "--to", "peft"])
+    if entry in ("fit", "test"):
+        more = ["--trainer.max_steps", "3"] if entry == "fit" else []
+        return main([entry, "--config", str(world.recipes[stage]), "--ckpt_path", str(path), *more])
+    modules = {
+        "teachers": lambda: MPTSource(backbone, teachers=str(path), prompt_length=4),
+        "source": lambda: MPTTarget(backbone, source=str(path)),
+        "init": lambda: PromptTuning(backbone, prompt_length=4, prompt_init="checkpoint", init_checkpoint=str(path)),
+    }
+    return trainer().fit(modules[entry](), datamodule=AnyData(["one", "two"]))
+
+
+def same(left: Any, right: Any) -> bool:
+    """Whether two contents are the same, tensors bit by bit."""
+    if isinstance(left, torch.Tensor):
+        return torch.equal(left, right) and left.dtype == right.dtype
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(map(same, left, right))
+    return bool(left == right)
+
+
+BYTES = list(byte_damages())
+BYTE_CASES = [
+    pytest.param(name, damage, stage, entry, sealed, id=f"{name}-{stage}-{entry}-{'sealed' if sealed else 'unsealed'}")
+    for number, (name, damage) in enumerate(BYTES)
+    for round_, sealed in enumerate((True, False))
+    for stage, entry in [(list(STAGES)[(number + round_) % 3], ENTRIES[(number * 3 + round_ * 4) % 8])]
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "stage", "entry", "sealed"), BYTE_CASES)
+def test_changed_bytes(
+    name: str, damage: Damage, stage: str, entry: str, sealed: bool, world: World, tmp_path: Path, outcome: Outcome
+) -> None:
+    whole = world.checkpoints[stage].read_bytes() if sealed else saved(world.plain(stage))
+    path = tmp_path / "best.ckpt"
+    path.write_bytes(damage(whole, Random(f"{name} {stage}")))
+    assert path.read_bytes() != whole
+    message = outcome(lambda: enter("read", path, stage, world))
+    if message is None:
+        # Accepted only where the change is in no place that anybody reads.
+        assert same(torch.load(path, weights_only=True), world.plain(stage))
+        assert not sealed or name == "last 71 bytes gone"
+        return
+    assert str(path) in message
+    again = outcome(lambda: enter(entry, path, stage, world))
+    assert again is not None
+    assert str(path) in again
+
+
+def tensor(change: Callable[[torch.Tensor], Any], name: str = "prompt.prompt_embeddings") -> Callable[[Any], None]:
+    """Change a trained tensor."""
+
+    def run(content: Any) -> None:
+        content["state_dict"][name] = change(content["state_dict"][name])
+
+    return run
+
+
+def with_one(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(values: torch.Tensor) -> torch.Tensor:
+        values.view(-1)[7] = value
+        return values
+
+    return change
+
+
+def optimizer(values: Any) -> None:
+    next(iter(values["optimizer_states"][0]["state"].values()))["exp_avg"].view(-1)[3] = float("nan")
+
+
+Change = Callable[[Any], None]
+HUGE = 10**14
+CONFIG = (KEY, "prompt_config")
+WRONG: dict[str, dict[str, list[Any]]] = {
+    "PromptTuning": {
+        "stage": [None, 5, "", "../x", ["PromptTuning"]],
+        "backbone": [None, 5, "", ["x"]],
+        "fingerprint": [None, "", "xyz", 7],
+        "prompt_class": [None, "Nothing", [], "MultitaskPrompt", "EmptyPrompt"],
+        "prompt_config": [None, [], {}, "text", {1: 2}],
+        "cards": [None, [], {"one": None}, {"one": {"name": "one"}}, {"one": {"colour": "red"}}, {3: {}}],
+        "format": [None, "1", 2, [1]],
+    },
+    "config": {
+        "num_tasks": [0, -1, 3, HUGE, 2.5, "2", None],
+        "length": [0, -4, 5, HUGE, 10**30, "4", None, [4]],
+        "dim": [0, 31, HUGE, "32", None],
+        "tasks": [None, "ab", [], ["one"], ["one", "one"], [1, 2], {"one": 0, "two": 1}, [["one"], "two"]],
+        "more": [1],
+    },
+    "CPT config": {
+        "token_ids": [None, [], [1], ["a"] * 16, [-1] * 16, [1.5] * 16, "sixteen letters!", HUGE],
+        "token_types": [None, [], [1], [-5] * 16, ["a"] * 16, [4] * 16],
+        "epsilon": [0, -1.0, float("nan"), "x", [0.2]],
+        "trained": ["everything", None, 3],
+        "dim": [16, HUGE],
+    },
+}
+
+
+def content_damages() -> Iterator[tuple[str, str, str, Change]]:
+    """Give what is wrong, the stage, the entry that must refuse it, and the change."""
+    for field, values in WRONG["PromptTuning"].items():
+        yield f"no {field}", "PromptTuning", "read", drop(KEY, field)
+        for number, value in enumerate(values):
+            yield f"{field} {number}", "PromptTuning", "read", put(KEY, field, value=value)
+    for stage, kind in (("PromptTuning", "config"), ("CPT", "CPT config")):
+        for field, values in WRONG[kind].items():
+            if field != "more":
+                yield f"no {field}", stage, "read", drop(*CONFIG, field)
+            for number, value in enumerate(values):
+                yield f"{field} {number} of the prompt", stage, "read", put(*CONFIG, field, value=value)
+    yield "token beyond the vocabulary", "CPT", "predictor", put(*CONFIG, "token_ids", 3, value=9999)
+    yield "another stage's class", "MPTSource", "load", put(KEY, "stage", value="PromptTuning")
+    yield "a stage that is a module", "PromptTuning", "load", put(KEY, "stage", value="base")
+    yield "a backbone that is gone", "PromptTuning", "predictor", put(KEY, "backbone", value="/gone")
+    yield "another fingerprint", "PromptTuning", "predictor", put(KEY, "fingerprint", value="0" * 16)
+    yield "another fingerprint", "MPTSource", "load", put(KEY, "fingerprint", value="0" * 16)
+    yield "another fingerprint", "PromptTuning", "teachers", put(KEY, "fingerprint", value="0" * 16)
+    yield "another fingerprint", "MPTSource", "source", put(KEY, "fingerprint", value="0" * 16)
+    yield "other tasks", "PromptTuning", "teachers", put(*CONFIG, "tasks", value=["three", "four"])
+    yield "other tasks", "PromptTuning", "test", put(*CONFIG, "tasks", value=["three", "four"])
+    for name in (KEY, "state_dict"):
+        yield f"no {name}", "PromptTuning", "read", drop(name)
+        for value in (None, [], "text", 3):
+            yield f"{name} is {value!r}", "PromptTuning", "read", put(name, value=value)
+    table = "prompt.prompt_embeddings"
+    for what, change in {
+        "NaN": with_one(float("nan")), "inf": with_one(float("inf")), "-inf": with_one(float("-inf")),
+        "int64": lambda v: v.long(), "bool": lambda v: v > 0, "complex": lambda v: v.to(torch.complex64),
+        "flat": lambda v: v.flatten(), "transposed": lambda v: v.mT.contiguous(), "one row": lambda v: v[:1].clone(),
+        "empty": lambda v: v[:0].clone(), "a number": lambda v: v.sum(), "a list": lambda v: v.tolist(),
+        "none": lambda v: None, "sparse": lambda v: v.to_sparse(), "on no device": lambda v: v.to("meta"),
+        "repeated": lambda v: torch.zeros(1).expand(v.shape), "wider": lambda v: torch.cat([v, v], dim=-1),
+    }.items():  # fmt: skip
+        yield f"tensor {what}", "PromptTuning", "read", tensor(change)
+    yield "NaN in a factor", "MPTSource", "source", tensor(with_one(float("nan")), "prompt.prefix_task_rows")
+    yield "NaN in a perturbation", "CPT", "export", tensor(with_one(float("nan")), "prompt.delta_embedding")
+    yield "tensor missing", "PromptTuning", "read", drop("state_dict", table)
+    yield "tensor missing", "MPTSource", "export", drop("state_dict", "prompt.prefix_task_cols")
+    yield "tensor too many", "PromptTuning", "load", put("state_dict", "prompt.more", value=torch.zeros(2))
+    yield "foreign tensor", "PromptTuning", "load", put("state_dict", "backbone.more", value=torch.zeros(2))
+    yield (
+        "terabytes in a few bytes",
+        "PromptTuning",
+        "read",
+        lambda c: (
+            c[KEY]["prompt_config"].update(length=HUGE),
+            put("state_dict", table, value=torch.zeros(1).expand(2, HUGE, 32))(c),
+        ),
+    )
+    yield "NaN in the optimizer", "PromptTuning", "fit", optimizer
+    for name, value in {
+        "epoch": "x", "global_step": None, "pytorch-lightning_version": 5, "loops": [], "callbacks": 5,
+        "optimizer_states": {}, "lr_schedulers": 5, "hyper_parameters": None, "datamodule_hyper_parameters": [1],
+    }.items():  # fmt: skip
+        yield f"{name} is {value!r}", "PromptTuning", "read", put(name, value=value)
+    for name, value in {
+        "loops": {}, "optimizer_states": [{}], "lr_schedulers": [5], "pytorch-lightning_version": "two",
+    }.items():  # fmt: skip
+        yield f"{name} is {value!r}", "PromptTuning", "fit", put(name, value=value)
+    for name in ("loops", "optimizer_states", "lr_schedulers"):
+        yield f"no {name}", "PromptTuning", "fit", drop(name)
+    yield "no optimizer groups", "CPT", "fit", put("optimizer_states", 0, "param_groups", value=[])
+    yield "no fit loop", "MPTSource", "fit", drop("loops", "fit_loop")
+    yield "no progress", "PromptTuning", "fit", drop("loops", "fit_loop", "epoch_progress", "current")
+    yield "progress as text", "PromptTuning", "fit", put("loops", "fit_loop", "epoch_progress", value="half")
+    yield (
+        "callbacks without a state",
+        "PromptTuning",
+        "fit",
+        lambda c: c.update(callbacks=dict.fromkeys(c["callbacks"])),
+    )
+    for name, value in {
+        "backbone": 5, "tasks": "one", "prompt_length": "four", "optimizer": 3, "warmup_steps": "x", "unheard_of": 1,
+        "prompt_init": ["text"], "lr": None,
+    }.items():  # fmt: skip
+        entry = ("load", "test")[len(name) % 2]
+        yield f"{name}={value!r} in the arguments", "PromptTuning", entry, put("hyper_parameters", name, value=value)
+    yield (
+        "arguments of another class",
+        "PromptTuning",
+        "test",
+        put("hyper_parameters", "_class_path", value="mpt_lightning.modules.CPT"),
+    )
+    yield "an instantiator", "PromptTuning", "load", put("hyper_parameters", "_instantiator", value="os.system")
+    yield "numbers for names", "PromptTuning", "read", put("hyper_parameters", 5, value=5)
+    for name, value in {"max_input_length": "x", "answer_prefix": 5}.items():
+        yield (
+            f"{name}={value!r} of the data",
+            "PromptTuning",
+            "predictor",
+            put("datamodule_hyper_parameters", name, value=value),
+        )
+    yield (
+        "a score that is none",
+        "PromptTuning",
+        "read",
+        lambda c: [
+            state.update(best_k_models={"best.ckpt": "high"}) for state in c["callbacks"].values() if "monitor" in state
+        ],
+    )
+
+
+CONTENT_CASES = [
+    pytest.param(stage, entry, change, id=f"{name}-{stage}-{entry}") for name, stage, entry, change in content_damages()
+]
+
+
+@pytest.mark.parametrize(("stage", "entry", "change"), CONTENT_CASES)
+def test_changed_content(
+    stage: str, entry: str, change: Change, world: World, tmp_path: Path, outcome: Outcome
+) -> None:
+    content, path = world.plain(stage), tmp_path / "best.ckpt"
+    change(content)
+    torch.save(content, path)
+    assert outcome(lambda: enter(entry, path, stage, world)) is not None
+
+
+@pytest.mark.parametrize("entry", ["read", *ENTRIES])
+@pytest.mark.parametrize("kind", ["zip", "legacy", "pickle", "nested"])
+def test_code_is_never_run(kind: str, entry: str, world: World, tmp_path: Path, outcome: Outcome) -> None:
+    trap, path = Sprung(tmp_path / "sprung"), tmp_path / "trap.ckpt"
+    content: Any = world.plain("PromptTuning")
+    if kind == "nested":
+        content["state_dict"]["prompt.prompt_embeddings"] = trap
+    else:
+        content["trap"] = trap
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps({KEY: {}, "state_dict": {}, "trap": trap}))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=kind != "legacy")
+    assert outcome(lambda: enter(entry, path, "PromptTuning", world)) is not None
+    assert not (tmp_path / "sprung").exists()

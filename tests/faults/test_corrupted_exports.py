@@ -1,0 +1,271 @@
+"""Damaged and hostile exports: this package's PEFT folders and embeddings, and PEFT's own folders."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mpt_lightning import MPTSource, MPTTarget, Predictor, PromptTuning, export_peft, import_peft, load_backbone
+from mpt_lightning.cli import main
+from mpt_lightning.interop import export_prompt_embeds
+from mpt_lightning.interop.folder import _own_digest, digest
+from tests.faults.conftest import Outcome, Sprung, World
+from tests.faults.damage import Change, Damage, drop, flip, put
+from tests.modules.conftest import AnyData
+
+pytestmark = pytest.mark.usefixtures("own_folder")
+ADAPTER, CONFIG, PICKLED = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
+OURS, STATE, TASKS = "mpt_lightning.json", "mpt_lightning.safetensors", "tasks.json"
+IDS, TYPES = [11, 12, 13, 14, 20, 30, 1, 2], [1, 2, 2, 2, 3, 4, 4, 0]
+HUGE = 10**14
+
+
+@pytest.fixture(scope="module")
+def folders(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An export of each layout; the same as folders of PEFT's own, which have nothing of ours."""
+    root = tmp_path_factory.mktemp("exports")
+    made = {
+        "task": export_peft(world.checkpoints["PromptTuning"], root / "task", "one"),
+        "folders": export_peft(world.checkpoints["PromptTuning"], root / "folders"),
+        "group": export_peft(world.checkpoints["MPTSource"], root / "group"),
+        "context": export_peft(world.checkpoints["CPT"], root / "context"),
+    }
+    for name, source in [("PEFT", "task"), ("PEFT group", "group"), ("PEFT bin", "task"), ("PEFT CPT", "context")]:
+        made[name] = root / name
+        shutil.copytree(made[source], made[name], ignore=shutil.ignore_patterns("mpt_lightning.*"))
+    torch.save(load_file(made["PEFT bin"] / ADAPTER), made["PEFT bin"] / PICKLED)
+    (made["PEFT bin"] / ADAPTER).unlink()
+    change_json(
+        made["PEFT CPT"] / CONFIG,
+        lambda c: c.update(
+            peft_type="CPT", num_virtual_tokens=len(IDS), cpt_token_ids=IDS, cpt_tokens_type_mask=TYPES,
+            opt_projection_epsilon=0.2, opt_projection_format_epsilon=0.1,
+        ),
+    )  # fmt: skip
+    table = load_backbone(world.backbones["llama"]).embeddings
+    save_file({"prompt_embeddings": table[torch.tensor(IDS)].clone()}, made["PEFT CPT"] / ADAPTER)
+    for folder in made.values():
+        import_peft(folder)
+    return made
+
+
+def change_json(file: Path, change: Change) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def change_tensors(file: Path, change: Change) -> None:
+    content = load_file(file)
+    change(content)
+    save_file(content, file)
+
+
+def enter(folder: Path, world: World) -> list[Callable[[], object]]:
+    """Every place that reads a folder; one kind of them each would not fit."""
+    backbone = world.backbones["llama" if "context" in folder.name or "CPT" in folder.name else "t5"]
+
+    def fit(module: L.LightningModule) -> Callable[[], object]:
+        trainer = L.Trainer(
+            accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, limit_val_batches=0,
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        return lambda: trainer.fit(module, datamodule=AnyData(["one"]))
+
+    start = {"prompt_length": 4, "prompt_init": "checkpoint", "init_checkpoint": str(folder)}
+    return [
+        lambda: import_peft(folder),
+        lambda: import_peft(folder, load_backbone(backbone)),
+        lambda: Predictor.from_checkpoint(str(folder)),
+        lambda: main(["export", str(folder), "again", "--to", "prompt-embeds"]),
+        lambda: main(["predict", "--input", "in.jsonl", "--ckpt_path", str(folder)]),
+        fit(MPTSource(backbone, teachers={"one": str(folder)}, prompt_length=4)),
+        fit(MPTTarget(backbone, source=str(folder))),
+        fit(PromptTuning(backbone, **start)),
+    ]
+
+
+def refused(folder: Path, number: int, world: World, outcome: Outcome) -> None:
+    """Both `import_peft` and another place tell what is wrong, and with which folder."""
+    for entry in (0, 1 + number % 7):
+        message = outcome(enter(folder, world)[entry])
+        assert message is not None
+        assert str(folder) in message
+
+
+def byte_damages() -> Iterator[tuple[str, Damage | None]]:
+    yield "gone", None
+    yield "empty", lambda c, r: b""
+    yield "half", lambda c, r: c[: len(c) // 2]
+    yield "last bytes gone", lambda c, r: c[:-2]
+    yield "zeros after", lambda c, r: c + bytes(64)
+    yield "zeros within", lambda c, r: c[:100] + bytes(16) + c[116:]
+    yield "png", lambda c, r: b"\x89PNG\r\n\x1a\n" + r.randbytes(200)
+    for number in range(4):
+        yield f"bit {number}", flip(lambda c, r: r.randrange(len(c)))
+
+
+FILES = [
+    ("task", OURS), ("task", ADAPTER), ("folders", OURS), ("folders", f"two/{ADAPTER}"), ("group", OURS),
+    ("group", ADAPTER), ("group", TASKS), ("context", OURS), ("context", STATE), ("PEFT bin", PICKLED),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("what", "damage"), list(byte_damages()), ids=[name for name, _ in byte_damages()])
+@pytest.mark.parametrize(("name", "file"), FILES)
+def test_changed_bytes(
+    name: str, file: str, what: str, damage: Damage | None, folders: dict[str, Path], world: World, tmp_path: Path,
+    outcome: Outcome,
+) -> None:  # fmt: skip
+    shutil.copytree(folders[name], folder := tmp_path / name)
+    path, random = folder / file, Random(f"{name} {file} {what}")
+    whole = path.read_bytes()
+    if damage is None:
+        path.unlink()
+        if file == OURS and name != "folders":
+            return  # what is left is a folder as PEFT writes it
+    else:
+        path.write_bytes(damage(whole, random))
+    if file == PICKLED and outcome(lambda: import_peft(folder)) is None:
+        # Accepted only where the change is in no place that anybody reads.
+        left, right = import_peft(folder).state_dict, import_peft(folders[name]).state_dict
+        assert all(torch.equal(value, right[key]) for key, value in left.items())
+        return
+    refused(folder, random.randrange(7), world, outcome)
+
+
+def description_damages() -> Iterator[tuple[str, Change]]:
+    yield "a later format", put("format", value=2)
+    yield "another field", put("more", value=1)
+    for field, values in {
+        "stage": [None, 5], "backbone": [None, ["x"]], "fingerprint": [None, 5], "prompt_class": [5, [], "No"],
+        "prompt_config": [None, [], {}, {"num_tasks": HUGE, "length": 4, "dim": 32, "tasks": ["one"]}],
+        "cards": [None, [1], {"one": 5}, {"one": {"name": "../one"}}], "hyper_parameters": [None, [1]],
+        "data": [None, "text"], "metrics": [None, {"val/average": "high"}, [0.5]],
+        "files": [None, [], {}, {ADAPTER: None}, {"../task": "0"}, {"/etc/hostname": "0"}, {"a\0b": "0"}],
+    }.items():  # fmt: skip
+        yield f"no {field}", drop(field)
+        for number, value in enumerate(values):
+            yield f"{field} {number}", put(field, value=value)
+    for field, value in {"length": 5, "dim": "32", "num_tasks": 0, "tasks": "o"}.items():
+        yield f"{field} of the prompt", put("prompt_config", field, value=value)
+
+
+@pytest.mark.parametrize("change", [pytest.param(change, id=name) for name, change in description_damages()])
+def test_a_wrong_description_with_a_right_digest(
+    change: Change, folders: dict[str, Path], world: World, tmp_path: Path, outcome: Outcome
+) -> None:
+    shutil.copytree(folders["task"], folder := tmp_path / "task")
+
+    def sign(content: Any) -> None:
+        change(content)
+        content.pop("sha256")
+        content["sha256"] = _own_digest(content)
+
+    change_json(folder / OURS, sign)
+    refused(folder, 1, world, outcome)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("name", ["task", "group", "context", "PEFT", "PEFT group", "PEFT bin", "PEFT CPT"])
+def test_values_that_are_not_finite(
+    name: str, value: float, folders: dict[str, Path], world: World, tmp_path: Path, outcome: Outcome
+) -> None:
+    shutil.copytree(folders[name], folder := tmp_path / name)
+    file = folder / (STATE if name == "context" else PICKLED if name == "PEFT bin" else ADAPTER)
+    tensors = torch.load(file, weights_only=True) if name == "PEFT bin" else load_file(file)
+    key = sorted(tensors)[-1]
+    tensors[key].view(-1)[3] = value
+    (torch.save if name == "PEFT bin" else save_file)(tensors, file)
+    if (folder / OURS).is_file():
+        content = json.loads((folder / OURS).read_text())
+        content["files"][file.name] = digest(file)
+        content["sha256"] = _own_digest({name: value for name, value in content.items() if name != "sha256"})
+        (folder / OURS).write_text(json.dumps(content))
+    message = outcome(lambda: import_peft(folder))
+    assert message is not None
+    assert key in message
+    assert "not finite" in message
+
+
+def peft_damages() -> Iterator[tuple[str, str, Callable[[Path], object]]]:
+    for name, values in {
+        "peft_type": [None, 5, [], {}, "LORA", "P_TUNING"], "task_type": [5, [], "SEQ_CLS", "CAUSAL"],
+        "num_virtual_tokens": [None, "4", -1, True, HUGE, 4.0, [4]], "token_dim": ["x", 0, HUGE, [32]],
+        "num_transformer_submodules": ["x", 3, True, HUGE], "base_model_name_or_path": [5, ["x"], {}],
+    }.items():  # fmt: skip
+        for number, value in enumerate(values):
+            yield f"{name} {number}", "PEFT", lambda f, n=name, v=value: change_json(f / CONFIG, put(n, value=v))
+    for name, values in {"num_tasks": ["2", 0, HUGE], "num_ranks": ["1", 3, HUGE]}.items():
+        for number, value in enumerate(values):
+            yield f"{name} {number}", "PEFT group", lambda f, n=name, v=value: change_json(f / CONFIG, put(n, value=v))
+    for name, values in {
+        "cpt_token_ids": [None, "sixteen!", 5, {}, ["a"] * 8, [-1] * 8, [1.5] * 8, [9999] * 8, IDS[1:], [None] * 8],
+        "cpt_tokens_type_mask": [None, 5, ["a"] * 8, TYPES[1:], [-7] * 8], "opt_projection_epsilon": ["x", -1, []],
+        "base_model_name_or_path": [None, "/gone"],
+    }.items():  # fmt: skip
+        for number, value in enumerate(values):
+            yield f"{name} {number}", "PEFT CPT", lambda f, n=name, v=value: change_json(f / CONFIG, put(n, value=v))
+    for name, content in {
+        "list": b"[]", "text": b"peft", "empty": b"", "cut": b'{"peft_type": "PROM', "UTF-16": "{}".encode("utf-16"),
+        "latin-1": b'{"peft_type": "\xff"}', "deep": b'{"a":' * 3000, "NaN": b'{"num_virtual_tokens": NaN}',
+    }.items():  # fmt: skip
+        yield f"config {name}", "PEFT", lambda f, c=content: (f / CONFIG).write_bytes(c)
+    for name, content in {
+        "list": b"[]", "text": b"one", "too few": b'{"one": 0}', "twice": b'{"one": 0, "two": 0}',
+        "texts": b'{"one": "0", "two": "1"}', "null": b'{"one": null, "two": 1}', "lists": b'{"one": [0], "two": [1]}',
+    }.items():  # fmt: skip
+        yield f"tasks {name}", "PEFT group", lambda f, c=content: (f / TASKS).write_bytes(c)
+    for name, change in {
+        "header's length": lambda c: b"\xff" * 8 + c[8:], "header": lambda c: c[:20] + b"~" + c[21:],
+        "half": lambda c: c[: len(c) // 2], "empty": lambda c: b"", "more": lambda c: c + b"\0", "text": lambda c: b"a",
+        "type": lambda c: c.replace(b'"F32"', b'"F99"'), "offsets": lambda c: c.replace(b"[0,", b"[4,"),
+    }.items():  # fmt: skip
+        yield f"tensors' {name}", "PEFT", lambda f, h=change: (f / ADAPTER).write_bytes(h((f / ADAPTER).read_bytes()))
+    for name, change in {
+        "int64": lambda t: t.update(prompt_embeddings=t["prompt_embeddings"].long()),
+        "another shape": lambda t: t.update(prompt_embeddings=t["prompt_embeddings"][:3]),
+        "flat": lambda t: t.update(prompt_embeddings=t["prompt_embeddings"].flatten()),
+        "another name": lambda t: t.update(prompts=t.pop("prompt_embeddings")),
+        "one more": lambda t: t.update(more=torch.zeros(1)),
+    }.items():
+        yield f"tensors {name}", "PEFT", lambda f, h=change: change_tensors(f / ADAPTER, h)
+    for name, content in {"list": [1], "numbers": {"prompt_embeddings": 3}, "a tensor": torch.zeros(2)}.items():
+        yield f"bin {name}", "PEFT bin", lambda f, c=content: torch.save(c, f / PICKLED)
+
+
+PEFT_CASES = [
+    pytest.param(number, folder, change, id=f"{name}-{folder}")
+    for number, (name, folder, change) in enumerate(peft_damages())
+]
+
+
+@pytest.mark.parametrize(("number", "name", "change"), PEFT_CASES)
+def test_a_wrong_folder_of_pefts(
+    number: int, name: str, change: Callable, folders: dict[str, Path], world: World, tmp_path: Path, outcome: Outcome
+) -> None:
+    shutil.copytree(folders[name], folder := tmp_path / name)
+    change(folder)
+    refused(folder, number, world, outcome)
+
+
+def test_code_in_a_folder_is_not_run(folders: dict[str, Path], world: World, tmp_path: Path, outcome: Outcome) -> None:
+    shutil.copytree(folders["PEFT bin"], folder := tmp_path / "PEFT bin")
+    torch.save({"prompt_embeddings": Sprung(tmp_path / "sprung")}, folder / PICKLED)
+    for entry in enter(folder, world):
+        assert outcome(entry) is not None
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_embeddings_have_digests_and_are_no_checkpoint(world: World, tmp_path: Path, outcome: Outcome) -> None:
+    folder = export_prompt_embeds(world.checkpoints["PromptTuning"], tmp_path / "embeds")
+    tasks = json.loads((folder / "prompt_embeds.json").read_text())["tasks"]
+    assert [task["sha256"] for task in tasks.values()] == [digest(folder / task["file"]) for task in tasks.values()]
+    refused(folder, 2, world, outcome)

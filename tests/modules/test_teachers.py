@@ -1,0 +1,584 @@
+"""The teachers of source training: what their pass costs, how often it runs, and what a disk cache makes of it."""
+
+import contextlib
+import copy
+import csv
+import os
+import pickle
+import signal
+import sqlite3
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from ranks import launch
+from torch.utils.data import DataLoader
+
+from mpt_lightning import MPTSource, PromptTuning, ShardedStrategy, load_backbone
+from mpt_lightning.modules.teacher_cache import TeacherCache
+from tests.conftest import VOCABULARY, make_batch
+from tests.modules.conftest import TASKS, AnyData
+
+Folder = Callable[[str], str]
+MakeTrainer = Callable[..., L.Trainer]
+Batch = dict[str, torch.Tensor]
+
+
+def built(folder: str, seed: int = 1, **options: Any) -> MPTSource:
+    """A module with everything a step needs, and random teachers, without a Trainer."""
+    L.seed_everything(0)
+    module = MPTSource(folder, tasks=TASKS, prompt_length=4, prompt_init="random", **options)
+    module.backbone = load_backbone(folder, module.hparams["backbone_dtype"], module.hparams["backbone_dropout"])
+    module.prompt = module.build_prompt(module.backbone)
+    generator = torch.Generator().manual_seed(seed)
+    module.teacher_prompts = torch.randn(3, 4, module.backbone.dim, generator=generator)
+    return module.train()
+
+
+def terms(module: MPTSource, batch: Batch) -> dict[str, float]:
+    return {name: value.item() for name, value in module.losses(batch).items()}
+
+
+@contextlib.contextmanager
+def teacher_passes(module: MPTSource) -> Iterator[list[torch.Tensor]]:
+    """Collect the input ids of every pass without gradients."""
+    seen: list[torch.Tensor] = []
+
+    def note(_: object, inputs: tuple[Any, ...]) -> None:
+        if not torch.is_grad_enabled():
+            seen.append(inputs[2])
+
+    with module.backbone.register_forward_pre_hook(note):
+        yield seen
+
+
+# -- the pass -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["t5", "gpt2", "llama"])
+@pytest.mark.parametrize("layers", ["last", "all"])
+def test_the_pass_has_no_graph_is_in_the_backbones_precision_and_keeps_what_is_compared_alone(
+    kind: str, dtype: str, layers: str, model_folder: Folder
+) -> None:
+    module, batch = built(model_folder(kind), backbone_dtype=dtype, hidden_layers=layers), make_batch()
+    outputs: list[weakref.ref] = []
+    saved_for_backward = []
+
+    def note(layer: torch.nn.Module, _: object, output: Any) -> None:
+        found = output if isinstance(output, tuple | list) else [output]
+        tensors = [value for value in found if isinstance(value, torch.Tensor) and value.is_floating_point()]
+        assert not torch.is_grad_enabled()
+        assert not any(value.requires_grad for value in tensors)
+        if isinstance(layer, torch.nn.Linear | torch.nn.Embedding):
+            assert tensors[0].dtype == getattr(torch, dtype)
+        outputs.extend(weakref.ref(value.untyped_storage()) for value in tensors)
+
+    hooks = [layer.register_forward_hook(note) for layer in module.backbone.model.modules()]
+    distinct, rows = batch["task_ids"].unique(return_inverse=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda value: saved_for_backward.append(value), lambda value: value):
+        targets = module.teachers.targets(module.backbone, distinct, rows, batch)
+    for hook in hooks:
+        hook.remove()
+    assert outputs
+    assert not saved_for_backward
+    # Of all the activations there are left: logits, the states that are compared, and prompts encoded for the run.
+    wanted = [targets.logits, *(state for states in targets.states.values() for state in states)]
+    encoded = module.teachers._encoded
+    if kind != "t5":
+        wanted += [*encoded.hidden, *(part for pair in encoded.layers for part in pair)]
+    places = {value.untyped_storage().data_ptr() for value in wanted}
+    alive = {storage.data_ptr() for storage in (ref() for ref in outputs) if storage is not None}
+    assert alive <= places
+    assert len(alive) < len(outputs) / 2
+
+
+def test_the_teachers_pass_is_over_when_the_students_begins(model_folder: Folder) -> None:
+    module, order = built(model_folder("t5")), []
+    hook = module.backbone.register_forward_hook(lambda *_: order.append(torch.is_grad_enabled()))
+    module.losses(make_batch())
+    hook.remove()
+    assert order == [False, True]
+
+
+# -- every n-th step ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def teachers(model_folder: Folder, data: AnyData, trainer: MakeTrainer, tmp_path: Path) -> str:
+    L.seed_everything(1)
+    run = trainer(max_epochs=2)
+    run.fit(PromptTuning(model_folder("t5"), prompt_length=4), datamodule=data)
+    run.save_checkpoint(tmp_path / "teachers.ckpt")
+    return str(tmp_path / "teachers.ckpt")
+
+
+class Record(L.Callback):
+    """Notes for each batch the optimizer step it belongs to, and whether the teachers ran."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[int, bool]] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: MPTSource, *_: object) -> None:
+        self.step, self.scope = trainer.global_step + 1, teacher_passes(module)
+        self.seen = self.scope.__enter__()
+
+    def on_train_batch_end(self, *_: object) -> None:
+        self.scope.__exit__(None, None, None)
+        self.batches.append((self.step, bool(self.seen)))
+
+
+class StopAfter(L.Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+        trainer.should_stop = trainer.global_step >= self.step
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "every", "expected"),
+    [
+        (1, 1, [(1, True), (2, True), (3, True), (4, True), (5, True), (6, True)]),
+        (1, 2, [(1, False), (2, True), (3, False), (4, True), (5, False), (6, True)]),
+        # Three batches per epoch: Lightning ends a step with the epoch.
+        (2, 2, [(1, False), (1, False), (2, True), (3, False), (3, False), (4, True)]),
+        (3, 2, [(1, False), (1, False), (1, False), (2, True), (2, True), (2, True)]),
+    ],
+)
+def test_every_nth_optimizer_step_distils(
+    accumulate: int, every: int, expected: list[tuple[int, bool]], model_folder: Folder, data: AnyData,
+    trainer: MakeTrainer, teachers: str,
+) -> None:  # fmt: skip
+    record = Record()
+    module = MPTSource(model_folder("t5"), teachers, prompt_length=4, teacher_every=every)
+    trainer(max_epochs=2, accumulate_grad_batches=accumulate, callbacks=[record]).fit(module, datamodule=data)
+    assert record.batches == expected
+
+
+def test_terms_count_n_times_and_are_logged_when_they_are_computed(
+    model_folder: Folder, data: AnyData, trainer: MakeTrainer, teachers: str, tmp_path: Path
+) -> None:
+    def logged(every: int, interval: int = 1) -> list[dict[str, float | None]]:
+        L.seed_everything(0)
+        logger = CSVLogger(tmp_path, name=f"{every}-{interval}")
+        module = MPTSource(
+            model_folder("t5"), teachers, prompt_length=4, teacher_every=every, logits_weight=0.5, hidden_weight=2.0,
+            shared_lr=0.0, task_lr=0.0,
+        )  # fmt: skip
+        trainer(max_epochs=2, logger=logger, log_every_n_steps=interval).fit(module, datamodule=data)
+        with Path(logger.log_dir, "metrics.csv").open() as file:
+            return [
+                {name.removeprefix("train/"): float(value) if value else None for name, value in row.items()}
+                for row in csv.DictReader(file)
+            ]
+
+    always, second = logged(1), logged(2)
+    assert [row["step"] for row in second] == [0, 1, 2, 3, 4, 5]
+    for number, (full, row) in enumerate(zip(always, second, strict=True), start=1):
+        assert row["task_loss"] == pytest.approx(full["task_loss"], rel=1e-5)
+        distillation = full["loss"] - full["task_loss"]
+        assert distillation == pytest.approx(0.5 * full["logits_loss"] + 2.0 * full["hidden_loss"], rel=1e-5)
+        if number % 2:
+            assert row["logits_loss"] is row["hidden_loss"] is None
+            assert row["loss"] == row["task_loss"]
+        else:
+            assert row["logits_loss"] == pytest.approx(full["logits_loss"], rel=1e-5)
+            assert row["loss"] - row["task_loss"] == pytest.approx(2 * distillation, rel=1e-5)
+    # A multiple of n is logged with its terms, as Lightning counts the steps to log.
+    assert [row["logits_loss"] is not None for row in logged(2, interval=2)] == [True] * 3
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_resuming_between_two_distilled_steps_is_exact(
+    cached: bool, model_folder: Folder, data: AnyData, trainer: MakeTrainer, teachers: str, tmp_path: Path
+) -> None:
+    record = Record()
+
+    def run(cache: str, ckpt_path: str | None = None, **options: Any) -> dict[str, torch.Tensor]:
+        L.seed_everything(3)
+        module = MPTSource(
+            model_folder("t5"), teachers, prompt_length=4, teacher_every=2,
+            teacher_cache=str(tmp_path / cache) if cached else None,
+        )  # fmt: skip
+        fit = trainer(max_epochs=4, **options)
+        fit.fit(module, datamodule=data, ckpt_path=ckpt_path)
+        if "half" in cache and ckpt_path is None:
+            fit.save_checkpoint(tmp_path / "half.ckpt")
+        return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+    whole = run("whole")
+    run("half", callbacks=[StopAfter(3)])
+    L.seed_everything(99)
+    resumed = run("half", str(tmp_path / "half.ckpt"), callbacks=[record])
+    assert record.batches[0][0] == 4
+    if not cached:
+        assert [ran for _, ran in record.batches] == [True, False] * 4 + [True]
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name
+
+
+# -- the cache ------------------------------------------------------------------------------------------------------
+
+HIDDEN = [{}, {"hidden_layers": "all", "hidden_positions": "all"}, {"hidden_positions": "prompt"}]
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("kind", ["t5", "gpt2", "llama"])
+def test_a_row_from_the_cache_is_what_the_teachers_say(
+    kind: str, hidden: dict[str, str], model_folder: Folder, tmp_path: Path
+) -> None:
+    batch = make_batch()
+    options = {"temperature": 1.7, **hidden}
+    expected = terms(built(model_folder(kind), **options), batch)
+    module = built(model_folder(kind), teacher_cache=str(tmp_path), teacher_top_k=VOCABULARY, **options)
+    with teacher_passes(module) as passes:
+        missed, hit = terms(module, batch), terms(module, batch)
+    assert len(passes) == 1
+    assert missed == hit
+    assert hit["logits_loss"] == pytest.approx(expected["logits_loss"], rel=1e-5)
+    assert hit["hidden_loss"] == pytest.approx(expected["hidden_loss"], rel=1e-2)  # bfloat16
+    assert hit["task_loss"] == expected["task_loss"]
+    short = built(model_folder(kind), teacher_cache=str(tmp_path), teacher_top_k=5, **options)
+    assert 0 < terms(short, batch)["logits_loss"] < expected["logits_loss"]
+
+
+@pytest.mark.parametrize("weight", ["logits_weight", "hidden_weight"])
+def test_a_term_without_weight_is_not_stored(weight: str, model_folder: Folder, tmp_path: Path) -> None:
+    sizes = []
+    for number, value in enumerate((1.0, 0.0)):
+        options = {weight: value, "teacher_cache": str(tmp_path / str(number)), "hidden_positions": "all"}
+        module = built(model_folder("llama"), **options)
+        missed, hit = terms(module, make_batch()), terms(module, make_batch())
+        assert missed == hit
+        assert (weight.replace("weight", "loss") in hit) == (value > 0)
+        module.teardown("fit")
+        sizes.append(sum(file.stat().st_size for file in (tmp_path / str(number)).iterdir()))
+    assert sizes[1] < sizes[0]
+
+
+def test_states_of_prompts_alone_need_no_row(model_folder: Folder, tmp_path: Path) -> None:
+    """A decoder-only model's prompts do not see the rows: once encoded they serve every batch of the run."""
+    options = {"hidden_positions": "prompt", "logits_weight": 0.0}
+    module = built(model_folder("llama"), teacher_cache=str(tmp_path), **options)
+    first = terms(module, make_batch())
+    again = built(model_folder("llama"), teacher_cache=str(tmp_path), **options)
+    with teacher_passes(again) as passes:
+        assert terms(again, make_batch()) == first
+    assert not passes
+    plain = terms(built(model_folder("llama"), **options), make_batch())
+    assert first["hidden_loss"] == pytest.approx(plain["hidden_loss"])
+
+
+def test_later_epochs_and_other_runs_run_no_teacher(
+    model_folder: Folder, data: AnyData, trainer: MakeTrainer, teachers: str, tmp_path: Path
+) -> None:
+    def run(epochs: int, **options: Any) -> tuple[list[bool], dict[str, torch.Tensor]]:
+        L.seed_everything(0)
+        record = Record()
+        module = MPTSource(model_folder("t5"), teachers, prompt_length=4, shared_lr=0.01, task_lr=0.01, **options)
+        trainer(max_epochs=epochs, callbacks=[record]).fit(module, datamodule=data)
+        return [ran for _, ran in record.batches], module.state_dict()
+
+    cache = {"teacher_cache": str(tmp_path / "cache"), "teacher_top_k": VOCABULARY}
+    first, trained = run(2, **cache)
+    assert first == [True] * 3 + [False] * 3
+    again, same = run(2, **cache)
+    assert again == [False] * 6
+    _, plain = run(2)
+    for name, value in trained.items():
+        torch.testing.assert_close(same[name], value, rtol=0, atol=0)
+        torch.testing.assert_close(plain[name], value, rtol=1e-2, atol=1e-3)
+
+
+def test_only_missing_rows_are_run_and_equal_rows_once(model_folder: Folder, tmp_path: Path) -> None:
+    module, batch = built(model_folder("t5"), teacher_cache=str(tmp_path)), make_batch()
+    module.losses({name: value[:2] for name, value in batch.items()})
+    twice = {name: torch.cat([value, value]) for name, value in batch.items()}
+    with teacher_passes(module) as passes:
+        doubled = terms(module, twice)
+    assert sorted(row.tolist() for row in passes[0]) == sorted(row.tolist() for row in batch["input_ids"][2:])
+    assert doubled == pytest.approx(terms(module, batch), rel=1e-5)
+
+
+def other_padding(batch: Batch, left: bool) -> Batch:
+    """The same rows in another order, wider, with their padding of another id and on another side."""
+    rows = torch.tensor([3, 1, 4, 0, 2])
+    ids, mask = batch["input_ids"][rows], batch["attention_mask"][rows]
+    wide_ids, wide_mask = torch.full((5, 12), 7), torch.zeros(5, 12, dtype=torch.long)
+    for row in range(5):
+        tokens = ids[row][mask[row] == 1]
+        place = slice(12 - len(tokens), None) if left else slice(0, len(tokens))
+        wide_ids[row, place], wide_mask[row, place] = tokens, 1
+    labels = torch.nn.functional.pad(batch["labels"][rows], (0, 2), value=-100)
+    return {"input_ids": wide_ids, "attention_mask": wide_mask, "labels": labels, "task_ids": batch["task_ids"][rows]}
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_order_and_padding_do_not_matter(
+    kind: str, left: bool, hidden: dict[str, str], model_folder: Folder, tmp_path: Path
+) -> None:
+    batch = make_batch()
+    other = other_padding(batch, left)
+    module = built(model_folder(kind), teacher_cache=str(tmp_path), **hidden)
+    before = terms(module, batch)
+    with teacher_passes(module) as passes:
+        after = terms(module, other)
+    assert not passes
+    assert after == pytest.approx(before, rel=1e-4)
+
+
+def test_what_changes_the_teachers_answer_changes_the_key(model_folder: Folder, tmp_path: Path) -> None:
+    batch = make_batch()
+
+    def misses(changed: Batch | None = None, kind: str = "t5", **options: Any) -> int:
+        module = built(model_folder(kind), teacher_cache=str(tmp_path), **options)
+        with teacher_passes(module) as passes:
+            module.losses(changed or batch)
+        return sum(len(ids) for ids in passes)
+
+    assert misses() == 5
+    assert misses() == 0
+    assert misses(shared_lr=0.1, logits_weight=0.3) == 0
+    assert misses(seed=2) == 5  # other teachers
+    assert misses(kind="llama") == 5
+    assert misses(temperature=2.0) == misses(teacher_top_k=3) == misses(hidden_layers="all") == 5
+    assert misses(hidden_positions="all") == misses(hidden_weight=0.0) == misses(backbone_dtype="bfloat16") == 5
+    with torch.autocast("cpu", torch.bfloat16):
+        assert misses() == 5
+    for name in ("labels", "input_ids", "task_ids"):
+        changed = copy.deepcopy(batch)
+        changed[name].view(-1)[0] = 2 if name == "task_ids" else 9
+        assert misses(changed) == 1, name
+    assert misses() == 0
+
+
+def test_dropout_leaves_nothing_to_cache(model_folder: Folder, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"backbone_dropout=True .* Set --model.backbone_dropout to false"):
+        MPTSource(model_folder("t5"), teacher_cache=str(tmp_path), backbone_dropout=True)
+
+
+@pytest.mark.parametrize("option", ["teacher_every", "teacher_top_k"])
+def test_counts_are_checked(option: str) -> None:
+    with pytest.raises(ValueError, match=f"{option} must be 1 or more, got 0"):
+        MPTSource("any", **{option: 0})
+
+
+def test_copies_open_the_file_themselves(model_folder: Folder, tmp_path: Path) -> None:
+    module, batch = built(model_folder("llama"), teacher_cache=str(tmp_path)), make_batch()
+    expected = terms(module, batch)
+    cache = module.teachers._cache
+    for teachers in (copy.deepcopy(module).teachers, pickle.loads(pickle.dumps(module.teachers))):
+        assert teachers._cache is None
+        module.teachers = teachers
+        with teacher_passes(module) as passes:
+            assert terms(module, batch) == expected
+        assert not passes
+    reopened = pickle.loads(pickle.dumps(cache))
+    assert reopened._connection is None
+    # In a process that was forked off the connection is another process's.
+    connection, cache._process = cache._connection, 0
+    assert cache.get([b"nothing"]) == {}
+    assert cache._connection is not connection
+    assert connection.execute("SELECT count(*) FROM rows").fetchone() == (5,)
+    assert "teachers" not in "".join(module.state_dict())
+
+
+@pytest.fixture
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let fresh processes import this file."""
+    root = Path(__file__).parents[2]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(root), str(root / "tests")]))
+
+
+# -- the file -------------------------------------------------------------------------------------------------------
+
+
+def row(number: int, size: int = 50) -> tuple[bytes, dict[str, torch.Tensor]]:
+    values = torch.full((size, 20), float(number))
+    return number.to_bytes(16, "big"), {"log_probs": values, "ids": values.int(), "encoder/text": values.bfloat16()}
+
+
+def write_and_die(folder: str, inserts: int) -> None:
+    """Write batches of ten rows, and die at an insert."""
+    cache, seen = TeacherCache(Path(folder), {"a": 1}), 0
+
+    def count(statement: str) -> None:
+        nonlocal seen
+        seen += statement.startswith("INSERT OR")
+        if seen == inserts:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    cache._open().set_trace_callback(count)
+    for batch in range(10):
+        cache.put(dict(row(10 * batch + number) for number in range(10)))
+
+
+@pytest.mark.parametrize("inserts", [1, 37])
+def test_a_kill_in_mid_write_leaves_whole_batches(inserts: int, tmp_path: Path, importable: None) -> None:
+    code = f"from tests.modules.test_teachers import write_and_die; write_and_die({str(tmp_path)!r}, {inserts})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    cache = TeacherCache(tmp_path, {"a": 1})
+    found = cache.get([row(number)[0] for number in range(100)])
+    assert sorted(found) == [row(number)[0] for number in range(inserts // 10 * 10)]
+    for number in range(inserts // 10 * 10):
+        assert all(torch.equal(found[row(number)[0]][name], value) for name, value in row(number)[1].items())
+    cache.put(dict(row(number) for number in range(100)))
+    assert len(cache.get([row(number)[0] for number in range(100)])) == 100
+    cache.close()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    cache = TeacherCache(tmp_path, {"a": 1})
+    cache.put(dict(row(number) for number in range(20)))
+    cache.close()
+    assert not cache.path.with_name(f"{cache.path.name}-wal").exists()
+    return cache.path
+
+
+def truncate(file: Path, size: float) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * size)])
+
+
+def flip(file: Path) -> None:
+    """Change one bit of a row's values."""
+    content = bytearray(file.read_bytes())
+    place = content.rindex(torch.full((200,), 7.0).numpy().tobytes())
+    content[place + 100] ^= 1
+    file.write_bytes(content)
+
+
+def of_another(file: Path) -> None:
+    with contextlib.closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute("PRAGMA application_id = 7")
+
+
+def rename(file: Path) -> None:
+    cache = TeacherCache(file.parent, {"a": 2})
+    cache.put(dict([row(1)]))
+    cache.close()
+    os.replace(cache.path, file)
+
+
+@pytest.mark.parametrize(
+    ("damage", "cause"),
+    [
+        (lambda file: truncate(file, 0.9), "malformed"),
+        (lambda file: truncate(file, 0.5), "malformed"),
+        (lambda file: truncate(file, 0.0005), "malformed"),
+        (lambda file: file.write_text("some text" * 3), "not a database"),
+        (flip, "a row's checksum does not fit"),
+        (of_another, "another program made it"),
+        (rename, "of another backbone, or of other settings"),
+    ],
+)
+def test_a_damaged_or_foreign_file_is_told(damage: Callable[[Path], None], cause: str, file: Path) -> None:
+    damage(file)
+    cache = TeacherCache(file.parent, {"a": 1})
+    assert cache.path == file
+    with pytest.raises(ValueError, match=rf"(?s)The teachers' cache {file} is damaged.*{cause}.*Remove the file"):
+        cache.get([row(number)[0] for number in range(20)])
+    cache.close()
+
+
+def test_a_full_disk_is_told_and_leaves_what_is_there(file: Path) -> None:
+    cache = TeacherCache(file.parent, {"a": 1})
+    pages = cache._open().execute("PRAGMA page_count").fetchone()[0]
+    cache._open().execute(f"PRAGMA max_page_count = {pages + 3}")
+    with pytest.raises(OSError, match=r"cannot be used: database or disk is full. Make room .*--model.teacher_cache"):
+        cache.put(dict(row(number) for number in range(100, 120)))
+    assert len(cache.get([row(number)[0] for number in range(120)])) == 20
+    cache.close()
+
+
+def test_a_folder_that_is_a_file_is_told(tmp_path: Path, model_folder: Folder) -> None:
+    (tmp_path / "cache").touch()
+    module = built(model_folder("t5"), teacher_cache=str(tmp_path / "cache"))
+    with pytest.raises(OSError, match=r"set --model.teacher_cache to another folder"):
+        module.losses(make_batch())
+
+
+# -- several ranks --------------------------------------------------------------------------------------------------
+
+
+def both_write(folder: Path) -> None:
+    """In each rank: write and read rows of which every other one is the other rank's too."""
+    rank, cache = int(os.environ["RANK"]), TeacherCache(folder, {"a": 1})
+    for number in range(60):
+        key, written = row(2 * number)
+        cache.put(dict([(key, written), row(1000 + 2 * number + rank)]))
+        assert torch.equal(cache.get([key])[key]["log_probs"], written["log_probs"])
+    cache.close()
+
+
+class RankRows(AnyData):
+    """Each rank's own half of every batch; or the first rank's half alone, in one process."""
+
+    def __init__(self, halves: int) -> None:
+        super().__init__()
+        self.halves = halves
+
+    def train_dataloader(self) -> DataLoader:
+        rows, rank = super().train_dataloader().dataset, self.trainer.global_rank
+        mine = [place for place in range(len(rows)) if place % self.halves == rank]
+        return DataLoader(torch.utils.data.Subset(rows, mine), batch_size=self.batch_size // self.halves)
+
+
+def train(source: list[str], cache: Path, halves: int, epochs: int = 1, **options: Any) -> tuple[dict, list[bool]]:
+    """Train with a cache; give the weights, and for each batch whether the teachers ran."""
+    L.seed_everything(0)
+    record = Record()
+    trainer = L.Trainer(
+        accelerator="cpu", max_epochs=epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, limit_val_batches=0, use_distributed_sampler=False, callbacks=[record], **options,
+    )  # fmt: skip
+    module = MPTSource(
+        *source, prompt_length=4, shared_lr=0.01, task_lr=0.01, optimizer="adafactor", teacher_cache=str(cache)
+    )
+    trainer.fit(module, datamodule=RankRows(halves))
+    return module.state_dict(), [ran for _, ran in record.batches]
+
+
+def on_two_ranks(source: list[str], folder: str) -> None:
+    torch.set_num_threads(1)
+    root, rank = Path(folder), int(os.environ["RANK"])
+    both_write(root)
+    ddp = {"devices": 2, "strategy": "ddp"}
+    weights, ran = train(source, root / "ddp", 2, epochs=2, **ddp)
+    assert ran == [True] * 3 + [False] * 3
+    if rank == 0:
+        torch.save(weights, root / "weights.pt")
+    # The first rank finds its rows in this cache, the second one does not: of a sharded backbone both make the pass.
+    _, ran = train(source, root / "half", 2, devices=2, strategy=ShardedStrategy())
+    assert ran == [True] * 3
+    _, ran = train(source, root / "half", 2, devices=2, strategy=ShardedStrategy())
+    assert ran == [False] * 3
+
+
+@pytest.mark.slow
+def test_ranks_share_a_cache(model_folder: Folder, teachers: str, tmp_path: Path, importable: None) -> None:
+    source = [model_folder("t5"), teachers]
+    expected, _ = train(source, tmp_path / "one", 1, epochs=2)
+    train(source, tmp_path / "half", 2)
+    launch(on_two_ranks, source, str(tmp_path))
+    for name, value in torch.load(tmp_path / "weights.pt", weights_only=True).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
+    written = TeacherCache(tmp_path, {"a": 1})
+    assert len(written.get([row(number)[0] for number in range(2000)])) == 60 + 2 * 60
+    written.close()
+    for folder in ("one", "ddp", "half"):
+        (path,) = (tmp_path / folder).glob("*.sqlite")
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            assert connection.execute("SELECT count(*) FROM rows").fetchone() == (24,)

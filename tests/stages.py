@@ -1,0 +1,72 @@
+"""The four training stages on the demo's models, in float64: for tests that compare several processes with one."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+
+from mpt_lightning import CPT, MPTSource, MPTTarget, MultitaskDataModule, PromptTuning, TaskDataModule
+from mpt_lightning.backbones import Backbone
+from mpt_lightning.data.base import PromptDataModule
+from mpt_lightning.modules import PromptModule
+
+T5, LLAMA = "mpt_lightning/demo/t5", "mpt_lightning/demo/llama"
+TASKS = ["demo/voice", "demo/advice"]  # answers of one word each, so that ranks have equally many label tokens
+STAGES = ["prompt_tuning", "source", "target", "cpt"]
+
+
+def make(stage: str, folder: Path) -> PromptModule:
+    """The module of a stage, from the checkpoints of the stages before it in `folder`."""
+    if stage == "prompt_tuning":
+        return PromptTuning(T5, prompt_length=4)
+    if stage == "source":
+        # Prompts are equally long on every rank; texts are not, and a mean over each rank's tokens would differ.
+        return MPTSource(T5, str(folder / "prompt_tuning.ckpt"), prompt_length=4, hidden_positions="prompt")
+    if stage == "target":
+        return MPTTarget(T5, str(folder / "source.ckpt"))
+    return CPT(LLAMA, lr=0.05, epsilon=2.0, template_epsilon=1.0)
+
+
+def doubled(module: PromptModule) -> PromptModule:
+    """Let a module's backbone be in float64 as soon as it is loaded, and the rest when it is built."""
+    adapt, build = module.adapt, module.configure_model
+
+    def adapt_doubled(backbone: Backbone) -> None:
+        adapt(backbone)
+        backbone.double()
+
+    def configure_model() -> None:
+        build()
+        module.double()
+
+    module.adapt, module.configure_model = adapt_doubled, configure_model
+    return module
+
+
+def data(stage: str, batch_size: int, folder: Path, **options: Any) -> PromptDataModule:
+    """The data of a stage: 9 rows per task to evaluate on, which two ranks cannot share evenly."""
+    options = {"batch_size": batch_size, "max_eval_rows": 9, "cache_dir": str(folder / "cache")} | options
+    if stage == "cpt":
+        return TaskDataModule("demo/voice", context_shots=8, answer_prefix="label :", separator="", **options)
+    return MultitaskDataModule(TASKS, sampling="all", **({"max_train_rows": 16} | options))
+
+
+def trainer(devices: int, strategy: Any = "ddp", **options: Any) -> L.Trainer:
+    """A Trainer that is quiet; without a strategy where there is one process."""
+    defaults = {
+        "accelerator": "cpu", "devices": devices, "strategy": strategy if devices > 1 else "auto", "logger": False,
+        "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0,
+    }  # fmt: skip
+    return L.Trainer(**(defaults | options))
+
+
+class FirstGradient(L.Callback):
+    """Keeps the gradients of the first step, as the optimizer gets them."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        if not self.values:
+            trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+            self.values = {f"gradient/{name}": p.grad.clone() for name, p in trained.items()}
