@@ -187,19 +187,22 @@ def main() -> None:
     found = environment(options.threads, options.repeats) | ({"note": options.note} if options.note else {})
     # What a run leaves out stays as it was in the file.
     results = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else {}
+
+    def keep(**part: Any) -> None:
+        results.update(part)
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
         if "steps" in options.only:
             with quiet():
-                lines = list(steps(options.repeats, folder))
+                lines = list(steps(options.repeats, Path(name)))
             show("Teachers", lines, found)
-            results |= {"environment": found, "steps": plain(lines)}
+            keep(environment=found, steps=plain(lines))
         if "scores" in options.only:
-            rows = scores(options.seeds, folder)
+            rows = scores(options.seeds, Path(name))
             Console(width=150).print(scores_table(rows, options.seeds))
-            results |= {"scores": rows}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            keep(scores_environment=found, scores=rows)
 
 
 if __name__ == "__main__":

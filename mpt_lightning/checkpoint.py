@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mpt_lightning.content import TRAINING_STATE, check_types, check_values
+from mpt_lightning.content import TRAINING_STATE, check_types, check_values, saved_scores
 from mpt_lightning.content import check_state as check_state
 from mpt_lightning.content import keep_trainable as keep_trainable
 from mpt_lightning.content import trainable as trainable
@@ -218,7 +218,7 @@ def parse_checkpoint(content: Mapping[str, Any], path: str) -> PromptCheckpoint:
         state_dict=dict(content["state_dict"]),
         hyper_parameters=dict(content.get("hyper_parameters") or {}),
         data=dict(content.get("datamodule_hyper_parameters") or {}),
-        metrics=_metrics(content, path),
+        metrics=saved_scores(content, path),
         **values,
     )
     trained = checkpoint.hyper_parameters.get("_class_path", checkpoint.stage)
@@ -226,20 +226,6 @@ def parse_checkpoint(content: Mapping[str, Any], path: str) -> PromptCheckpoint:
         raise ValueError(f"{path} is damaged: it was saved by {checkpoint.stage}, and its arguments are {trained}'s.")
     checkpoint.check_tensors()
     return checkpoint
-
-
-def _metrics(content: Mapping[str, Any], path: str) -> dict[str, float]:
-    """Give the scores under which ModelCheckpoint saved the file of this name."""
-    try:
-        states = [s for s in (content.get("callbacks") or {}).values() if isinstance(s, Mapping) and s.get("monitor")]
-        return {
-            str(state["monitor"]): float(score)
-            for state in states
-            for file, score in (state.get("best_k_models") or {}).items()
-            if Path(file).name == Path(path).name
-        }
-    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged: its scores cannot be read ({one_line(error)}).") from error
 
 
 def read_checkpoint(

@@ -1,6 +1,7 @@
 """What of a module goes into a checkpoint, and what one must hold: values of the right types, finite tensors."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,6 +86,24 @@ def check_training_state(content: Mapping[str, Any], path: str) -> None:
         for parameter, values in of_parameters.items():
             tensors = {f"{name} of parameter {parameter}": v for name, v in values.items() if isinstance(v, Tensor)}
             check_values({name: value for name, value in tensors.items() if value.is_floating_point()}, path)
+
+
+def saved_scores(content: Mapping[str, Any], path: str) -> dict[str, float]:
+    """Give the scores under which ModelCheckpoint saved the file of this name, by their metrics' names.
+
+    Raises:
+        ValueError: the states of the callbacks cannot be read.
+    """
+    try:
+        states = [s for s in (content.get("callbacks") or {}).values() if isinstance(s, Mapping) and s.get("monitor")]
+        return {
+            str(state["monitor"]): float(score)
+            for state in states
+            for file, score in (state.get("best_k_models") or {}).items()
+            if Path(file).name == Path(path).name
+        }
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged: its scores cannot be read ({one_line(error)}).") from error
 
 
 def trainable(module: nn.Module) -> dict[str, Tensor]:

@@ -46,6 +46,8 @@ def check_seal(file: Path) -> None:
     with zipfile.ZipFile(file) as archive:
         if comment.startswith(MARK) or archive.comment:
             raise ValueError("its content is not what was written: the digest at its end does not fit")
+        if comment[-22:-18] != b"PK\x05\x06" or comment[-2:] != b"\0\0":
+            raise ValueError("its end is not what was written: bytes are missing there, or too many")
         damaged = archive.testzip()
     if damaged is not None:
         raise ValueError(f"its part {damaged} is not what was written: the checksum does not fit")

@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.strategy import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.constants import default_pg_timeout
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from mpt_lightning.backbones import Backbone
@@ -52,6 +53,12 @@ class ShardedStrategy(ModelParallelStrategy):
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING and self.lightning_module is not None:
             self.model = DistributedDataParallel(self.lightning_module)
+
+    def model_to_device(self) -> None:
+        """Move what is not sharded; shards are where they belong."""
+        for part in self.lightning_module.children() if self.lightning_module is not None else ():
+            if not isinstance(part, FSDPModule):
+                part.to(self.root_device)
 
     def teardown(self) -> None:
         """Unwrap the module."""

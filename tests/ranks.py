@@ -49,7 +49,7 @@ def launch(function: Callable[..., None], *arguments: Any, ranks: int = 2, secon
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.communicate()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -145,11 +144,9 @@ class RunCLI(MPTCLI):
     def __init__(self, words: Sequence[str], folder: Path, clock: L.Callback | None = None) -> None:
         self.folder = folder
         words = shield_texts(resolve_names(words))
-        # LightningCLI warns when it is given arguments that are not the process's.
-        sys.argv = ["mpt", *words]
         # Hundreds of files that say what the results' commands say would take a tenth of a short run.
         callbacks = [] if clock is None else [clock]
-        super().__init__(save_config_callback=None, trainer_defaults={"callbacks": callbacks})
+        super().__init__(words, save_config_callback=None, trainer_defaults={"callbacks": callbacks})
 
     def before_instantiate_classes(self) -> None:
         """Put the run's files into its folder."""

@@ -28,13 +28,13 @@ def stop_together(trainer: L.Trainer, optimizer: Optimizer, fault: str | None) -
     Raises:
         ValueError: the gradients are not finite; says what happened on which rank.
     """
-    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+    if gradients and getattr(trainer.precision_plugin, "scaler", None) is None:
+        stops = not torch.nn.utils.get_total_norm(gradients).isfinite()
+    else:
         # In float16 an overflow is nothing special, so that gradients say nothing: here it takes one number per step.
         stops = trainer.strategy.reduce_boolean_decision(fault is not None, all=False)
-    else:
-        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
-        stops = not torch.nn.utils.get_total_norm(gradients).isfinite()
     if not stops:
         return
     faults: list[str | None] = [None] * trainer.world_size

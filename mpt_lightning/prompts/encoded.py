@@ -165,7 +165,8 @@ class SuperposedPrompt(Prompt):
         tasks: Sequence[str] | None = None,
     ) -> None:
         super().__init__(num_tasks, length, dim, tasks)
-        if len(token_ids) != num_tasks or len({len(ids) for ids in token_ids}) != 1 or not token_ids[0]:
+        numbers = all(type(token) is int for ids in token_ids for token in ids)
+        if len(token_ids) != num_tasks or len({len(ids) for ids in token_ids}) != 1 or not token_ids[0] or not numbers:
             raise ValueError(f"token_ids must be {num_tasks} lists of one length, got {list(map(len, token_ids))}.")
         self.token_ids = [list(ids) for ids in token_ids]
         count = len(self.token_ids[0])
@@ -175,8 +176,17 @@ class SuperposedPrompt(Prompt):
         self._attached = False
 
     def attach(self, embeddings: Tensor) -> None:
-        """Take the tokens' embeddings from the backbone's table `[V, H]`."""
+        """Take the tokens' embeddings from the backbone's table `[V, H]`.
+
+        Raises:
+            ValueError: the table is of another width, or has too few rows.
+        """
         ids = torch.tensor(self.token_ids, device=embeddings.device)
+        if embeddings.shape[1] != self.dim or not 0 <= int(ids.min()) <= int(ids.max()) < len(embeddings):
+            raise ValueError(
+                f"The prompt has token ids from {int(ids.min())} to {int(ids.max())} of width {self.dim}, and the "
+                f"backbone's embeddings are {list(embeddings.shape)}. Use the backbone that the prompt was made for."
+            )
         self.embeddings.copy_(embeddings.detach()[ids])
         self._attached = True
 

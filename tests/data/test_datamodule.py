@@ -29,8 +29,10 @@ def test_training_batch(film):
     assert module.num_train_rows == 40
     batches = list(module.train_dataloader())
     assert len(batches) == 5
+    rows: list[int] = []
     for batch in batches:
-        assert set(batch) == {"input_ids", "attention_mask", "labels", "task_ids"}
+        assert set(batch) == {"input_ids", "attention_mask", "labels", "task_ids", "row_ids"}
+        rows += batch.pop("row_ids")
         assert all(value.dtype == torch.long for value in batch.values())
         lengths = batch["attention_mask"].sum(1)
         assert batch["input_ids"].shape == (8, lengths.max())
@@ -38,6 +40,7 @@ def test_training_batch(film):
         assert torch.equal(batch["input_ids"].gather(1, lengths[:, None] - 1), torch.ones(8, 1).long())
         assert batch["labels"].shape == (8, 2)
         assert batch["task_ids"].tolist() == [0] * 8
+    assert sorted(rows) == list(range(40))
 
 
 def test_evaluation_batch(film):

@@ -32,6 +32,7 @@ from mpt_lightning.backbones.sharding import shard
 from mpt_lightning.callbacks import PEFTExport, PredictionWriter
 from mpt_lightning.checkpoint import read_checkpoint
 from mpt_lightning.data.card import TaskCard
+from mpt_lightning.data.sampling import EvalSampler
 from mpt_lightning.strategies import check_strategy
 
 STAGES = ["source", "cached", "cpt", "checkpointed", "prefix"]
@@ -282,6 +283,14 @@ def test_the_command_starts_the_other_ranks(tmp_path: Path) -> None:
 def test_what_cannot_be_sharded_is_refused(strategy: Any, quantization: str | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_strategy(strategy, quantization)
+
+
+@pytest.mark.parametrize("size", [0, 1, 6, 7, 8])
+def test_ranks_in_step_have_equally_many_rows_to_answer(size: int) -> None:
+    samplers = [EvalSampler(range(size), 3, rank, even=True) for rank in range(3)]
+    assert {len(sampler) for sampler in samplers} == {-(-size // 3)}
+    counted = [row for sampler in samplers for row in list(sampler)[: len(sampler) - sampler.filling]]
+    assert sorted(counted) == list(range(size))
 
 
 def test_ranks_that_would_make_different_passes_are_refused() -> None:

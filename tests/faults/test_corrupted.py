@@ -21,7 +21,7 @@ from mpt_lightning import MPTSource, MPTTarget, Predictor, PromptTuning
 from mpt_lightning.checkpoint import KEY, read_checkpoint
 from mpt_lightning.cli import main
 from tests.faults.conftest import STAGES, Outcome, Sprung, World
-from tests.faults.damage import Damage, drop, flip, put, saved, zipped
+from tests.faults.damage import Change, Damage, drop, flip, put, saved, zipped
 from tests.modules.conftest import AnyData
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -158,7 +158,7 @@ def test_changed_bytes(
     if message is None:
         # Accepted only where the change is in no place that anybody reads.
         assert same(torch.load(path, weights_only=True), world.plain(stage))
-        assert not sealed or name == "last 71 bytes gone"
+        assert not sealed
         return
     assert str(path) in message
     again = outcome(lambda: enter(entry, path, stage, world))
@@ -183,11 +183,25 @@ def with_one(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return change
 
 
-def optimizer(values: Any) -> None:
-    next(iter(values["optimizer_states"][0]["state"].values()))["exp_avg"].view(-1)[3] = float("nan")
+def nan_in_the_optimizer(content: Any) -> None:
+    next(iter(content["optimizer_states"][0]["state"].values()))["exp_avg"].view(-1)[3] = float("nan")
 
 
-Change = Callable[[Any], None]
+def terabytes(content: Any) -> None:
+    """A few bytes that stand for terabytes, as the description says."""
+    content[KEY]["prompt_config"]["length"] = HUGE
+    content["state_dict"]["prompt.prompt_embeddings"] = torch.zeros(1).expand(2, HUGE, 32)
+
+
+def no_state(content: Any) -> None:
+    content["callbacks"] = dict.fromkeys(content["callbacks"])
+
+
+def no_score(content: Any) -> None:
+    for state in content["callbacks"].values():
+        state.update({"best_k_models": {"best.ckpt": "high"}} if "monitor" in state else {})
+
+
 HUGE = 10**14
 CONFIG = (KEY, "prompt_config")
 WRONG: dict[str, dict[str, list[Any]]] = {
@@ -259,16 +273,8 @@ def content_damages() -> Iterator[tuple[str, str, str, Change]]:
     yield "tensor missing", "MPTSource", "export", drop("state_dict", "prompt.prefix_task_cols")
     yield "tensor too many", "PromptTuning", "load", put("state_dict", "prompt.more", value=torch.zeros(2))
     yield "foreign tensor", "PromptTuning", "load", put("state_dict", "backbone.more", value=torch.zeros(2))
-    yield (
-        "terabytes in a few bytes",
-        "PromptTuning",
-        "read",
-        lambda c: (
-            c[KEY]["prompt_config"].update(length=HUGE),
-            put("state_dict", table, value=torch.zeros(1).expand(2, HUGE, 32))(c),
-        ),
-    )
-    yield "NaN in the optimizer", "PromptTuning", "fit", optimizer
+    yield "terabytes in a few bytes", "PromptTuning", "read", terabytes
+    yield "NaN in the optimizer", "PromptTuning", "fit", nan_in_the_optimizer
     for name, value in {
         "epoch": "x", "global_step": None, "pytorch-lightning_version": 5, "loops": [], "callbacks": 5,
         "optimizer_states": {}, "lr_schedulers": 5, "hyper_parameters": None, "datamodule_hyper_parameters": [1],
@@ -284,41 +290,24 @@ def content_damages() -> Iterator[tuple[str, str, str, Change]]:
     yield "no fit loop", "MPTSource", "fit", drop("loops", "fit_loop")
     yield "no progress", "PromptTuning", "fit", drop("loops", "fit_loop", "epoch_progress", "current")
     yield "progress as text", "PromptTuning", "fit", put("loops", "fit_loop", "epoch_progress", value="half")
-    yield (
-        "callbacks without a state",
-        "PromptTuning",
-        "fit",
-        lambda c: c.update(callbacks=dict.fromkeys(c["callbacks"])),
-    )
+    yield "callbacks without a state", "PromptTuning", "fit", no_state
+    for number, value in enumerate([[{}], [{"epoch": "x", "batches": 1, "rows": 4}], [5], [{"batches": -1}]]):
+        where = ("loops", "fit_loop", "state_dict", "combined_loader")
+        yield f"state of the loader {number}", "PromptTuning", "fit", put(*where, value=value)
     for name, value in {
         "backbone": 5, "tasks": "one", "prompt_length": "four", "optimizer": 3, "warmup_steps": "x", "unheard_of": 1,
         "prompt_init": ["text"], "lr": None,
     }.items():  # fmt: skip
         entry = ("load", "test")[len(name) % 2]
         yield f"{name}={value!r} in the arguments", "PromptTuning", entry, put("hyper_parameters", name, value=value)
-    yield (
-        "arguments of another class",
-        "PromptTuning",
-        "test",
-        put("hyper_parameters", "_class_path", value="mpt_lightning.modules.CPT"),
-    )
+    another = put("hyper_parameters", "_class_path", value="mpt_lightning.modules.CPT")
+    yield "arguments of another class", "PromptTuning", "test", another
     yield "an instantiator", "PromptTuning", "load", put("hyper_parameters", "_instantiator", value="os.system")
     yield "numbers for names", "PromptTuning", "read", put("hyper_parameters", 5, value=5)
     for name, value in {"max_input_length": "x", "answer_prefix": 5}.items():
-        yield (
-            f"{name}={value!r} of the data",
-            "PromptTuning",
-            "predictor",
-            put("datamodule_hyper_parameters", name, value=value),
-        )
-    yield (
-        "a score that is none",
-        "PromptTuning",
-        "read",
-        lambda c: [
-            state.update(best_k_models={"best.ckpt": "high"}) for state in c["callbacks"].values() if "monitor" in state
-        ],
-    )
+        change = put("datamodule_hyper_parameters", name, value=value)
+        yield f"{name}={value!r} of the data", "PromptTuning", "predictor", change
+    yield "a score that is none", "PromptTuning", "read", no_score
 
 
 CONTENT_CASES = [

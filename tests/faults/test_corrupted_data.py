@@ -188,8 +188,9 @@ def write(tmp_path: Path) -> Callable[[str, bytes], Path]:
 def test_a_damaged_file(kind: str, name: str, world: World, tmp_path: Path, write: Callable, outcome: Outcome) -> None:
     file = write(kind, BAD[kind][name])
     message = outcome(lambda: load(tmp_path, world))
-    gc.collect()  # pandas leaves a file open that is in another encoding
     assert message is not None
+    if "UnicodeDecodeError" in message:
+        gc.collect()  # pandas has left the file open
     assert "Task 'film'" in message
     assert str(file) in message or "column" in message or "row " in message
 

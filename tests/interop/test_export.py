@@ -206,6 +206,7 @@ def edit(folder: Path, old: str, new: str) -> None:
     file.write_text(file.read_text().replace(old, new))
 
 
+SMALLER = {"num_tasks": 1, "length": 9, "dim": 32, "rank": 3, "tasks": ["a"]}
 OTHER = "is damaged. The checkpoint's tensors do not fit this model"
 OWN = {
     "later": (lambda f: describe(f, format=2), "has the export format 2; this version reads 1"),
@@ -215,7 +216,7 @@ OWN = {
     "gone": (lambda f: (f / "adapter_model.safetensors").unlink(), "is missing or was changed"),
     "other arguments": (lambda f: describe(f, prompt_config={"size": 1}), "is damaged"),
     "no files": (lambda f: describe(f, files=[]), "is damaged: it has the fields"),
-    "other shape": (lambda f: describe(f, prompt_config=dict(num_tasks=1, length=9, dim=32, tasks=["a"])), OTHER),
+    "other shape": (lambda f: describe(f, prompt_config=SMALLER), OTHER),
     "edited": (lambda f: edit(f, '"rank": 3', '"rank": 1'), "was changed after the export: its own digest"),
 }
 

@@ -210,9 +210,15 @@ def test_every_optimizer_and_schedule_lowers_the_loss(
 def test_a_loss_that_is_no_number_stops_and_says_where(
     model_folder: Folder, data: AnyData, trainer: MakeTrainer
 ) -> None:
-    module = PromptTuning(model_folder("t5"), prompt_length=4, lr=float("inf"))
-    with pytest.raises(ValueError, match=r"loss is nan at step 1 .*tasks one, two, three.*Lower the learning rate"):
-        fit(module, data, trainer())
+    class Spoil(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, module: AnyData, *_: object) -> None:
+            if trainer.global_step == 1:
+                torch.nn.init.constant_(next(module.prompt.parameters()), torch.nan)
+
+    module = PromptTuning(model_folder("t5"), prompt_length=4)
+    message = r"loss is not finite at step 1, batch 1 \(loss nan\)\. Rows: three 0, 3, 6; one .*Lower the learning rate"
+    with pytest.raises(ValueError, match=message):
+        fit(module, data, trainer(callbacks=[Spoil()]))
 
 
 def test_validation_logs_a_loss_per_task_and_the_backbone_stays_in_eval_mode(
