@@ -20,6 +20,9 @@ from transformers import (
 
 # Lightning 2.6 calls what jsonargparse 4.49 deprecated; this is jsonargparse's own switch.
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
+# On small tensors a second thread costs more than it does; the processes that tests start read the variable.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 VOCABULARY = 120
 WORDS = """the a good bad film plot was is not very great awful yes no positive negative sentence question answer
