@@ -108,9 +108,12 @@ class LastCheckpoint(ModelCheckpoint):
         )
 
     def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
-        """Write when it is time, and after the last step, which no validation needs to follow."""
+        """Write when it is time, and after the last step where no validation follows it."""
         super().on_train_batch_end(trainer, *rest)
+        loop = trainer.fit_loop
         is_last = trainer.global_step == trainer.estimated_stepping_batches
+        # A checkpoint from before that validation would be one of a run that has nothing more to do.
+        is_last = is_last and not loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
         if is_last and self.dirpath and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.save_checkpoint(Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
 
