@@ -9,10 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mpt_lightning.content import TRAINING_STATE, check_types, check_values, saved_scores
-from mpt_lightning.content import check_state as check_state
-from mpt_lightning.content import keep_trainable as keep_trainable
-from mpt_lightning.content import trainable as trainable
+from mpt_lightning.content import TRAINING_STATE, check_state, check_types, check_values, saved_scores
 from mpt_lightning.data.card import load_card
 from mpt_lightning.files import one_line
 from mpt_lightning.prompts import (

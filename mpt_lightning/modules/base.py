@@ -9,8 +9,8 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mpt_lightning import checkpoint as ckpt
 from mpt_lightning import objectives
+from mpt_lightning.content import trainable
 from mpt_lightning.modules import agreement, evaluation
 from mpt_lightning.modules.built import Batch, BuiltModule
 from mpt_lightning.modules.optimization import make_optimizer, make_schedule
@@ -60,7 +60,7 @@ class PromptModule(BuiltModule):
             )
             if self.trainer.world_size == 1:
                 raise ValueError(self._fault)
-            loss = agreement.spoil(loss, list(ckpt.trainable(self).values()))
+            loss = agreement.spoil(loss, list(trainable(self).values()))
         size = len(batch["task_ids"])
         for name, value in terms.items():
             self.log(f"train/{name}", value, prog_bar=True, batch_size=size)

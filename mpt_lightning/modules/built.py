@@ -17,7 +17,7 @@ from mpt_lightning import checkpoint as ckpt
 from mpt_lightning.backbones import Backbone, load_backbone
 from mpt_lightning.backbones.quantization import Quantization
 from mpt_lightning.checkpoint_io import CheckedCheckpointIO
-from mpt_lightning.content import check_training_state
+from mpt_lightning.content import check_state, check_training_state, keep_trainable, trainable
 from mpt_lightning.errors import own_error
 from mpt_lightning.files import one_line
 from mpt_lightning.modules import evaluation
@@ -79,7 +79,7 @@ class BuiltModule(L.LightningModule, ABC):
         self._row_of_task: Tensor | None = None  # from the data's task ids to this module's
         self._cards: dict[str, Any] = {}
         self._resumed: int | None = None  # the step of the checkpoint that was loaded
-        self.register_state_dict_post_hook(ckpt.keep_trainable)
+        self.register_state_dict_post_hook(keep_trainable)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -250,7 +250,7 @@ class BuiltModule(L.LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add how to use the tensors: class, backbone, tasks, cards."""
         backbone, prompt = self.parts()
-        damaged = [name for name, value in ckpt.trainable(self).items() if not value.isfinite().all()]
+        damaged = [name for name, value in trainable(self).items() if not value.isfinite().all()]
         if damaged:
             raise ValueError(
                 f"{', '.join(damaged)} has values that are not finite at step {self.global_step}, so no checkpoint is "
@@ -287,7 +287,7 @@ class BuiltModule(L.LightningModule, ABC):
                 f"checkpoint: {type(self).__name__}.load_from_checkpoint(...)."
             )
             return super().load_state_dict({}, strict=False)
-        ckpt.check_state(self, state_dict)
+        check_state(self, state_dict)
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
 
