@@ -25,21 +25,14 @@ from mpt_lightning.backbones.sharding import tie
 
 
 class CausalBackbone(Backbone):
-    """A frozen decoder-only model.
+    """A frozen decoder-only model; see `Backbone` for the arguments.
 
     Raises:
         ValueError: the model has layers other than attention, whose state a prefix cannot be split off from.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        name: str,
-        dropout: bool = False,
-        gradient_checkpointing: bool = False,
-        compiled: bool = False,
-    ) -> None:
-        super().__init__(model, name, dropout, gradient_checkpointing, compiled)
+    def __init__(self, model: PreTrainedModel, name: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, name, *args, **kwargs)
         config = model.config.get_text_config(decoder=True)
         kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
         if kinds:
