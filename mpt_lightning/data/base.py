@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal, get_args
@@ -118,14 +119,16 @@ class PromptDataModule(L.LightningDataModule):
         self._splits: dict[Split, list[Dataset]] = {}
 
     def _save_options(self, name: str, cards: Any, options: dict[str, Any]) -> None:
-        """Keep the arguments as primitives; unlogged, since the module may have arguments of the same name."""
+        """Save the arguments as primitives; unlogged, since the module may have arguments of the same name."""
 
         def plain(value: Any) -> Any:
             if isinstance(value, list):
                 return [plain(item) for item in value]
             return asdict(value) if isinstance(value, TaskCard) else value
 
-        self.save_hyperparameters({name: plain(cards), **options}, logger=False)
+        # With the environment's folder: a model card names a Hub data set only if the rows came from the Hub.
+        root = self.data_root or os.environ.get("MPT_DATA_ROOT") or None
+        self.save_hyperparameters({name: plain(cards), **options, "data_root": root}, logger=False)
 
     @property
     def tasks(self) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mpt_lightning.backbones import Backbone, load_backbone
@@ -29,8 +29,10 @@ FIELDS = (
 )  # fmt: skip
 OWN_SUFFIXES = (".safetensors", ".json", ".md")
 """What an export's own files end with; a task's folder of such a name could be in the place of one."""
-PRIVATE = ("teachers", "source", "init_checkpoint", "data_root", "cache_dir", "card", "tasks")
-"""Arguments that stay behind: paths of the machine that trained, which nobody else needs, and what `cards` has."""
+# Arguments that are not exported: paths of the machine that trained, and what `cards` contains.
+PRIVATE = ("teachers", "source", "init_checkpoint", "cache_dir", "card", "tasks")
+# What an export contains in place of a `data_root`: that the data was local, but not where.
+LOCAL = "<local files>"
 
 
 @contextmanager
@@ -111,7 +113,8 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
         OSError: it does not.
     """
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    save_file(plain, file, metadata={"format": "pt"})
+    # safetensors' own save_file gives the file mode 0600, whatever the umask.
+    file.write_bytes(save(plain, metadata={"format": "pt"}))
     written = read_tensors(file)
     same = written.keys() == plain.keys() and all(
         value.dtype == plain[name].dtype
@@ -150,6 +153,8 @@ def write_description(folder: Path, checkpoint: PromptCheckpoint, files: Iterabl
     values = {name: getattr(checkpoint, name) for name in FIELDS}
     for name in ("hyper_parameters", "data"):
         values[name] = {key: value for key, value in values[name].items() if key not in PRIVATE and _is_plain(value)}
+    if values["data"].get("data_root") is not None:
+        values["data"]["data_root"] = LOCAL
     content = {"format": FORMAT, **values, "files": {name: digest(folder / name) for name in files}}
     write_json(folder / DESCRIPTION, {**content, "sha256": _own_digest(content)})
 
