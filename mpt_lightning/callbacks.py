@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from torch.nn import functional
 
 from mpt_lightning.modules.base import PromptModule
-from mpt_lightning.prompts import Prompt
+from mpt_lightning.prompts import DecomposedPrompt, PrefixPrompt, Prompt
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -149,13 +149,17 @@ class PEFTExport(L.Callback):
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check that what is trained is a prompt.
+        """Check that what is trained is a prompt of embeddings, as PEFT's are.
 
         Raises:
-            MisconfigurationException: it is the backbone.
+            MisconfigurationException: It is the backbone, or a prompt of another kind.
         """
-        if isinstance(pl_module, PromptModule) and pl_module.prompt is not None and not pl_module.prompt.length:
-            raise MisconfigurationException(f"{type(pl_module).__name__} trains no prompt: leave PEFTExport out.")
+        prompt = pl_module.prompt if isinstance(pl_module, PromptModule) else None
+        if prompt is not None and prompt.output != Prompt.output:
+            raise MisconfigurationException(
+                f"PEFTExport exports prompts of embeddings, and {type(pl_module).__name__} trains {prompt.output}. "
+                "Remove PEFTExport from the callbacks."
+            )
 
     def _export(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         saved = trainer.checkpoint_callback
@@ -185,7 +189,10 @@ class PEFTExport(L.Callback):
 
 
 def prompt_similarity(prompt: Prompt) -> torch.Tensor:
-    """Give the cosine similarity of the tasks' prompts.
+    """Return the cosine similarity of the tasks' prompts.
+
+    DePT's prompts are compared by their embeddings, without the shift of the text; prefixes by the keys and values of
+    all layers.
 
     Args:
         prompt: a trained prompt of T tasks.
@@ -195,7 +202,12 @@ def prompt_similarity(prompt: Prompt) -> torch.Tensor:
     """
     with torch.no_grad():
         device = next(prompt.parameters()).device
-        flat = functional.normalize(prompt(torch.arange(prompt.num_tasks, device=device)).flatten(1), dim=1)
+        made: Any = prompt(torch.arange(prompt.num_tasks, device=device))
+        if isinstance(prompt, DecomposedPrompt):
+            made = made[0]
+        elif isinstance(prompt, PrefixPrompt):
+            made = torch.cat([states.flatten(1) for layer in made for states in layer], dim=1)
+        flat = functional.normalize(made.flatten(1), dim=1)
         return (flat @ flat.T).clamp(-1, 1).cpu()
 
 

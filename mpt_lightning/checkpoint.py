@@ -157,6 +157,22 @@ class PromptCheckpoint:
         )
         return prompt
 
+    def check_embeddings(self, argument: str) -> None:
+        """Check that the prompts are embeddings and nothing else, as a start, a teacher and an export need.
+
+        Args:
+            argument: the argument that named this checkpoint.
+
+        Raises:
+            ValueError: They are not.
+        """
+        output = PROMPTS[self.prompt_class].output
+        if output != Prompt.output:
+            raise ValueError(
+                f"{argument} {self.path} was saved by {self.stage} and contains {output}; expected a prompt of "
+                "embeddings alone. Give a checkpoint of PromptTuning, MPTSource, MPTTarget or CPT."
+            )
+
     def check_backbone(self, name: str, fingerprint: str, argument: str) -> None:
         """Refuse another backbone.
 

@@ -228,8 +228,9 @@ def trained_prompt(checkpoint: PromptCheckpoint, backbone: Backbone | None = Non
             is given.
 
     Raises:
-        ValueError: no prompt, another backbone, or one that cannot be loaded.
+        ValueError: no prompt of embeddings, another backbone, or one that cannot be loaded.
     """
+    checkpoint.check_embeddings("checkpoint")
     if not checkpoint.state_dict or any(not name.startswith("prompt.") for name in checkpoint.state_dict):
         raise ValueError(
             f"{checkpoint.path} was saved by {checkpoint.stage}, and holds no prompt to export. Give a checkpoint of "

@@ -78,11 +78,12 @@ def checkpoint_prompts(path: str | None, backbone: Backbone, tasks: Sequence[str
         [T, P, H].
 
     Raises:
-        ValueError: no path, another backbone, another length.
+        ValueError: no path, no embeddings (DePT, prefix tuning), another backbone, another length.
     """
     if not path:
         raise ValueError("prompt_init='checkpoint' needs a checkpoint: set --model.init_checkpoint.")
     checkpoint = read_checkpoint(path, "--model.init_checkpoint", folder=True, backbone=backbone)
+    checkpoint.check_embeddings("--model.init_checkpoint")
     checkpoint.check_backbone(backbone.name, backbone.fingerprint, "--model.init_checkpoint")
     prompt = checkpoint.prompt(backbone.embeddings)
     check_length(path, prompt.length, length, "--model.init_checkpoint")

@@ -263,7 +263,7 @@ def read_teachers(
         backbone: the backbone in use, where it is loaded.
 
     Raises:
-        ValueError: a task has none, or its prompt is of another length.
+        ValueError: a task has none, or its prompt is not of embeddings alone or of another length.
     """
     paths = {task: given for task in tasks} if isinstance(given, str) else given
     read: dict[str, PromptCheckpoint] = {}
@@ -283,6 +283,7 @@ def read_teachers(
                 f"The task {task!r} has no teacher: --model.teachers {path} has {', '.join(teacher.tasks)}. "
                 "Train PromptTuning on it too, or leave the task out."
             )
+        teacher.check_embeddings("--model.teachers")
         check_length(path, teacher.empty_prompt().length, length, "--model.teachers")
         teachers[task] = teacher
     return teachers

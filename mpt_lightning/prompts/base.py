@@ -22,6 +22,8 @@ class Prompt(nn.Module, ABC):
     """
 
     least_length = 1
+    # What `forward` returns, in words for messages.
+    output = "embeddings"
 
     def __init__(self, num_tasks: int, length: int, dim: int, tasks: Sequence[str] | None = None) -> None:
         super().__init__()

@@ -31,6 +31,8 @@ class DecomposedPrompt(Prompt):
         (torch.Size([1, 2, 8]), torch.Size([1, 5, 8]))
     """
 
+    output = "embeddings and a shift of the text's embeddings"
+
     def __init__(
         self, num_tasks: int, length: int, dim: int, text_length: int, rank: int, tasks: Sequence[str] | None = None
     ) -> None:

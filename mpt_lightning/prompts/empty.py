@@ -23,6 +23,7 @@ class EmptyPrompt(Prompt):
     """
 
     least_length = 0
+    output = "no prompt, but trained weights of the backbone"
 
     def __init__(self, num_tasks: int, dim: int, tasks: Sequence[str] | None = None) -> None:
         super().__init__(num_tasks, 0, dim, tasks)

@@ -34,6 +34,8 @@ class PrefixPrompt(Prompt):
         torch.Size([2, 3, 4, 5])
     """
 
+    output = "keys and values for every layer"
+
     def __init__(
         self,
         num_tasks: int,

@@ -202,7 +202,7 @@ def test_mistakes_get_one_message(checkpoint: Make, backbones: Give, tmp_path: P
         with pytest.raises(ValueError, match=message):
             export_peft(*arguments, **options)
     adapter = checkpoint("llama", "Adapters", state_dict={"backbone.model.lora_A": torch.ones(2)})
-    with pytest.raises(ValueError, match="was saved by Adapters, and holds no prompt to export"):
+    with pytest.raises(ValueError, match="was saved by Adapters and contains no prompt, but trained weights"):
         export_peft(adapter, tmp_path / "e")
     gone = checkpoint("llama", "CPT")
     content = torch.load(gone, weights_only=True)
