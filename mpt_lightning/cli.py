@@ -231,6 +231,7 @@ def _predict(source: str, output: str, rest: Sequence[str]) -> None:
     parser.add_argument("--backbone", help="where the backbone is, if not where it was in training")
     parser.add_argument("--device", default="cpu", help="such as cuda (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=64, help="rows per batch (default: %(default)s)")
+    parser.add_argument("--raw", action="store_true", help="read `text` as it is, without the card's template")
     options = parser.parse_args(rest)
     from mpt_lightning.predictor import Predictor, predict_file
 
@@ -238,7 +239,7 @@ def _predict(source: str, output: str, rest: Sequence[str]) -> None:
         predictor = Predictor.from_checkpoint(
             options.ckpt_path, options.backbone, options.device, batch_size=options.batch_size
         )
-        print(f"wrote {predict_file(predictor, source, output)} answers to {output}")
+        print(f"wrote {predict_file(predictor, source, output, options.raw)} answers to {output}")
     except (ValueError, OSError) as error:
         fail(str(error))
 

@@ -1,9 +1,7 @@
 """Inference in one object: texts of any of a checkpoint's tasks in, answers out."""
 
 import json
-import math
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,14 +15,12 @@ from mpt_lightning.checkpoint import PromptCheckpoint, read_checkpoint
 from mpt_lightning.data.card import TaskCard
 from mpt_lightning.data.collate import pad
 from mpt_lightning.data.encode import Encoder
-from mpt_lightning.data.examples import Example
 from mpt_lightning.files import one_line, read_text
 from mpt_lightning.modules import evaluation
 from mpt_lightning.modules.base import PromptModule
 from mpt_lightning.objectives import IGNORE
+from mpt_lightning.prediction_rows import Row, Text, encode_rows, plain_text
 from mpt_lightning.prompts import Prompt
-
-Text = str | Mapping[str, str]
 
 
 @dataclass
@@ -79,9 +75,6 @@ class Predictor:
         prompt.attach(backbone.embeddings)
         with torch.no_grad():
             self._encoded = backbone.encode_prompts(prompt(torch.arange(prompt.num_tasks, device=self.device)))
-        self._choices = {
-            task: self.encoder.targets(card.choices) for task, card in self.cards.items() if card.choices is not None
-        }
 
     @classmethod
     def from_checkpoint(
@@ -129,33 +122,43 @@ class Predictor:
         return list(self.prompt.tasks)
 
     def predict(
-        self, texts: Sequence[Text], tasks: str | Sequence[str] | None = None, max_new_tokens: int = 64
+        self,
+        texts: Text | Sequence[Text],
+        tasks: str | Sequence[str] | None = None,
+        max_new_tokens: int = 64,
+        raw: bool = False,
     ) -> list[Prediction]:
-        """Answer.
+        """Predict the answer of each row.
 
         Args:
-            texts: [B] inputs: whole texts, worded as in training, or mappings of the card's columns.
-            tasks: [B] names, or one for all; needed where there are several.
+            texts: [B] rows, as `mpt predict` reads them: mappings of the card's columns, or strings where the card has
+                one column. A single string or mapping is one row. A task without a card has no template: its strings
+                are read as they are.
+            tasks: [B] names, or one for all; required if the checkpoint has several.
             max_new_tokens: longest generated answer.
+            raw: read strings as they are, without the card's template and the answer prefix; `Prediction.text` is such
+                a string.
 
         Returns:
-            [B], in the order of `texts`.
+            [B], in the order of `texts`; a list of one for a single row.
 
         Raises:
-            ValueError: an unknown task, a missing column, or an empty text; says which row.
+            ValueError: an unknown task, a missing column, a string for a task of several columns, or an empty text;
+                the message names the row.
         """
-        names = self._names(tasks, len(texts))
-        rows = [self._read(row, text, name) for row, (text, name) in enumerate(zip(texts, names, strict=True))]
+        given = [texts] if isinstance(texts, str | Mapping) else list(texts)
+        names = self._names(tasks, len(given))
+        rows = encode_rows(self.encoder, self.cards, given, names, raw)
         answers: list[Prediction | None] = [None] * len(rows)
         # Ranking and generation are different passes; rows of like length waste little on padding.
         for ranked in (True, False):
-            chosen = [row for row, name in enumerate(names) if (name in self._choices) == ranked]
-            chosen.sort(key=lambda row: len(rows[row][1]))
+            chosen = [number for number, row in enumerate(rows) if bool(row.choices) == ranked]
+            chosen.sort(key=lambda number: len(rows[number].ids))
             for start in range(0, len(chosen), self.batch_size):
                 batch = chosen[start : start + self.batch_size]
-                made = self._answer([names[r] for r in batch], [rows[r] for r in batch], ranked, max_new_tokens)
-                for row, prediction in zip(batch, made, strict=True):
-                    answers[row] = prediction
+                made = self._answer([rows[number] for number in batch], ranked, max_new_tokens)
+                for number, prediction in zip(batch, made, strict=True):
+                    answers[number] = prediction
         return [answer for answer in answers if answer is not None]
 
     def _names(self, tasks: str | Sequence[str] | None, size: int) -> list[str]:
@@ -168,65 +171,37 @@ class Predictor:
             raise ValueError(f"Unknown task {', '.join(unknown)}; the checkpoint has {', '.join(self.tasks)}.")
         return [str(name) for name in names]
 
-    def _read(self, row: int, given: Text, task: str) -> tuple[str, list[int]]:
-        """Make the text and its tokens."""
-        where = f"Text {row} (task {task})"
-        card = self.cards.get(task)
-        if isinstance(given, str):
-            if not given.strip():
-                raise ValueError(f"{where} is empty; give some text.")
-            ids = self.encoder.inputs([_text(given, "text", where)])[0]
-            if len(ids) > self.encoder.max_input_length:
-                raise ValueError(
-                    f"{where} has {len(ids)} tokens, more than {self.encoder.max_input_length}; shorten it, or give "
-                    "its columns, of which the card says which one may be cut."
-                )
-            return given, ids
-        if card is None:
-            raise ValueError(f"{where} is given as columns, and the checkpoint has no card of the task; give a text.")
-        if missing := [column for column in card.columns if column not in given]:
-            raise ValueError(f"{where} has no {', '.join(missing)}; the card reads {', '.join(card.columns)}.")
-        values = {column: _text(given[column], column, where) for column in card.columns}
-        if card.empty_text != "keep" and (empty := [column for column, text in values.items() if not text.strip()]):
-            raise ValueError(f"{where} has nothing in {', '.join(empty)}; give some text.")
-        example = Example(row, values, "", [], "")
-        fitted, ids = self.encoder.fit(card, example)
-        return self.encoder.text(card, fitted.values), ids
-
     @torch.no_grad()
-    def _answer(
-        self, names: list[str], rows: list[tuple[str, list[int]]], ranked: bool, max_new_tokens: int
-    ) -> list[Prediction]:
-        ids = pad([tokens for _, tokens in rows], self.encoder.pad_id)
-        mask = pad([[1] * len(tokens) for _, tokens in rows], 0)
-        of_row = torch.tensor([self.prompt.index(name) for name in names])
+    def _answer(self, rows: list[Row], ranked: bool, max_new_tokens: int) -> list[Prediction]:
+        ids = pad([row.ids for row in rows], self.encoder.pad_id)
+        mask = pad([[1] * len(row.ids) for row in rows], 0)
+        of_row = torch.tensor([self.prompt.index(row.task) for row in rows])
         inputs = (self._encoded, of_row.to(self.device), ids.to(self.device), mask.to(self.device))
         if not ranked:
             options = {"max_new_tokens": max_new_tokens, "num_beams": 1}
             texts = evaluation.generated_texts(self.backbone, inputs, options)
-            return [Prediction(name, row[0], text) for name, row, text in zip(names, rows, texts, strict=True)]
-        most = max(len(self._choices[name]) for name in names)
-        longest = max(len(choice) for name in set(names) for choice in self._choices[name])
-        choices = torch.full((len(names), most, longest), IGNORE)
-        for row, name in enumerate(names):
-            for place, choice in enumerate(self._choices[name]):
-                choices[row, place, : len(choice)] = torch.tensor(choice)
+            return [Prediction(row.task, row.text, text) for row, text in zip(rows, texts, strict=True)]
+        most = max(len(row.choices) for row in rows)
+        # A row of fewer choices is filled up with choices of nothing but padding, which do not exist.
+        filled = [choice for row in rows for choice in [*row.choices, *([[IGNORE]] * (most - len(row.choices)))]]
+        choices = pad(filled, IGNORE).unflatten(0, (len(rows), most))
         shares = self.backbone.score(*inputs, choices.to(self.device)).softmax(dim=1).tolist()
         made = []
-        for name, (text, _), row in zip(names, rows, shares, strict=True):
-            words = self.cards[name].choices or []
-            probabilities = dict(zip(words, row, strict=False))
-            made.append(Prediction(name, text, max(probabilities, key=probabilities.__getitem__), probabilities))
+        for row, of_choices in zip(rows, shares, strict=True):
+            probabilities = dict(zip(self.cards[row.task].choices or [], of_choices, strict=False))
+            best = max(probabilities, key=probabilities.__getitem__)
+            made.append(Prediction(row.task, row.text, best, probabilities))
         return made
 
 
-def predict_file(predictor: Predictor, source: str, dest: str) -> int:
+def predict_file(predictor: Predictor, source: str, dest: str, raw: bool = False) -> int:
     """Answer a JSONL file: one object per line, with `task` (where there are several) and `text` or the columns.
 
     Args:
         predictor: what answers.
         source: the file to read.
         dest: the file to write, one object per line in the same order; it appears whole or not at all.
+        raw: read each line's `text` as it is, see `Predictor.predict`; else it is the card's one column.
 
     Returns:
         The number of lines written.
@@ -244,15 +219,17 @@ def predict_file(predictor: Predictor, source: str, dest: str) -> int:
         if task not in predictor.tasks:
             raise ValueError(f"{where}: got task={task!r}, expected one of {', '.join(predictor.tasks)}.")
         card = predictor.cards.get(task)
-        columns = card.columns if card is not None else []
-        if not isinstance(row.get("text"), str) or (columns and set(columns) <= set(row)):
-            if missing := [column for column in columns or ["text"] if column not in row]:
-                raise ValueError(f"{where}: there is no field {', '.join(missing)}; give these, or `text`.")
-            texts.append({column: _text(row[column], column, where) for column in columns})
+        columns = card.columns if card is not None and not raw else ["text"]
+        if len(columns) == 1 and columns[0] not in row and "text" in row:
+            texts.append(plain_text(row["text"], "text", where))
         else:
-            texts.append(_text(row["text"], "text", where))
+            if missing := [column for column in columns if column not in row]:
+                either = f"; the task has the columns {', '.join(columns)}" if "text" in row else ""
+                raise ValueError(f"{where}: there is no field {', '.join(missing)}; give it{either}.")
+            values = {column: plain_text(row[column], column, where) for column in columns}
+            texts.append(values["text"] if raw or card is None else values)
         tasks.append(task)
-    answers = predictor.predict(texts, tasks) if texts else []
+    answers = predictor.predict(texts, tasks, raw=raw) if texts else []
     part = target.with_name(f"{target.name}.part")
     target.parent.mkdir(parents=True, exist_ok=True)
     part.write_text(
@@ -277,15 +254,6 @@ def _lines(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
         if not isinstance(row, dict):
             raise ValueError(f"{source}, line {number}: expected an object like {{'text': ...}}, got {line[:40]!r}.")
         yield number, row
-
-
-def _text(value: Any, field: str, where: str) -> str:
-    """Give a field's text; numbers are written out."""
-    plain = isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
-    # Halves of surrogate pairs, which JSON can write, are no characters.
-    if not plain or re.search("[\0\ud800-\udfff]", str(value)):
-        raise ValueError(f"{where}: got {field}={str(value)[:40]!r} ({type(value).__name__}), expected text.")
-    return str(value)
 
 
 def _build(cls: type, found: PromptCheckpoint, path: str, name: str, dtype: Any) -> tuple[Backbone, Prompt]:

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as L
 import pytest
@@ -35,6 +36,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         trainer = quiet(max_steps=6, max_epochs=-1, limit_val_batches=0)
         trainer.fit(PromptTuning(backbone, prompt_length=5, max_new_tokens=4), datamodule=data)
         trainer.save_checkpoint(folder / f"{name}.ckpt")
+    options |= {"max_input_length": 20}
     data = load_task("demo/advice", context_shots=2, answer_prefix="label :", separator="", **options)
     trainer = quiet(max_steps=3, max_epochs=-1, limit_val_batches=0)
     trainer.fit(CPT(LLAMA, lr=0.01), datamodule=data)
@@ -61,7 +63,7 @@ def test_mixed_batches_equal_the_modules_predictions(name: str, trained: dict[st
     records = expected(trained[name], tmp_path)
     shuffled = [records[n] for n in torch.randperm(len(records), generator=torch.Generator().manual_seed(1)).tolist()]
     predictor = Predictor.from_checkpoint(trained[name], batch_size=7)
-    answers = predictor.predict([r["text"] for r in shuffled], [r["task"] for r in shuffled], max_new_tokens=4)
+    answers = predictor.predict([r["text"] for r in shuffled], [r["task"] for r in shuffled], 4, raw=True)
     assert [answer.prediction for answer in answers] == [record["prediction"] for record in shuffled]
     assert [(answer.task, answer.text) for answer in answers] == [(r["task"], r["text"]) for r in shuffled]
     for answer in answers:
@@ -74,7 +76,7 @@ def test_mixed_batches_equal_the_modules_predictions(name: str, trained: dict[st
 
 def test_company_does_not_change_an_answer(trained: dict[str, str]) -> None:
     predictor = Predictor.from_checkpoint(trained["llama"])
-    texts = ["sentence : the dog found the cup .", "sentence : in the park the red cup was moved by the girl ."]
+    texts = ["the dog found the cup .", "in the park the red cup was moved by the girl ."]
     together = predictor.predict(texts, ["demo/voice", "demo/topic"])
     for text, task, answer in zip(texts, ["demo/voice", "demo/topic"], together, strict=True):
         (alone,) = predictor.predict([text], task)
@@ -85,7 +87,26 @@ def test_columns_are_worded_as_the_card_says(trained: dict[str, str]) -> None:
     predictor = Predictor.from_checkpoint(trained["cpt"])
     (row,) = predictor.predict([{"sentence": "you should see it ."}])
     assert row.text == "sentence : you should see it . label :"
-    assert predictor.predict(["sentence : you should see it . label :"])[0] == row
+    assert predictor.predict(["sentence : you should see it . label :"], raw=True)[0] == row
+    assert predictor.predict(["you should see it ."])[0] == row
+
+
+def test_a_single_string_or_mapping_is_one_row(trained: dict[str, str]) -> None:
+    predictor = Predictor.from_checkpoint(trained["cpt"])
+    (row,) = predictor.predict("you should see it .")
+    assert row.text == "sentence : you should see it . label :"
+    assert predictor.predict({"sentence": "you should see it ."}) == [row]
+    assert predictor.predict(row.text, "demo/advice", raw=True) == [row]
+    assert predictor.predict([]) == []
+
+
+def test_rows_are_cut_as_in_training(trained: dict[str, str]) -> None:
+    predictor = Predictor.from_checkpoint(trained["cpt"])
+    (row,) = predictor.predict("you should see it . " * 10)
+    assert len(row.text.split()) == 20
+    assert row.text.endswith("it . you label :")
+    with pytest.raises(ValueError, match=r"has 44 tokens, expected 1 to 20; change the text"):
+        predictor.predict(f"sentence : {'you should see it . ' * 8}label :", raw=True)
 
 
 def test_a_checkpoint_of_trained_weights_predicts_too(tmp_path: Path) -> None:
@@ -109,14 +130,38 @@ def test_a_checkpoint_of_trained_weights_predicts_too(tmp_path: Path) -> None:
         (["a"], None, "There are several tasks"),
         (["a"], "demo/advice", "Unknown task demo/advice; the checkpoint has demo/voice, demo/topic"),
         (["a", "b"], ["demo/voice"], "Got 2 texts and 1 tasks"),
-        (["a", " "], "demo/voice", r"Text 1 \(task demo/voice\) is empty"),
+        (["a", " "], "demo/voice", r"Text 1 \(task demo/voice\) has nothing in sentence"),
         ([{"text": "a"}], "demo/voice", "has no sentence; the card reads sentence"),
-        (["word " * 300], "demo/voice", "more than 256; shorten it"),
+        ([None], "demo/voice", r"Text 0 \(task demo/voice\): got NoneType, expected a string or a mapping of columns"),
+        (["a", 3], "demo/voice", r"Text 1 \(task demo/voice\): got int, expected a string or a mapping"),
+        (
+            "a",
+            "demo/similarity",
+            "got a string, expected a mapping of the columns sentence1, sentence2; give these, or",
+        ),
+        (
+            {"sentence": ["a", "b"]},
+            "demo/voice",
+            r"Text 0 \(task demo/voice\): got sentence=.* \(list\), expected text",
+        ),
     ],
 )
-def test_mistakes_are_told(texts: list, tasks: object, message: str, trained: dict[str, str]) -> None:
+def test_mistakes_are_told(texts: Any, tasks: object, message: str, trained: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=message):
         Predictor.from_checkpoint(trained["llama"]).predict(texts, tasks)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["a", " "], r"Text 1 \(task demo/voice\) is empty"),
+        (["word " * 300], "has 300 tokens, expected 1 to 256; change the text, or give its columns"),
+        ([{"sentence": "a"}], "got dict, expected a string; change `texts`"),
+    ],
+)
+def test_mistakes_in_raw_texts_are_told(texts: list, message: str, trained: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=message):
+        Predictor.from_checkpoint(trained["llama"]).predict(texts, "demo/voice", raw=True)
 
 
 def test_the_command_answers_a_file(
@@ -124,7 +169,7 @@ def test_the_command_answers_a_file(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     rows = [
-        {"task": "demo/topic", "text": "sentence : the dog ran ."},
+        {"task": "demo/topic", "text": "the dog ran ."},
         {"task": "demo/voice", "sentence": "the cup was found by the girl ."},
         {"task": "demo/similarity", "sentence1": "the dog ran .", "sentence2": "the cat ran ."},
     ]
@@ -135,18 +180,27 @@ def test_the_command_answers_a_file(
     answers = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
     assert [answer["task"] for answer in answers] == [row["task"] for row in rows]
     assert answers[1]["prediction"] in ("active", "passive")
+    assert answers[0]["text"] == "sentence : the dog ran ."
     for line, message in [
         ("{", "in.jsonl, line 2: this is no JSON"),
         ("[1]", "in.jsonl, line 2: expected an object"),
         ('{"text": "a"}', "in.jsonl, line 2: got task=None, expected one of demo/voice"),
         ('{"task": "demo/x", "text": "a"}', "in.jsonl, line 2: got task='demo/x'"),
         ('{"task": "demo/similarity", "sentence1": "a"}', "in.jsonl, line 2: there is no field sentence2"),
+        (
+            '{"task": "demo/similarity", "text": "a"}',
+            "line 2: there is no field sentence1, sentence2; give it; the task has the columns sentence1, sentence2",
+        ),
     ]:
         Path("in.jsonl").write_text(json.dumps(rows[0]) + "\n" + line + "\n")
         with pytest.raises(SystemExit):
             main([*command[:-1], "other.jsonl"])
         assert message in capsys.readouterr().err
         assert not list(Path().glob("other.jsonl*"))
+    Path("in.jsonl").write_text(json.dumps({"task": "demo/topic", "text": answers[0]["text"]}))
+    main([*command[:-1], "raw.jsonl", "--raw"])
+    raw = json.loads(Path("raw.jsonl").read_text())
+    assert raw["probabilities"] == pytest.approx(answers[0]["probabilities"], rel=1e-4)
     with pytest.raises(SystemExit):
         main(command)
     assert "out.jsonl exists" in capsys.readouterr().err

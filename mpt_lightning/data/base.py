@@ -238,7 +238,9 @@ class PromptDataModule(L.LightningDataModule):
         in_step = getattr(self.trainer and self.trainer.strategy, "ranks_in_step", False)
         tables: list[Any] = self._rows(split)
         for card, rows in zip(self.cards.values(), tables, strict=True):
-            choices = None if card.choices is None else self.encoder.targets(card.choices)
+            # A decoder-only model's rows bring their own choices.
+            shared = self.encoder.is_encoder_decoder and card.choices is not None
+            choices = self.encoder.targets(card.choices or []) if shared else None
             options = self._loading(self.eval_batch_size, PromptCollator(self.encoder.pad_id, choices))
             sampler = EvalSampler(rows, *self._ranks(), even=in_step)
             loaders.append(DataLoader(rows, sampler=sampler, **options))

@@ -20,10 +20,11 @@ from mpt_lightning.data.source import preprocess_source
 from mpt_lightning.files import one_line
 
 #: Part of the cache key: raise it when the same input would give other rows.
-_FORMAT = 1
+_FORMAT = 2
 _ENCODED = Features(
     input_ids=List(Value("int32")),
     labels=List(Value("int32")),
+    choices=List(List(Value("int32"))),
     text=Value("string"),
     references=List(Value("string")),
     group=Value("string"),
@@ -46,7 +47,9 @@ def encoded_split(
         cache_dir: Folder for cached data, or None for the `datasets` default.
 
     Returns:
-        Rows with `input_ids`, `labels`, `text`, `references`, `group`, `row_id` and `cut`.
+        Rows with `input_ids`, `labels`, `choices` (token ids of each of the task's, for decoder-only models, whose
+        tokenizers may cut them differently after each text; else empty), `text`, `references`, `group`, `row_id` and
+        `cut`.
 
     Raises:
         ValueError: If the data or the card does not fit; nothing is left in the cache then.

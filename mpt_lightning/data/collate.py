@@ -15,7 +15,7 @@ class PromptCollator:
 
     Args:
         pad_id: Id that pads inputs.
-        choices: Token ids of the task's C choices, for evaluation. Unset: no `choices` in the batch.
+        choices: Token ids of the task's C choices, for evaluation. Unset: the rows' own, if any.
 
     Returns of a call, for B rows: `input_ids [B, L]`, `attention_mask [B, L]` (1 is a token), `labels [B, M]` (-100 is
     padding), `task_ids [B]`, and in training after a context `context_examples [B]` (the place in the context, from 0,
@@ -33,7 +33,7 @@ class PromptCollator:
 
         Args:
             rows: B rows with `input_ids`, `labels` and `task_ids`; where there are such, `row_id`; after a context also
-                `context_examples`, in evaluation also `references`, `text` and `group`.
+                `context_examples`, in evaluation also `references`, `text`, `group` and `choices`.
 
         Returns:
             The batch.
@@ -54,6 +54,8 @@ class PromptCollator:
             batch |= {name: [row[column] for row in rows] for name, column in names.items()}
             if self.choices is not None:
                 batch["choices"] = self.choices.expand(len(rows), -1, -1).clone()
+            elif own := [choice for row in rows for choice in row.get("choices", [])]:
+                batch["choices"] = pad(own, -100).unflatten(0, (len(rows), -1))
         return batch
 
 

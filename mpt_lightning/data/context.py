@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from mpt_lightning.data.answers import Placed
 from mpt_lightning.data.card import TaskCard
 from mpt_lightning.data.encode import Encoder
 from mpt_lightning.data.examples import Example
@@ -68,10 +69,10 @@ def build_context(
     ids = encoder.opening
     types, ends = [0] * len(ids), []
     for number, example in enumerate(examples):
-        fitted, tokens = inside.fit(card, example)
-        (answer,) = encoder.targets([example.target])
-        ids += [*tokens, *answer, *between]
-        types += [4 * number + kind for kind in _input_types(card, fitted, inside, len(tokens))]
+        fitted, placed = inside.fit(card, example)
+        (answer,) = inside.answers([placed], [example.target])
+        ids += [*placed.ids, *answer, *between]
+        types += [4 * number + kind for kind in _input_types(card, fitted, inside, placed)]
         types += [4 * number + ANSWER] * len(answer) + [0] * len(between)
         ends.append(len(ids))
     if max_length is not None and len(ids) > max_length:
@@ -110,15 +111,16 @@ def _written(encoder: Encoder, text: str, where: str, change: str) -> list[int]:
     return ids
 
 
-def _input_types(card: TaskCard, example: Example, encoder: Encoder, length: int) -> Iterator[int]:
+def _input_types(card: TaskCard, example: Example, encoder: Encoder, placed: Placed) -> Iterator[int]:
     """Types of an input's tokens, from the characters they stand for."""
-    text = encoder.text(card, example.values)
     characters = []
     for literal, column in card.parts:
         characters += [TEMPLATE] * len(literal) + [INPUT] * len(example.values[column] if column else "")
-    characters += [PREFIX] * (len(text) - len(characters))
-    encoded = encoder.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    for start, end in encoded["offset_mapping"][:length]:
+    # What is left is the answer prefix, and the space before the answer where it is tokenised with the text.
+    rest = PREFIX if encoder.answer_prefix else TEMPLATE
+    characters += [rest] * (len(placed.text) - len(characters))
+    encoded = encoder.tokenizer(placed.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    for start, end in encoded["offset_mapping"][: len(placed.ids)]:
         # A token without characters of its own, such as a mark of the text's start, goes with the next one.
         here = characters[start:end] or characters[start : start + 1] or characters[-1:]
         yield next(kind for kind in (INPUT, PREFIX, TEMPLATE) if kind in here)

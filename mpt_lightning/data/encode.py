@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mpt_lightning.backbones.load import load_config
 from mpt_lightning.backbones.tokenizer import load_tokenizer
+from mpt_lightning.data.answers import Joiner, Placed
 from mpt_lightning.data.card import TaskCard
 from mpt_lightning.data.examples import Example
 from mpt_lightning.data.rows import Split
@@ -28,8 +29,8 @@ class Encoder:
     Args:
         tokenizer: Its tokenizer.
         is_encoder_decoder: Whether it has an encoder; if so, the tokenizer closes inputs and targets as it was
-            pretrained. Otherwise the input stays open and the target is " " + text + end of sequence, tokenised on
-            its own because some tokenizers merge across the border.
+            pretrained. Otherwise the input stays open and the target is what the answer adds to it, then the end of
+            sequence; see `Joiner`.
         max_input_length: Most tokens of an input.
         answer_prefix: Words at the end of every input, joined with one space where there is no whitespace yet.
         with_bos: Whether inputs begin with what the tokenizer puts before a text; off where a context, which begins
@@ -127,29 +128,59 @@ class Encoder:
         ids = self._ids(texts, add_special_tokens=self.with_bos)
         return [row[:-1] if row[-1:] == [eos] else row for row in ids]
 
-    def targets(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of target texts, closed by the end of sequence.
+    @cached_property
+    def _joiner(self) -> Joiner:
+        return Joiner(self.tokenizer, self.inputs)
+
+    def place(self, texts: list[str], choices: list[str] | None) -> list[Placed]:
+        """Tokenise texts up to their answers.
 
         Args:
             texts: B texts.
+            choices: The task's choices, if any: the space before the answer is tokenised with the text or with the
+                answer, whichever suits them all. It never depends on the right answer.
 
         Returns:
-            B lists of ids.
+            B texts with their ids.
         """
+        if self.is_encoder_decoder:
+            return [Placed(text, ids) for text, ids in zip(texts, self.inputs(texts), strict=True)]
+        return self._joiner.place(texts, choices or [""])
+
+    def answers(self, placed: list[Placed], answers: list[str]) -> list[list[int]]:
+        """Return the label ids of answers in their places, closed by the end of sequence.
+
+        Args:
+            placed: B texts.
+            answers: One answer for each [B].
+
+        Returns:
+            B lists of ids. Decoder-only models: where the ids of a text are not a prefix of those of text and answer
+            together, the ids of `targets`.
+        """
+        if self.is_encoder_decoder:
+            return self.targets(answers)
+        joined = self._joiner.added(placed, answers)
+        apart = self.targets([answer for answer, ids in zip(answers, joined, strict=True) if ids is None])
+        alone, eos = iter(apart), self.tokenizer.eos_token_id
+        return [next(alone) if ids is None else [*ids, eos] for ids in joined]
+
+    def choices(self, placed: list[Placed], choices: list[str] | None) -> list[list[list[int]]]:
+        """Return the label ids of each of a task's choices in their places [B, C]; B empty lists without choices."""
+        columns = [self.answers(placed, [choice] * len(placed)) for choice in choices or []]
+        return [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in placed]
+
+    def targets(self, texts: list[str]) -> list[list[int]]:
+        """Return the token ids of B target texts on their own, closed by the end of sequence."""
+        if not texts:
+            return []
         if self.is_encoder_decoder:
             encoded = self.tokenizer(text_target=texts, verbose=False)["input_ids"]
             return [list(row) for row in encoded]
         return [[*row, self.tokenizer.eos_token_id] for row in self.plain([f" {text}" for text in texts])]
 
     def plain(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of texts as they stand, without special tokens around them.
-
-        Args:
-            texts: B texts.
-
-        Returns:
-            B lists of ids.
-        """
+        """Return the token ids of B texts as they stand, without special tokens around them."""
         return self._ids(texts, add_special_tokens=False)
 
     def _with_slots(self, text: str) -> list[int]:
@@ -163,7 +194,7 @@ class Encoder:
         encoded = self.tokenizer(texts, return_attention_mask=False, verbose=False, **options)["input_ids"]
         return [list(row) for row in encoded]
 
-    def fit(self, card: TaskCard, example: Example) -> tuple[Example, list[int]]:
+    def fit(self, card: TaskCard, example: Example) -> tuple[Example, Placed]:
         """Cut the one column that may be cut until the input fits.
 
         Args:
@@ -171,37 +202,45 @@ class Encoder:
             example: The row.
 
         Returns:
-            The example as it fits, the same object where it does already, and the ids of its input.
+            The example as it fits, the same object where it does already, and its input.
 
         Raises:
             ValueError: If the input has no tokens, or if the rest of the row leaves no room for any of that column.
         """
         where = f"Task '{card.name}', row {example.row_id}"
-        ids = self._input(card, example)
-        if not ids:
+        placed = self._place_row(card, example)
+        if not placed.ids:
             raise ValueError(f"{where}: got an input without tokens, expected some; change the data.")
-        if len(ids) <= self.max_input_length:
-            return example, ids
+        if len(placed.ids) <= self.max_input_length:
+            return example, placed
         column = card.truncate or max(card.columns, key=lambda name: len(example.values[name]))
         whole = example.values[column]
         ends = self._token_ends(whole)
         kept, fitted = len(ends), example
         # Tokens merge at the borders, so the whole input is measured after each cut; one cut is mostly enough.
-        while len(ids) > self.max_input_length and kept:
-            kept = max(0, kept - (len(ids) - self.max_input_length))
+        while len(placed.ids) > self.max_input_length and kept:
+            kept = max(0, kept - (len(placed.ids) - self.max_input_length))
             part = whole[: ends[kept - 1]].rstrip() if kept else ""
             fitted = replace(example, values={**example.values, column: part})
-            ids = self._input(card, fitted)
+            placed = self._place_row(card, fitted)
         if not kept:
             raise ValueError(
-                f"{where}: got {len(ids)} tokens without column '{column}', the one that may be cut, expected fewer "
-                f"than max_input_length={self.max_input_length}; raise `max_input_length`, or change `truncate` or "
-                "`input` of the card."
+                f"{where}: got {len(placed.ids)} tokens without column '{column}', the one that may be cut, expected "
+                f"fewer than max_input_length={self.max_input_length}; raise `max_input_length`, or change `truncate` "
+                "or `input` of the card."
             )
-        return fitted, ids
+        return fitted, placed
 
-    def _input(self, card: TaskCard, example: Example) -> list[int]:
-        return self.inputs([self.text(card, example.values)])[0]
+    def fit_all(self, card: TaskCard, examples: list[Example]) -> list[tuple[Example, Placed]]:
+        """Do what `fit` does for B examples, in few calls of the tokenizer."""
+        placed = self.place([self.text(card, example.values) for example in examples], card.choices)
+        return [
+            (example, whole) if 0 < len(whole.ids) <= self.max_input_length else self.fit(card, example)
+            for example, whole in zip(examples, placed, strict=True)
+        ]
+
+    def _place_row(self, card: TaskCard, example: Example) -> Placed:
+        return self.place([self.text(card, example.values)], card.choices)[0]
 
     def _token_ends(self, text: str) -> list[int]:
         if not self.tokenizer.is_fast:
@@ -224,24 +263,25 @@ class Encoder:
             ValueError: If an input has no tokens or cannot be cut to fit, or a training target is too long.
         """
         while chunk := list(islice(rows, _CHUNK)):
-            inputs = self.inputs([self.text(card, example.values) for example in chunk])
-            targets = self.targets([example.target for example in chunk])
-            for example, whole, target in zip(chunk, inputs, targets, strict=True):
-                fits = 0 < len(whole) <= self.max_input_length
-                fitted, ids = (example, whole) if fits else self.fit(card, example)
+            fitted = self.fit_all(card, chunk)
+            placed = [place for _, place in fitted]
+            targets = self.answers(placed, [example.target for example in chunk])
+            choices = self.choices(placed, None if self.is_encoder_decoder else card.choices)
+            for whole, (example, place), target, own in zip(chunk, fitted, targets, choices, strict=True):
                 if split == "train" and card.max_target_length and len(target) > card.max_target_length:
                     raise ValueError(
                         f"Task '{card.name}', row {example.row_id}: got a target of {len(target)} tokens, expected at "
                         f"most {card.max_target_length}; raise `max_target_length` of the card or drop the row."
                     )
                 yield {
-                    "input_ids": ids,
+                    "input_ids": place.ids,
                     "labels": target,
-                    "text": self.text(card, fitted.values),
+                    "choices": own,
+                    "text": self.text(card, example.values),
                     "references": example.references,
                     "group": example.group,
                     "row_id": example.row_id,
-                    "cut": fitted is not example,
+                    "cut": example is not whole,
                 }
 
 

@@ -47,19 +47,20 @@ def test_padding_falls_back_to_the_end_of_sequence(backbones):
 def test_only_the_one_column_is_cut(make_card, encoder, truncate):
     card = make_card(input="question: {question} context: {context} : yes", truncate=truncate)
     row = example(question="one two three", context="film " * 50)
-    fitted, ids = encoder.fit(card, row)
+    fitted, placed = encoder.fit(card, row)
+    ids = placed.ids
     text = encoder.text(card, fitted.values)
     assert text.startswith("question: one two three context: film")
     assert text.endswith(" : yes")
-    assert len(ids) == 12
+    assert len(placed.ids) == 12
     assert ids == encoder.inputs([text])[0]
 
 
 def test_as_much_as_fits_is_kept(make_card, seq2seq):
     card = make_card(input="task {text}")
-    fitted, ids = seq2seq.fit(card, example(text="one two three four five six seven eight nine ten 0 1 2"))
+    fitted, placed = seq2seq.fit(card, example(text="one two three four five six seven eight nine ten 0 1 2"))
     assert fitted.values == {"text": "one two three four five six seven eight nine ten"}
-    assert len(ids) == 12
+    assert len(placed.ids) == 12
 
 
 def test_what_fits_is_left_alone(make_card, seq2seq):
@@ -112,8 +113,8 @@ def test_no_room_for_the_column(make_card, seq2seq):
 
 def test_slow_tokenizers_are_cut_by_characters(make_card, seq2seq, monkeypatch):
     monkeypatch.setattr(type(seq2seq.tokenizer), "is_fast", False)
-    fitted, ids = seq2seq.fit(make_card(input="task {text}"), example(text="one " * 40))
-    assert len(ids) == 12
+    fitted, placed = seq2seq.fit(make_card(input="task {text}"), example(text="one " * 40))
+    assert len(placed.ids) == 12
     assert fitted.values["text"].startswith("one one")
 
 
