@@ -82,8 +82,15 @@ class MPTCLI(LightningCLI):
             return
         checkpoint = read_checkpoint(path)
         ours.check_stage(checkpoint)
+        if command == "fit":
+            return
         given = options.model.get("init_args")
         self._tell_what_the_checkpoint_overrides(checkpoint, ours.plain_arguments(given.as_dict() if given else {}))
+
+    def _parse_ckpt_path(self) -> None:
+        """Keep the arguments of a run that resumes: the module reports where the checkpoint's count instead."""
+        if self.config.get("subcommand") != "fit":
+            super()._parse_ckpt_path()
 
     @rank_zero_only
     def _tell_what_the_checkpoint_overrides(self, checkpoint: PromptCheckpoint, given: dict[str, Any]) -> None:

@@ -34,7 +34,10 @@ class PromptModule(BuiltModule):
         """Match the data's tasks with the prompt's."""
         self._fault = None
         self._match_tasks()
-        agreement.check_one_start(self.trainer, self._resumed)
+        resumed, self._resumed = self._resumed, None
+        agreement.check_one_start(self.trainer, resumed.step if resumed else None)
+        if resumed is not None:
+            resumed.report(self.trainer)
         if self.trainer.ckpt_path is not None:
             # To count the run's steps Lightning 2.6 makes the training data early, and then does not tell it where the
             # checkpoint was. So it is made again.

@@ -22,6 +22,7 @@ from mpt_lightning.errors import own_error
 from mpt_lightning.files import one_line
 from mpt_lightning.modules import evaluation
 from mpt_lightning.modules.options import OptimizerName, ScheduleName, check_options
+from mpt_lightning.modules.resume import ResumedRun
 from mpt_lightning.modules.termination import SaveOnTermination
 from mpt_lightning.prompts import Prompt
 from mpt_lightning.strategies import ShardedStrategy, check_strategy, share_random_numbers
@@ -78,7 +79,7 @@ class BuiltModule(L.LightningModule, ABC):
         self._encoded: Any = None  # the prompts of all tasks, while evaluating
         self._row_of_task: Tensor | None = None  # from the data's task ids to this module's
         self._cards: dict[str, Any] = {}
-        self._resumed: int | None = None  # the step of the checkpoint that was loaded
+        self._resumed: ResumedRun | None = None  # what this fit resumes from
         self.register_state_dict_post_hook(keep_trainable)
 
     @property
@@ -266,6 +267,7 @@ class BuiltModule(L.LightningModule, ABC):
         self.check_stage(found)
         if self._fits():
             check_training_state(checkpoint, found.path)
+            self._resumed = ResumedRun(self, checkpoint, found)
         self.configure_model()
         if self.backbone is not None:
             found.check_backbone(self.backbone.name, self.backbone.fingerprint, "--ckpt_path")
@@ -274,7 +276,6 @@ class BuiltModule(L.LightningModule, ABC):
                 self.prompt = found.empty_prompt().to(self.device)
             self.prompt.attach(self.backbone.embeddings)
         self.tasks = found.tasks
-        self._resumed = checkpoint.get("global_step")
         self._cards = evaluation.read_cards(found.cards)
         ckpt.close_finished_epoch(checkpoint)
 

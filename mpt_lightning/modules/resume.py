@@ -1,0 +1,153 @@
+"""Which arguments count when a run resumes: those of the checkpoint that differ are reported, or refused."""
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import lightning.pytorch as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.optim.lr_scheduler import LambdaLR
+
+from mpt_lightning.checkpoint import PromptCheckpoint
+from mpt_lightning.files import one_line
+
+CHECKPOINT, RUN = "the checkpoint's", "this run's"
+# Arguments that decide what is trained, and how: the checkpoint's tensors fit no other value.
+FIXED = ("prompt_length", "rank", "reparameterization", "projection", "method", "optimizer")
+# Arguments that are read once, when a new prompt is built.
+INITIAL = (
+    "tasks", "prompt_init", "init_text", "init_checkpoint", "prefix_init", "factor_init", "source", "start",
+    "network_width", "instruction_length", "instruction_text",
+)  # fmt: skip
+
+
+class Difference(NamedTuple):
+    """An argument whose value is not the checkpoint's.
+
+    Attributes:
+        argument: Its name as the user typed it.
+        now: This run's value.
+        saved: The checkpoint's value.
+        counts: CHECKPOINT or RUN, whose value the resumed run uses; None if the two do not fit together.
+    """
+
+    argument: str
+    now: Any
+    saved: Any
+    counts: str | None
+
+    def __str__(self) -> str:
+        values = f"{self.argument}: now {_text(self.now)}, checkpoint {_text(self.saved)}"
+        return values if self.counts is None else f"{values} ({self.counts} counts)"
+
+
+class ResumedRun:
+    """The state that a run resumes from, compared with the run before it is restored.
+
+    Args:
+        module: The module, with this run's arguments.
+        content: The checkpoint.
+        found: The same, parsed.
+    """
+
+    def __init__(self, module: L.LightningModule, content: Mapping[str, Any], found: PromptCheckpoint) -> None:
+        self.path, self.step = found.path, content.get("global_step")
+        self._optimizers, self._schedules = content["optimizer_states"], content["lr_schedulers"]
+        # Now: Lightning restores the callbacks right after the module, and the optimizers later.
+        self._found = [*_of_module(module, found), *_of_callbacks(module.trainer, content.get("callbacks", {}))]
+
+    def report(self, trainer: L.Trainer) -> None:
+        """Report every argument that differs, in one message; for when the optimizers are built.
+
+        A longer or shorter run is no mistake: the schedule is this run's, so that a linear one falls to 0 at this run's
+        end; the message contains the learning rates of both.
+
+        Args:
+            trainer: Of the run.
+
+        Raises:
+            ValueError: The checkpoint does not fit an argument of this run.
+        """
+        found = [*self._found, *self._of_optimizers(trainer), *self._of_schedules(trainer)]
+        if unfit := [difference for difference in found if difference.counts is None]:
+            raise ValueError(
+                f"{self.path} cannot be resumed with other arguments than it was trained with: "
+                f"{'; '.join(map(str, unfit))}. Set the checkpoint's values, or start a new run without --ckpt_path."
+            )
+        if not found:
+            return
+        tell = rank_zero_warn if any(difference.counts == CHECKPOINT for difference in found) else rank_zero_info
+        tell(f"Resuming from {self.path} with other arguments: {'; '.join(map(str, found))}.")
+
+    def _of_optimizers(self, trainer: L.Trainer) -> Iterator[Difference]:
+        explained = {difference.argument.rpartition(".")[2] for difference in self._found}
+        if "optimizer" in explained:
+            return
+        for optimizer, state in zip(trainer.optimizers, self._optimizers, strict=False):
+            for now, saved in zip(optimizer.param_groups, state.get("param_groups", []), strict=False):
+                if now.keys() - saved.keys() and saved.keys() - now.keys():
+                    yield Difference("optimizer", type(optimizer).__name__, "another class", None)
+                    return
+                for key in sorted(now.keys() & saved.keys() - {"params", "name"}):
+                    # A schedule changes `lr` at every step, and keeps the argument as `initial_lr`.
+                    scheduled = key == "lr" and "initial_lr" in now
+                    name = "lr" if key == "initial_lr" else key
+                    known = name in explained or (name == "lr" and any(a.endswith("lr") for a in explained))
+                    if not scheduled and not known and now[key] != saved[key]:
+                        of = f" of the group {now['name']}" if "name" in now else ""
+                        yield Difference(f"the optimizer's {name}{of}", now[key], saved[key], CHECKPOINT)
+
+    def _of_schedules(self, trainer: L.Trainer) -> Iterator[Difference]:
+        for config, state in zip(trainer.lr_scheduler_configs, self._schedules, strict=False):
+            if not isinstance(config.scheduler, LambdaLR) or not isinstance(state.get("_last_lr"), list):
+                continue
+            step, bases = state["last_epoch"], state["base_lrs"]
+            now = [base * rate(step) for base, rate in zip(bases, config.scheduler.lr_lambdas, strict=False)]
+            if not all(map(math.isclose, now, state["_last_lr"])):
+                name = f"learning rate by the schedule at step {step}"
+                yield Difference(name, now, state["_last_lr"], RUN)
+
+
+def _of_module(module: L.LightningModule, found: PromptCheckpoint) -> Iterator[Difference]:
+    options: Mapping[str, Any] = module.hparams
+    counts: str | None
+    prefix = "--model." if "_instantiator" in options else ""
+    datamodule = getattr(module.trainer, "datamodule", None)
+    for name, saved in found.hyper_parameters.items():
+        if name.startswith("_") or name not in options:
+            continue
+        now = options[name]
+        if name == "tasks":
+            saved, now = found.tasks, now or found.tasks
+        if now == saved:
+            continue
+        of_state = name in INITIAL or name in found.prompt_config or name.endswith("lr") or name == "weight_decay"
+        counts = CHECKPOINT if of_state else RUN
+        if name in FIXED and now is not None and saved is not None:
+            counts = None
+        if name == "tasks" and not hasattr(datamodule, "tasks"):
+            # The batches' task_ids count along this list, and the prompt's rows along the checkpoint's.
+            counts = None
+        yield Difference(f"{prefix}{name}", now, saved, counts)
+
+
+def _of_callbacks(trainer: L.Trainer, states: Mapping[str, Any]) -> Iterator[Difference]:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        saved = states.get(callback.state_key)
+        # ModelCheckpoint keeps its arguments, and Lightning reports a folder that changed.
+        if not saved or isinstance(callback, ModelCheckpoint):
+            continue
+        now, arguments = callback.state_dict(), inspect.signature(type(callback).__init__).parameters
+        for name in sorted(arguments.keys() & now.keys() & saved.keys()):
+            if _text(now[name]) != _text(saved[name]):
+                yield Difference(f"{type(callback).__name__}.{name}", now[name], saved[name], CHECKPOINT)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | tuple) and all(isinstance(item, float) for item in value):
+        return ", ".join(map(_text, dict.fromkeys(value)))
+    return one_line(repr(value))
