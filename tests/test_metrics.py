@@ -12,6 +12,7 @@ from ranks import launch
 
 from mpt_lightning.data.card import METRICS, TaskCard
 from mpt_lightning.metrics import TaskMetrics, average
+from mpt_lightning.modules.evaluation import Evaluator, with_gold
 
 RANDOM = torch.Generator().manual_seed(0)
 
@@ -220,3 +221,28 @@ def test_two_ranks_equal_one(tmp_path):
             expected = scores(card(*metrics), predictions[:share], references[:share], GROUPS[:share])
             for rank in range(2):
                 assert got[rank][f"{name}/{share}"] == pytest.approx(expected, abs=1e-5), (name, share, rank)
+
+
+def test_the_average_is_the_mean_over_tasks():
+    cards = {"one": card("accuracy"), "two": card("accuracy", "f1")}
+    evaluator = Evaluator(["one", "two", "three"], cards)
+    evaluator.update("one", ["yes", "yes", "no", "no"], {"references": [["yes"], ["no"], ["yes"], ["yes"]]})
+    evaluator.update("two", ["yes", "no"], {"references": [["yes"], ["yes"]]})
+    evaluator.update("two", ["no"], {"references": [["no"]]})
+    for task, loss, tokens in (("one", 1.0, 3), ("one", 5.0, 1), ("two", 4.0, 2), ("three", 9.0, 7)):
+        evaluator.update_loss(task, torch.tensor(loss), tokens)
+    got = {name: value.item() for name, value in evaluator.compute().items()}
+    two = (2 / 3 + 2 / 3) / 2
+    expected = {
+        "one/loss": 2, "two/loss": 4, "three/loss": 9, "loss": 5, "one/accuracy": 1 / 4, "one/invalid": 0,
+        "two/accuracy": 2 / 3, "two/f1": 2 / 3, "two/invalid": 0, "average": (1 / 4 + two) / 2,
+    }  # fmt: skip
+    assert got == pytest.approx(expected)
+
+
+def test_the_gold_answer_is_one_more_choice():
+    choices = torch.tensor([[[5, 1], [6, 1]], [[7, 1], [-100, -100]]])
+    got = with_gold(choices, torch.tensor([[8, 9, 1], [6, 1, -100]]))
+    pad = -100
+    assert got.tolist() == [[[5, 1, pad], [6, 1, pad], [8, 9, 1]], [[7, 1, pad], [pad, pad, pad], [6, 1, pad]]]
+    assert with_gold(choices, torch.tensor([[6], [7]])).tolist()[0] == [[5, 1], [6, 1], [6, pad]]

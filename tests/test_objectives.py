@@ -1,6 +1,7 @@
 """Losses against loops written out by hand, in float64."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -28,10 +29,24 @@ def test_cross_entropy_is_the_mean_over_label_tokens() -> None:
     torch.testing.assert_close(token_cross_entropy(logits, LABELS), expected)
 
 
-def test_half_precision_is_lifted() -> None:
-    logits = torch.randn(2, 3, 4).bfloat16()
-    assert token_cross_entropy(logits, LABELS).dtype == torch.float32
-    torch.testing.assert_close(token_cross_entropy(logits, LABELS), token_cross_entropy(logits.float(), LABELS))
+def text(states: torch.Tensor) -> dict[str, Segment]:
+    return {"decoder/text": Segment((states,), LABELS != IGNORE)}
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda a, b: token_cross_entropy(a, LABELS),
+        lambda a, b: logit_distillation(a, b, LABELS),
+        lambda a, b: bucketed_distillation(a, *top_buckets(b[LABELS != IGNORE], 2), LABELS),
+        lambda a, b: hidden_distillation(text(a), text(b)),
+    ],
+    ids=["cross-entropy", "logits", "buckets", "hidden"],
+)
+def test_half_precision_is_lifted(loss: Callable) -> None:
+    both = torch.randn(2, 2, 3, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert loss(*both).dtype == torch.float32
+    torch.testing.assert_close(loss(*both), loss(*both.float()))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
@@ -47,7 +62,9 @@ def test_logit_distillation_is_kl_of_teacher_from_student(temperature: float) ->
 
 def test_the_teacher_gets_no_gradient() -> None:
     student, teacher = (torch.randn(2, 3, 4, requires_grad=True) for _ in range(2))
-    logit_distillation(student, teacher, LABELS).backward()
+    in_buckets = bucketed_distillation(student, *top_buckets(teacher[LABELS != IGNORE], 2), LABELS)
+    of_states = hidden_distillation(text(student), text(teacher))
+    (logit_distillation(student, teacher, LABELS) + in_buckets + of_states).backward()
     assert teacher.grad is None
     assert student.grad is not None
     assert student.grad[1, 1:].abs().sum() == 0  # padding does not count
@@ -125,7 +142,8 @@ def test_extreme_logits_stay_finite(k: int) -> None:
 
 def test_no_label_tokens_no_divergence() -> None:
     buckets = top_buckets(torch.randn(0, 5), 2)
-    assert bucketed_distillation(torch.randn(1, 2, 5), *buckets, torch.full((1, 2), IGNORE)) == 0
+    student, none = torch.randn(1, 2, 5), torch.full((1, 2), IGNORE)
+    assert bucketed_distillation(student, *buckets, none) == logit_distillation(student, student, none) == 0
 
 
 @pytest.fixture
@@ -169,6 +187,8 @@ def test_hidden_distillation(states, layers, chosen, positions, stacks, groups) 
     student, teacher = states
     expected = sum(by_hand(student, teacher, keys, chosen) for keys in groups)
     torch.testing.assert_close(hidden_distillation(student, teacher, layers, positions, stacks), expected)
+    if (layers, positions, stacks) == ("last", "text", "both"):  # the defaults
+        assert hidden_distillation(student, teacher) == hidden_distillation(student, teacher, layers, positions, stacks)
 
 
 def test_only_the_chosen_states_are_needed_of_the_teacher(states) -> None:

@@ -1,5 +1,6 @@
 """Both kinds of backbone: nothing depends on padding or company, and all verbs agree."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -248,6 +249,59 @@ def test_a_sliding_window_is_exact_or_refused(prompts: torch.Tensor, batch: dict
             verb(*inputs, *extra)
     with pytest.raises(ValueError, match="attends to the last 10 only"):
         narrow.generate(*inputs, max_new_tokens=2)
+
+
+def test_the_windows_last_column_is_still_exact(prompts: torch.Tensor, batch: dict[str, torch.Tensor]) -> None:
+    """A batch that fills the window equals the bare model's rows; one more column is refused."""
+    inputs = (prompts, batch["task_ids"], batch["input_ids"], batch["attention_mask"])
+    columns = prompts.shape[1] + batch["input_ids"].shape[1]
+    labels = batch["labels"]
+    read = columns + labels.shape[1] - 1  # the last label is predicted, never read
+    wide, full = sliding(64), sliding(read)
+    counted = labels != IGNORE
+    expected = wide(*inputs, labels).logits[counted]
+    torch.testing.assert_close(full(*inputs, labels).logits[counted], expected, rtol=1e-9, atol=1e-9)
+    ranked = wide.score(*inputs, labels[:, None])
+    torch.testing.assert_close(full.score(*inputs, labels[:, None]), ranked, rtol=1e-9, atol=1e-9)
+    for verb, extra in ((sliding(read - 1).forward, labels), (sliding(read - 1).score, labels[:, None])):
+        with pytest.raises(ValueError, match=f"attends to the last {read - 1} only"):
+            verb(*inputs, extra)
+    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
+    made = sliding(columns + 5).generate(*inputs, max_new_tokens=5, **options)
+    embed = wide.model.get_input_embeddings()
+    for row, task in enumerate(batch["task_ids"]):
+        text = batch["input_ids"][row][batch["attention_mask"][row] == 1]
+        alone = torch.cat([prompts[task], embed(text)])[None]
+        assert made[row].tolist() == wide.model.generate(inputs_embeds=alone, max_new_tokens=5, **options)[0].tolist()
+    with pytest.raises(ValueError, match="only"):
+        sliding(columns + 5).generate(*inputs, max_new_tokens=7, **options)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_hidden_part_of_the_one_prompt_stays_hidden(
+    kind: str, prompts: torch.Tensor, batch: dict[str, torch.Tensor]
+) -> None:
+    """With a `prompt_mask` a row does not attend to those tokens, whether or not there are gradients."""
+    backbone = CausalBackbone(build_model(kind), kind).double().eval()
+    batch = batch | {"task_ids": torch.zeros_like(batch["task_ids"])}
+    hidden = torch.ones(len(batch["task_ids"]), 4, dtype=torch.long)
+    hidden[0, 1:3] = hidden[3, 3] = 0
+    with torch.no_grad():
+        evaluated = run(backbone, prompts[:1], batch, prompt_mask=hidden).logits
+    trained = run(backbone, prompts[:1], batch, prompt_mask=hidden).logits
+    embed, places = backbone.model.get_input_embeddings(), torch.arange(20)[None]
+    with torch.no_grad():
+        prefix = backbone.model(inputs_embeds=prompts[:1], use_cache=True).past_key_values
+    for row, mask in enumerate(hidden):
+        text, answer = batch["input_ids"][row][batch["attention_mask"][row] == 1], batch["labels"][row]
+        answer = answer[answer != IGNORE]
+        whole = torch.cat([embed(text), embed(answer)])[None]
+        expected = backbone.model(
+            inputs_embeds=whole, past_key_values=copy.deepcopy(prefix), position_ids=places[:, 4 : 4 + whole.shape[1]],
+            attention_mask=torch.cat([mask, mask.new_ones(whole.shape[1])])[None],
+        ).logits[0, -len(answer) - 1 : -1]  # fmt: skip
+        for got in (evaluated, trained):
+            torch.testing.assert_close(got[row, : len(answer)], expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

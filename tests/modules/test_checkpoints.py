@@ -316,19 +316,23 @@ def test_a_checkpoint_carries_the_cards(trainer: MakeTrainer, tmp_path: Path) ->
     assert loaded.cards["demo/topic"].choices == ["animals", "food", "weather", "travel"]
 
 
-def test_prompts_start_from_a_checkpoint(chain: dict[str, str], data: AnyData, trainer: MakeTrainer) -> None:
-    """A task of the checkpoint starts from its own prompt, another one from the mean of all."""
-    module = PromptTuning(
+@pytest.mark.parametrize("cls", [PromptTuning, MPTSource])
+def test_prompts_start_from_a_checkpoint(cls: type, chain: dict[str, str], trainer: MakeTrainer) -> None:
+    """A task of the checkpoint starts from its own prompt, another one from the mean of all; MPTSource from theirs."""
+    still = {"lr": 0.0} if cls is PromptTuning else dict.fromkeys(("shared_lr", "logits_weight", "hidden_weight"), 0.0)
+    module = cls(
         torch.load(chain["PromptTuning"], weights_only=True)[KEY]["backbone"],
         prompt_length=4,
         prompt_init="checkpoint",
         init_checkpoint=chain["PromptTuning"],
-        lr=0.0,
+        **still,
     )
-    trainer().fit(module, datamodule=AnyData(["three", "new"]))
+    trainer(max_steps=1).fit(module, datamodule=AnyData(["three", "new"]))
     trained = torch.load(chain["PromptTuning"], weights_only=True)["state_dict"]["prompt.prompt_embeddings"]
     expected = torch.stack([trained[TASKS.index("three")], trained.mean(dim=0)])
-    torch.testing.assert_close(module.prompt.prompt_embeddings.detach(), expected)
+    torch.testing.assert_close(
+        module.prompt.prompt_embeddings.detach(), expected if cls is PromptTuning else expected.mean(dim=0)
+    )
 
 
 def test_rows_that_cannot_fit_the_backbone_are_told(model_folder: Callable[[str], str], trainer: MakeTrainer) -> None:

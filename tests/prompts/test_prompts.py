@@ -50,7 +50,10 @@ def test_tasks_are_added_removed_and_renamed_without_touching_the_others(make: t
     prompt = make(3, 4, 6, tasks=["a", "b", "c"])
     before = {task: prompt.fold(task) for task in "abc"}
     prompt.add_task("d", like="b")
+    rows = {name: getattr(prompt, name).detach().clone() for name in prompt.task_parameters()}
     prompt.add_task("e")
+    for name, value in rows.items():
+        torch.testing.assert_close(getattr(prompt, name)[4], value.mean(dim=0))
     prompt.remove_task("a")
     prompt.rename_task("c", "z")
     assert prompt.tasks == ["b", "z", "d", "e"]
