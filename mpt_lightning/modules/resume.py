@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import lightning.pytorch as L
@@ -70,7 +71,10 @@ class ResumedRun:
         Raises:
             ValueError: The checkpoint does not fit an argument of this run.
         """
-        found = [*self._found, *self._of_optimizers(trainer), *self._of_schedules(trainer)]
+        found = list(self._found)
+        with suppress(AttributeError, IndexError, KeyError, TypeError, ValueError):
+            # A damaged state has any content; Lightning fails to restore it right after this, with a message.
+            found += [*self._of_optimizers(trainer), *self._of_schedules(trainer)]
         if unfit := [difference for difference in found if difference.counts is None]:
             raise ValueError(
                 f"{self.path} cannot be resumed with other arguments than it was trained with: "

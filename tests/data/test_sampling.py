@@ -37,7 +37,8 @@ def test_ranks_share_one_draw_without_overlap(sampling, world):
     assert {len(rank) for rank in ranks} == {len(list(rank)) for rank in ranks} == {1000 // (6 * world) * 6}
     together = zip(*(batches(rank, 6) for rank in ranks), strict=True)
     for batch, parts in zip(batches(whole, 6 * world), together, strict=True):
-        assert sorted(batch) == sorted(row for part in parts for row in part)
+        # Every rank's share is mixed as the whole batch is.
+        assert [list(part) for part in parts] == [batch[rank::world] for rank in range(world)]
         if sampling == "proportional":
             assert len(set(batch)) == len(batch)
 
@@ -188,3 +189,8 @@ def test_evaluation_sees_every_row_once(size, world):
     ranks = [EvalSampler(range(size), world, rank) for rank in range(world)]
     assert sorted(row for rank in ranks for row in rank) == list(range(size))
     assert [len(rank) for rank in ranks] == [len(list(rank)) for rank in ranks]
+    even = [EvalSampler(range(size), world, rank, even=True) for rank in range(world)]
+    assert {len(rank) for rank in even} == {-(-size // world)}
+    # What fills up is the last row again, at the end, and is counted as such.
+    assert [list(rank)[: len(rank) - rank.filling] for rank in even] == [list(rank) for rank in ranks]
+    assert {row for rank in even for row in list(rank)[len(rank) - rank.filling :]} <= {size - 1}
