@@ -163,9 +163,9 @@ def test_task_ids_without_names_keep_their_order(
     path, loader = str(saved / "PromptTuning.ckpt"), AnyData().train_dataloader()
     run = trainer(max_epochs=-1, max_steps=STEPS)
     same, other = (PromptTuning(model_folder("t5"), prompt_length=4, tasks=tasks) for tasks in (TASKS, TASKS[::-1]))
-    run.fit(same, loader, ckpt_path=path)
+    run.fit(same, loader, loader, ckpt_path=path)
     with pytest.raises(ValueError, match=r"tasks: now \['three', 'two', 'one'\], checkpoint \['one', 'two', 'three'\]"):
-        run.fit(other, loader, ckpt_path=path)
+        run.fit(other, loader, loader, ckpt_path=path)
 
 
 def test_the_command_line_reports_alike(
