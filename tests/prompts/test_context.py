@@ -31,6 +31,11 @@ def pushed(prompt: ContextPrompt, size: float = 5.0) -> ContextPrompt:
     return prompt
 
 
+def test_the_bounds_are_the_authors() -> None:
+    prompt = make()
+    assert (prompt.epsilon, prompt.template_epsilon, prompt.epsilon_scale) == (0.2, 0.1, "width")
+
+
 def test_it_starts_as_the_context() -> None:
     prompt = make()
     torch.testing.assert_close(prompt(torch.tensor([0, 0])), table()[IDS].expand(2, -1, -1), rtol=0, atol=0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mpt_lightning import MultitaskPrompt, SoftPrompt
-from mpt_lightning.prompts import init
+from mpt_lightning.prompts import DecomposedPrompt, init
 
 
 def count(module: torch.nn.Module) -> int:
@@ -102,6 +102,20 @@ def test_a_target_can_start_from_the_shared_prompt_alone() -> None:
         source.prefix_task_cols.mul_(7)
     target = MultitaskPrompt.from_source(source, ["x"], "shared")
     assert (target.fold("x") - source.prompt_embeddings).norm() < 0.1 * source.prompt_embeddings.norm()
+
+
+def test_dept_has_a_prompt_and_a_shift_for_each_task() -> None:
+    torch.manual_seed(0)
+    prompt, start = DecomposedPrompt(3, 4, 6, text_length=5, rank=2, tasks=["a", "b", "c"]), torch.randn(3, 4, 6)
+    prompt.initialize(start)
+    torch.nn.init.normal_(prompt.shift_rows)
+    shifts = torch.stack([prompt.shift_cols[task] @ prompt.shift_rows[task] for task in range(3)])
+    got = prompt(torch.tensor([2, 0]))
+    torch.testing.assert_close(got, (start[[2, 0]], shifts[[2, 0]]))
+    prompt.remove_task("a")
+    torch.testing.assert_close(prompt(torch.tensor([0, 1])), (start[1:], shifts[1:]))
+    wide = DecomposedPrompt(1, 1, 1, text_length=2000, rank=16)
+    assert 0.24 < wide.shift_cols.std() < 0.26  # 1/sqrt(R), so that the product's scale does not grow with R
 
 
 def test_sampled_vocabulary_is_distinct_frequent_and_never_special() -> None:
