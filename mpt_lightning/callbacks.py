@@ -208,7 +208,7 @@ def prompt_similarity(prompt: Prompt) -> torch.Tensor:
         elif isinstance(prompt, PrefixPrompt):
             made = torch.cat([states.flatten(1) for layer in made for states in layer], dim=1)
         flat = functional.normalize(made.flatten(1), dim=1)
-        return (flat @ flat.T).clamp(-1, 1).cpu()
+        return (flat @ flat.T).clamp(-1, 1).float().cpu()
 
 
 class SimilarityPicture(L.Callback):

@@ -85,19 +85,14 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 def share_random_numbers(strategy: Strategy) -> None:
-    """Give all ranks the random numbers that rank 0 has: what a prompt draws is not only in its parameters.
+    """Set every rank's random state on the CPU, where prompts are drawn, to that of rank 0.
+
+    DDP broadcasts the parameters alone, and a prompt may draw more than its parameters.
 
     Args:
-        strategy: the Trainer's; one process keeps its own.
+        strategy: the Trainer's; a single process keeps its own state.
     """
-    device = strategy.root_device
-    states = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":  # where Lightning lets tensors be made
-        states[device.type] = torch.get_device_module(device).get_rng_state(device)
-    states = strategy.broadcast(states)
-    torch.set_rng_state(states["cpu"])
-    if device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(states[device.type], device)
+    torch.set_rng_state(strategy.broadcast(torch.get_rng_state()))
 
 
 def check_strategy(strategy: Strategy, quantization: str | None, data: Any = None) -> None:

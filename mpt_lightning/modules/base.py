@@ -139,7 +139,7 @@ class PromptModule(BuiltModule):
         if self.evaluator is not None:
             for name, value in self.evaluator.compute().items():
                 self.log(f"{stage}/{name}", value, prog_bar=name == "average", sync_dist=True)
-        self._encoded = self.evaluator = None
+        self.release()
 
     def predict_texts(self, batch: Batch, rows: Tensor, task: str) -> list[str]:
         """Give each row's answer as text: the likeliest choice where there are choices, else generated."""
@@ -162,6 +162,18 @@ class PromptModule(BuiltModule):
     def on_predict_epoch_start(self) -> None:
         """Encode the prompts."""
         self._begin_evaluation()
+
+    def on_predict_epoch_end(self) -> None:
+        """Free the device's memory."""
+        self.release()
+
+    def teardown(self, stage: str) -> None:
+        """Free the device's memory."""
+        self.release()
+
+    def release(self) -> None:
+        """Free what is kept on the device for one evaluation or one run; also called when a run fails."""
+        self._encoded = self.evaluator = None
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Evaluate a batch of one task."""

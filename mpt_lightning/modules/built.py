@@ -23,7 +23,7 @@ from mpt_lightning.files import one_line
 from mpt_lightning.modules import evaluation
 from mpt_lightning.modules.options import OptimizerName, ScheduleName, check_options
 from mpt_lightning.modules.resume import ResumedRun
-from mpt_lightning.modules.termination import SaveOnTermination
+from mpt_lightning.modules.termination import ReleaseOnException, SaveOnTermination
 from mpt_lightning.prompts import Prompt
 from mpt_lightning.strategies import ShardedStrategy, check_strategy, share_random_numbers
 
@@ -77,7 +77,8 @@ class BuiltModule(L.LightningModule, ABC):
         self.prompt: Prompt | None = None
         self.evaluator: evaluation.Evaluator | None = None
         self._encoded: Any = None  # the prompts of all tasks, while evaluating
-        self._row_of_task: Tensor | None = None  # from the data's task ids to this module's
+        # From the data's task ids to this module's: a buffer, so that it moves with the module.
+        self.register_buffer("_row_of_task", None, persistent=False)
         self._cards: dict[str, Any] = {}
         self._resumed: ResumedRun | None = None  # what this fit resumes from
         self.register_state_dict_post_hook(keep_trainable)
@@ -91,6 +92,9 @@ class BuiltModule(L.LightningModule, ABC):
     @abstractmethod
     def build_prompt(self, backbone: Backbone) -> Prompt:
         """Make the prompt that training starts from, for `self.tasks`."""
+
+    # Whether `adapt` needs the backbone on the CPU. Otherwise weights are loaded straight to the Trainer's device.
+    adapts_on_cpu = False
 
     def adapt(self, backbone: Backbone) -> None:
         """Prepare the backbone that was just loaded; by default it is used as it is."""
@@ -128,23 +132,23 @@ class BuiltModule(L.LightningModule, ABC):
             )
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Bring the callback that saves a run which the system ends."""
-        return [SaveOnTermination()]
+        """Return the callbacks for runs that end early."""
+        return [SaveOnTermination(), ReleaseOnException()]
 
     def configure_model(self) -> None:
         """Load the backbone, and make the prompt where a fit begins."""
         if self.backbone is None:
             options = self.hparams
-            backbone = load_backbone(
-                options["backbone"],
-                options["backbone_dtype"],
-                options["backbone_dropout"],
-                options["gradient_checkpointing"],
-                options["backbone_quantization"],
-                self.trainer.strategy.root_device if self._trainer is not None else None,
-                options["backbone_compile"],
-            )
-            self.adapt(backbone)
+            # Lightning calls this hook with the Trainer's device as the default one.
+            with torch.device("cpu") if self.adapts_on_cpu else nullcontext():
+                backbone = load_backbone(
+                    options["backbone"], options["backbone_dtype"], options["backbone_dropout"],
+                    options["gradient_checkpointing"], options["backbone_quantization"],
+                    self.trainer.strategy.root_device if self._trainer is not None else None,
+                    options["backbone_compile"],
+                )  # fmt: skip
+            with torch.device("cpu"):  # a seed gives one start on every device
+                self.adapt(backbone)
             self.backbone = backbone
         if self._trainer is not None and isinstance(self.trainer.strategy, ShardedStrategy):
             self.trainer.strategy.shard(self.backbone)
@@ -152,7 +156,9 @@ class BuiltModule(L.LightningModule, ABC):
             self.backbone.to(self.device)
         if self.prompt is None and self._fits():
             share_random_numbers(self.trainer.strategy)
-            self.prompt = self.build_prompt(self.backbone).to(self.device)
+            with torch.device("cpu"):
+                prompt = self.build_prompt(self.backbone)
+            self.prompt = prompt.to(self.device)
             self._check_positions(self.backbone, self.prompt)
 
     def _check_positions(self, backbone: Backbone, prompt: Prompt) -> None:
@@ -272,7 +278,10 @@ class BuiltModule(L.LightningModule, ABC):
         if self.backbone is not None:
             found.check_backbone(self.backbone.name, self.backbone.fingerprint, "--ckpt_path")
             # In the Trainer's precision from the start: a float64 prompt (64-true) must not go through float32.
-            with nullcontext() if self._trainer is None else self.trainer.precision_plugin.module_init_context():
+            in_precision = (
+                nullcontext() if self._trainer is None else self.trainer.precision_plugin.module_init_context()
+            )
+            with in_precision, torch.device("cpu"):
                 self.prompt = found.empty_prompt().to(self.device)
             self.prompt.attach(self.backbone.embeddings)
         self.tasks = found.tasks

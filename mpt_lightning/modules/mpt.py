@@ -124,7 +124,8 @@ class MPTSource(_MultitaskModule):
             prompts = []
             for task, teacher in self._teacher_checkpoints().items():
                 teacher.check_backbone(self.backbone.name, self.backbone.fingerprint, "--model.teachers")
-                prompts.append(teacher.prompt(self.backbone.embeddings).fold(task))
+                with torch.device("cpu"):
+                    prompts.append(teacher.prompt(self.backbone.embeddings).fold(task))
             self.teacher_prompts = torch.stack(prompts)
 
     @property
@@ -147,8 +148,9 @@ class MPTSource(_MultitaskModule):
         if self.teachers is not None:
             self.teachers.forget()
 
-    def teardown(self, stage: str) -> None:
-        """Close the teachers' cache."""
+    def release(self) -> None:
+        """Free the device's memory, and close the teachers' cache."""
+        super().release()
         if self.teachers is not None:
             self.teachers.forget()
 

@@ -88,6 +88,11 @@ class PEFTModule(AdaptedModule):
         self._tuner = (tuner,)
 
     @property
+    def adapts_on_cpu(self) -> bool:  # type: ignore[override]
+        """Whether PEFT needs the weights on the CPU: a checkpoint has only the seed of what is frozen in a start."""
+        return configs.needs_weights_on_cpu(self.config)
+
+    @property
     def adalora(self) -> AdaLoraModel | None:
         """PEFT's AdaLoRA object; None for other types, and before the model is built."""
         tuner = self._tuner[0] if self._tuner else None
@@ -126,6 +131,23 @@ class PEFTModule(AdaptedModule):
                 f"AdaLoRA lowers its ranks from init_r={config.init_r} to target_r={config.target_r}, which must be "
                 "less. Raise --model.peft_config.init_r, or lower --model.peft_config.target_r."
             )
+
+    def on_fit_start(self) -> None:
+        """Move AdaLoRA's statistics to the device; see `BuiltModule` for the rest."""
+        super().on_fit_start()
+        self._move_statistics(self.device)
+
+    def release(self) -> None:
+        """Free the device's memory."""
+        super().release()
+        self._move_statistics(torch.device("cpu"))
+
+    def _move_statistics(self, device: torch.device) -> None:
+        if self.adalora is None:
+            return
+        allocator: Any = self.adalora.rankallocator  # not a module, so Lightning does not move it
+        for name in (*_STATISTICS, "ipt"):
+            setattr(allocator, name, {key: value.to(device) for key, value in getattr(allocator, name).items()})
 
     def _allocate(self) -> None:
         if self.adalora is not None:

@@ -101,6 +101,15 @@ def draws_what_is_frozen(plain: Config) -> bool:
     return not usual or plain["init_args"].get("init_lora_weights", True) not in (True, False, "gaussian")
 
 
+def needs_weights_on_cpu(plain: Config) -> bool:
+    """Return whether PEFT must find the frozen weights on the CPU to start equally on every device.
+
+    It computes or draws the starts of some types where the weights are. AdaLoRA's layers it would move there, and PEFT
+    0.21 makes the frozen parameters among them trainable when it moves them.
+    """
+    return plain["class_path"] == "peft.AdaLoraConfig" or draws_what_is_frozen(plain)
+
+
 def make_tuner(config: PeftConfig, model: Any) -> Any:
     """Put PEFT's layers into a model, and give the object that manages them.
 

@@ -115,7 +115,7 @@ class Teachers:
     """
 
     def __init__(self, prompts: Tensor, options: Mapping[str, Any], folder: Path | None = None) -> None:
-        self.prompts = prompts.detach()
+        self.prompts = prompts.detach().cpu()
         self.options = options
         self.folder = folder
         self._digests = [hashlib.blake2b(prompt.float().cpu().numpy().tobytes()).digest() for prompt in self.prompts]
@@ -161,9 +161,8 @@ class Teachers:
     def _encode(self, backbone: Backbone, device: torch.device) -> Any:
         """Teachers do not change, so what depends on their prompts alone is computed once (dropout draws anew)."""
         if self._encoded is None:
-            self.prompts = self.prompts.to(device)
-            dropout = self.options["backbone_dropout"]
-            self._encoded = self.prompts if dropout else backbone.encode_prompts(self.prompts)
+            prompts = self.prompts.to(device)
+            self._encoded = prompts if self.options["backbone_dropout"] else backbone.encode_prompts(prompts)
         return self._encoded
 
     def _chosen(self, states: Mapping[str, Segment]) -> States:

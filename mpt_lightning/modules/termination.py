@@ -77,6 +77,16 @@ class SaveOnTermination(L.Callback):
             trainer.strategy.barrier("requeued")
 
 
+class ReleaseOnException(L.Callback):
+    """Frees what a module keeps on the device when a run fails: Lightning calls `teardown` of complete runs only."""
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Free it."""
+        release: Any = getattr(pl_module, "release", None)
+        if release is not None:
+            release()
+
+
 def _requeue_signal(trainer: L.Trainer) -> list[int]:
     """Give SLURM's signal that the time is nearly over, where Lightning listens to it."""
     number: int | None = getattr(trainer._accelerator_connector.cluster_environment, "requeue_signal", None)

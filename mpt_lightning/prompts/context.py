@@ -77,7 +77,7 @@ class ContextPrompt(Prompt):
         self.token_ids, self.token_types = list(token_ids), list(token_types)
         self.trained, self.epsilon_scale = trained, epsilon_scale
         self.epsilon, self.template_epsilon = epsilon, template_epsilon
-        # On the CPU whatever the default device is: which tokens are of which type depends on values.
+        # Computed on the CPU, since sizes depend on values, which tensors on the meta device do not have.
         types, ids = torch.tensor(self.token_types, device="cpu"), torch.tensor(self.token_ids, device="cpu")
         is_label = (types > 0) & (types % 4 == 0)
         moves = {
@@ -100,7 +100,7 @@ class ContextPrompt(Prompt):
         self._attached = False
 
     def _hold(self, name: str, value: Tensor) -> None:
-        self.register_buffer(name, value, persistent=False)
+        self.register_buffer(name, value.to(self.delta_embedding.device), persistent=False)
 
     @property
     def num_examples(self) -> int:

@@ -34,7 +34,7 @@ def sampled_vocabulary(
         generator: the source of randomness.
 
     Returns:
-        [P, H], a copy.
+        [P, H], a copy on the CPU, so that a start is the same on every device.
 
     Raises:
         ValueError: fewer than `length` tokens to draw from.
@@ -43,8 +43,7 @@ def sampled_vocabulary(
         >>> sampled_vocabulary(torch.eye(6), length=3, exclude=[0]).shape
         torch.Size([3, 6])
     """
-    drawn = torch.tensor(vocabulary_ids(len(embeddings), length, top, exclude, generator))
-    return embeddings.detach()[drawn.to(embeddings.device)].clone()
+    return _rows(embeddings, vocabulary_ids(len(embeddings), length, top, exclude, generator))
 
 
 def vocabulary_ids(
@@ -78,15 +77,14 @@ def from_token_ids(embeddings: Tensor, token_ids: Sequence[int], length: int) ->
         length: P.
 
     Returns:
-        [P, H], a copy.
+        [P, H], a copy on the CPU, so that a start is the same on every device.
 
     Raises:
         ValueError: no token.
     """
     if not token_ids:
         raise ValueError("The text to start a prompt from has no tokens; give at least one word.")
-    ids = torch.tensor([token_ids[position % len(token_ids)] for position in range(length)])
-    return embeddings.detach()[ids.to(embeddings.device)].clone()
+    return _rows(embeddings, [token_ids[position % len(token_ids)] for position in range(length)])
 
 
 def from_class_labels(
@@ -101,11 +99,15 @@ def from_class_labels(
         generator: the source of randomness of the rest.
 
     Returns:
-        [P, H], a copy.
+        [P, H], a copy on the CPU, so that a start is the same on every device.
     """
-    table = embeddings.detach()
-    words = [table[torch.tensor(list(ids), device=table.device)].mean(dim=0) for ids in labels if len(ids)][:length]
+    words = [_rows(embeddings, ids).mean(dim=0) for ids in labels if len(ids)][:length]
     if len(words) == length:
         return torch.stack(words)
-    rest = sampled_vocabulary(table, length - len(words), exclude=(), generator=generator)
+    rest = sampled_vocabulary(embeddings, length - len(words), exclude=(), generator=generator)
     return torch.cat([torch.stack(words), rest]) if words else rest
+
+
+def _rows(embeddings: Tensor, ids: Sequence[int]) -> Tensor:
+    """Copy the rows `[N, H]` of some tokens to the CPU."""
+    return embeddings.detach()[torch.tensor(list(ids), device=embeddings.device)].cpu()
