@@ -32,23 +32,23 @@ on in near happy sad story people like hate love boring fun slow long short old 
 KINDS = ["t5", "gpt2", "llama"]
 
 
-def build_model(kind: str, scale: float = 1.0) -> PreTrainedModel:
+def build_model(kind: str, scale: float = 1.0, layers: int = 2) -> PreTrainedModel:
     """A tiny random model with weights large enough that every part of it shows in the logits."""
     torch.manual_seed(0)
     if kind == "t5":
         config = T5Config(
-            vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.1,
+            vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=layers, num_heads=4, dropout_rate=0.1,
             initializer_factor=2.0 * scale, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
         )  # fmt: skip
         return T5ForConditionalGeneration(config).eval()
     if kind == "gpt2":
         config = GPT2Config(
-            vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=96, initializer_range=0.2 * scale,
+            vocab_size=VOCABULARY, n_embd=32, n_layer=layers, n_head=4, n_positions=96, initializer_range=0.2 * scale,
             bos_token_id=1, eos_token_id=1, pad_token_id=0,
         )  # fmt: skip
         return GPT2LMHeadModel(config).eval()
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=96, initializer_range=0.2 * scale, bos_token_id=1,
         eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
