@@ -138,6 +138,7 @@ def test_squad_takes_the_best_answer():
 def test_bleu_of_equal_and_shorter_text():
     text = "there is a house near the river"
     assert scores(card("bleu"), [text], [[text, "x"]]) == pytest.approx({"bleu": 1.0})
+    assert scores(card("bleu"), [text.title()], [[text]])["bleu"] < 0.5  # case counts
     # Six of seven words: all n-grams match, the brevity penalty is exp(1 - 7/6).
     got = scores(card("bleu"), ["there is a house near the"], [[text]])
     assert got["bleu"] == pytest.approx(math.exp(1 - 7 / 6), abs=1e-5)
