@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from mpt_lightning.backbones import Backbone
 
 KEY = "mpt_lightning"
+# A backbone's fingerprint: `mpt_lightning.backbones.fingerprint` has the meaning of its two parts.
+FINGERPRINT = "[0-9a-f]{12}-([0-9a-f]{12}|quantized)"
+# That of an earlier version.
+EMBEDDINGS_ALONE = "[0-9a-f]{16}"
 FORMAT = 1
 PROMPTS: dict[str, type[Prompt]] = {
     kind.__name__: kind
@@ -60,7 +64,7 @@ class PromptCheckpoint:
         path: where it was read from.
         stage: the class that trained it: "PromptTuning", "MPTSource", ...
         backbone: Hub id or folder of the frozen model.
-        fingerprint: hash of that model's embeddings.
+        fingerprint: hash of that model's weights; see `mpt_lightning.backbones.fingerprint`.
         prompt_class: "SoftPrompt", "MultitaskPrompt" or "ContextPrompt".
         prompt_config: that class's arguments.
         cards: the tasks' cards by name, as plain values; empty where the data had none.
@@ -174,7 +178,10 @@ class PromptCheckpoint:
             )
 
     def check_backbone(self, name: str, fingerprint: str, argument: str) -> None:
-        """Refuse another backbone.
+        """Raise if the backbone is another one.
+
+        Between a quantized and a full-precision backbone the weights of linear layers are not compared, so that a
+        prompt of either may be used on the other.
 
         Args:
             name: the backbone in use.
@@ -182,13 +189,20 @@ class PromptCheckpoint:
             argument: the argument that named this checkpoint.
 
         Raises:
-            ValueError: it is another model.
+            ValueError: it is another model, or the checkpoint has a fingerprint of an earlier version.
         """
-        if fingerprint != self.fingerprint:
+        if re.fullmatch(EMBEDDINGS_ALONE, self.fingerprint):
             raise ValueError(
-                f"{argument} {self.path} was trained on the backbone {self.backbone!r} (embeddings "
-                f"{self.fingerprint}), but this run has {name!r} (embeddings {fingerprint}). A prompt fits only the "
-                "model it was trained on: set --model.backbone to that model, or train the prompt anew."
+                f"{argument} {self.path} was saved by an earlier version, whose fingerprint {self.fingerprint} covers "
+                f"the embeddings of {self.backbone!r} alone, so that a model with other layers or another head would "
+                "pass. Train the prompt again with this version."
+            )
+        (rest, _, linear), (of_rest, _, of_linear) = fingerprint.partition("-"), self.fingerprint.partition("-")
+        if rest != of_rest or (linear != of_linear and "quantized" not in (linear, of_linear)):
+            raise ValueError(
+                f"{argument} {self.path} was trained on the backbone {self.backbone!r} (fingerprint "
+                f"{self.fingerprint}), but this run has {name!r} (fingerprint {fingerprint}): other weights. A prompt "
+                "fits only the model it was trained on: set --model.backbone to that model, or train the prompt again."
             )
 
 
@@ -223,7 +237,11 @@ def parse_checkpoint(content: Mapping[str, Any], path: str) -> PromptCheckpoint:
     if set(values) != {"stage", "backbone", "fingerprint", "prompt_class", "prompt_config", "cards"}:
         raise ValueError(f"{path} is damaged: its description has the fields {', '.join(sorted(map(str, values)))}.")
     check_types(content, TRAINING_STATE, path)
-    for name, form in (("stage", r"[^\W\d]\w*"), ("backbone", r".+"), ("fingerprint", "[0-9a-f]{16}")):
+    for name, form in (
+        ("stage", r"[^\W\d]\w*"),
+        ("backbone", r".+"),
+        ("fingerprint", f"{FINGERPRINT}|{EMBEDDINGS_ALONE}"),
+    ):
         if not re.fullmatch(form, str(values[name])):
             raise ValueError(f"{path} is damaged: its {name} is {values[name]!r}.")
     checkpoint = PromptCheckpoint(

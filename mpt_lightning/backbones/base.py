@@ -1,6 +1,5 @@
 """The interface between prompts and a frozen language model, and what both kinds of model share."""
 
-import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mpt_lightning.backbones.compilation import compile_parts
+from mpt_lightning.backbones.fingerprint import fingerprint
 from mpt_lightning.backbones.tokenizer import load_tokenizer
 
 IGNORE = -100
@@ -118,16 +118,11 @@ class Backbone(nn.Module, ABC):
 
     @cached_property
     def fingerprint(self) -> str:
-        """A short hash of the input embeddings: tells one backbone from another, whatever its name.
+        """A short hash of the model's weights; see `fingerprint.fingerprint`.
 
-        At most 4,096 rows, spread over the vocabulary, are read; as bfloat16, so that loading in another precision
-        does not change it.
+        It is computed once: before weights are trained, layers are put in, or the model is sharded.
         """
-        table = self.embeddings.detach()
-        rows = table[:: max(1, len(table) // 4096)].to("cpu", torch.bfloat16).contiguous()
-        digest = hashlib.sha256(repr(tuple(table.shape)).encode())
-        digest.update(rows.view(torch.int16).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return fingerprint(self.model)
 
     def train(self, mode: bool = True) -> "Backbone":
         """Set the mode; the model itself trains (has dropout) only when `dropout` is on."""

@@ -105,7 +105,7 @@ def _description(checkpoint: PromptCheckpoint) -> Iterator[str]:
     rows = {
         "Method": name,
         "Backbone": f"`{checkpoint.backbone}`"
-        + (f" (embeddings `{checkpoint.fingerprint}`)" if checkpoint.fingerprint else ""),
+        + (f" (fingerprint `{checkpoint.fingerprint}`)" if checkpoint.fingerprint else ""),
         "Prompt": f"{checkpoint.prompt_class}, {prompt.length} tokens of width {prompt.dim}",
         "Tasks": str(prompt.num_tasks),
         "Trained parameters": f"{trained:,}",

@@ -201,10 +201,12 @@ def test_bfloat16_weights_take_fp32_prompts(model_folder: Callable[[str], str]) 
         assert prompts.grad.abs().sum() > 0
 
 
-def test_fingerprint_knows_the_model_and_ignores_precision(model_folder: Callable[[str], str]) -> None:
-    full, half = (load_backbone(model_folder("llama"), dtype=dtype) for dtype in ("float32", "bfloat16"))
-    assert full.fingerprint == half.fingerprint
-    assert full.fingerprint != load_backbone(model_folder("gpt2")).fingerprint
+def test_likelihoods_of_half_precision_logits_are_precise() -> None:
+    logits = 4 * torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    labels = torch.tensor([[3, 7, -100], [49, 0, 1]])
+    exact = log_likelihood(logits.double(), labels)
+    assert log_likelihood(logits, labels).dtype == torch.float32
+    torch.testing.assert_close(log_likelihood(logits, labels).double(), exact, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(("name", "message"), [("./no/such/folder", "there is none"), ("/no/such", "there is none")])

@@ -58,7 +58,7 @@ def test_gradients_pass_before_and_after_a_pass_without(
     plain = load_backbone(folder(kind)).train()
     small = load_backbone(folder(kind), quantization=quantization, **options).train()
     assert sum(p.nbytes for p in small.parameters()) < 0.8 * sum(p.nbytes for p in plain.parameters())
-    assert small.fingerprint == plain.fingerprint
+    assert small.fingerprint == f"{plain.fingerprint.partition('-')[0]}-quantized"
     expected, found = loss_and_gradient(plain, batch), loss_and_gradient(small, batch)
     counted = batch["labels"] != -100
     assert 0 < (found[0] - expected[0])[counted].norm() < NEAR[quantization] * expected[0][counted].norm()

@@ -59,6 +59,27 @@ def teacher_passes(module: MPTSource) -> Iterator[list[torch.Tensor]]:
         yield seen
 
 
+def test_dropout_draws_anew_for_the_teachers_prompts_too(model_folder: Folder) -> None:
+    module, batch = built(model_folder("gpt2"), backbone_dropout=True, hidden_positions="prompt"), make_batch()
+    distinct, rows = batch["task_ids"].unique(return_inverse=True)
+    first, second = (module.teachers.targets(module.backbone, distinct, rows, batch) for _ in range(2))
+    assert not torch.equal(first.states["decoder/prompt"][0], second.states["decoder/prompt"][0])
+
+
+def test_a_tuned_head_or_merged_weights_miss_the_cache(model_folder: Folder, tmp_path: Path) -> None:
+    """What teachers say on one model is nothing that another model's student should learn."""
+    batch = make_batch()
+    for change in ("", "lm_head.weight", "model.layers.1.mlp.up_proj.weight"):
+        module = built(model_folder("llama"), teacher_cache=str(tmp_path))
+        if change:
+            torch.nn.init.normal_(module.backbone.model.get_parameter(change))
+        with teacher_passes(module) as passes:
+            module.losses(batch)
+            module.losses(batch)
+        assert len(passes) == 1, change  # the second time the rows are there
+        module.teachers.forget()
+
+
 # -- the pass -------------------------------------------------------------------------------------------------------
 
 
