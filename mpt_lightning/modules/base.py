@@ -13,7 +13,7 @@ from mpt_lightning import objectives
 from mpt_lightning.content import trainable
 from mpt_lightning.modules import agreement, evaluation
 from mpt_lightning.modules.built import Batch, BuiltModule
-from mpt_lightning.modules.optimization import make_optimizer, make_schedule
+from mpt_lightning.modules.optimization import make_optimizer, make_schedule, total_steps
 
 
 class PromptModule(BuiltModule):
@@ -94,8 +94,8 @@ class PromptModule(BuiltModule):
         """Make the optimizer and its schedule, stepped once per optimizer step."""
         options = self.hparams
         optimizer = make_optimizer(options["optimizer"], self.parameter_groups(), options["weight_decay"])
-        total = int(self.trainer.estimated_stepping_batches)
-        if options["schedule"] != "constant" and options["warmup_steps"] >= total:
+        total = total_steps(self.trainer)
+        if options["schedule"] != "constant" and total is not None and options["warmup_steps"] >= total:
             rank_zero_warn(
                 f"warmup_steps ({options['warmup_steps']}) is not less than the run's {total} steps, so the learning "
                 "rate never reaches its value. Lower --model.warmup_steps or train longer."

@@ -1,8 +1,10 @@
 """Optimizers and schedules for prompts, by name."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import lightning.pytorch as L
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -28,13 +30,28 @@ def make_optimizer(name: OptimizerName, groups: Sequence[dict[str, Any]], weight
     return Adafactor(groups, weight_decay=weight_decay, scale_parameter=False, relative_step=False, warmup_init=False)
 
 
-def make_schedule(name: ScheduleName, optimizer: Optimizer, warmup_steps: int, total_steps: int) -> LRScheduler:
+def total_steps(trainer: L.Trainer) -> int | None:
+    """Return the number of optimizer steps of the whole run; None if nothing but time or the data ends it."""
+    steps = trainer.estimated_stepping_batches
+    # Lightning counts infinitely many, or -1 for an iterable data set without max_steps.
+    return int(steps) if 0 <= steps < math.inf else None
+
+
+def make_schedule(name: ScheduleName, optimizer: Optimizer, warmup_steps: int, total_steps: int | None) -> LRScheduler:
     """Make a learning rate schedule that is stepped after every optimizer step.
 
     Args:
         name: how the rate goes on after the warm-up: linearly to 0, constant, or along a cosine to 0.
         optimizer: the optimizer.
         warmup_steps: steps over which the rate rises from 0.
-        total_steps: steps of the whole run.
+        total_steps: steps of the whole run, None if unknown.
+
+    Raises:
+        ValueError: the schedule depends on the number of steps, and it is unknown.
     """
+    if total_steps is None and name != "constant":
+        raise ValueError(
+            f"schedule={name!r} needs the number of the run's steps, which max_time, max_epochs=-1 or an iterable data "
+            "set leave open. Set --trainer.max_steps, or --model.schedule constant."
+        )
     return get_scheduler(_SCHEDULES[name], optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps)

@@ -14,6 +14,7 @@ from mpt_lightning.checkpoint import PromptCheckpoint
 from mpt_lightning.modules import peft_config as configs
 from mpt_lightning.modules.adapted import ADAPTATION, AdaptedModule
 from mpt_lightning.modules.built import Batch
+from mpt_lightning.modules.optimization import total_steps
 
 ALLOCATOR = "rank_allocator"
 """The key under which a checkpoint holds the state of AdaLoRA's rank schedule."""
@@ -119,7 +120,13 @@ class PEFTModule(AdaptedModule):
     def _plan_ranks(self, config: Any) -> None:
         """Give AdaLoRA the run's steps, and check its schedule."""
         if configs.needs_total_step(self.config):
-            config.total_step = int(self.trainer.estimated_stepping_batches)
+            steps = total_steps(self.trainer)
+            if steps is None:
+                raise ValueError(
+                    "AdaLoRA lowers its ranks over the run's steps, whose number max_time, max_epochs=-1 or an "
+                    "iterable data set leave open. Set --trainer.max_steps or --model.peft_config.total_step."
+                )
+            config.total_step = steps
         if config.tinit + config.tfinal >= config.total_step:
             raise ValueError(
                 f"AdaLoRA lowers its ranks between step tinit={config.tinit} and tfinal={config.tfinal} steps before "
