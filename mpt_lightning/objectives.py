@@ -12,6 +12,9 @@ from torch.nn import functional
 
 IGNORE = -100
 
+# The hidden states of a decoder-only model's prompts, which all rows of a task share.
+OF_PROMPTS = "decoder/prompt"
+
 Layers = Literal["last", "all"]
 Positions = Literal["all", "text", "prompt"]
 Normalize = Literal["paper", "weights"]
@@ -38,13 +41,16 @@ def token_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         labels: [B, M], -100 for padding.
 
     Returns:
-        A scalar, in nats.
+        A scalar, in nats; 0 without label tokens.
 
     Example:
         >>> token_cross_entropy(torch.zeros(1, 2, 4), torch.tensor([[3, -100]]))
         tensor(1.3863)
     """
-    return functional.cross_entropy(_precise(logits).flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
+    total = functional.cross_entropy(
+        _precise(logits).flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    return total / (labels != IGNORE).sum().clamp(min=1)
 
 
 def context_cross_entropy(
@@ -83,9 +89,22 @@ def context_cross_entropy(
         _precise(logits).flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"
     )
     weights = decay ** distances.to(of_context.dtype)
-    size, own_tokens = len(labels), (labels != IGNORE).sum()
-    count = len(context_labels) if normalize == "paper" else weights.sum()
-    return (size * (weights * of_context).sum() + own) / (size * count + own_tokens)
+    return (len(labels) * (weights * of_context).sum() + own) / context_tokens(weights, labels, normalize)
+
+
+def context_tokens(weights: Tensor, labels: Tensor, normalize: Normalize) -> Tensor:
+    """Return the number of label tokens that `context_cross_entropy` divides by.
+
+    Args:
+        weights: [N] of the context's label tokens: decay^distance.
+        labels: [B, M] of the rows, -100 for padding.
+        normalize: as there.
+
+    Returns:
+        A scalar.
+    """
+    of_context = len(weights) if normalize == "paper" else weights.sum()
+    return len(labels) * of_context + (labels != IGNORE).sum()
 
 
 def logit_distillation(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
@@ -188,6 +207,40 @@ def chosen_states(
     }
 
 
+def label_weights(
+    states: Mapping[str, HiddenStates], rows: Tensor, labels: Tensor, positions: Positions
+) -> dict[str, Tensor]:
+    """Return weights of positions with which each row counts as often as it has label tokens.
+
+    With these weights `hidden_distillation` is, per stack, the mean over rows of the mean squared error of a row's
+    positions, weighted by the rows' label tokens. So its denominator is the one of the other terms, and losses of
+    several batches add up.
+
+    Args:
+        states: hidden states by "<stack>/<part>": of rows `[B, S, H]`, or of prompts that rows share `[U, P, H]`.
+        rows: [B] in 0..U-1, each row's prompt.
+        labels: [B, M], -100 for padding.
+        positions: those that are compared.
+
+    Returns:
+        Per key [B, S] or [U, P]. The weight of a row's position is the row's label tokens divided by its compared
+        positions in the stack, 0 for padding; that of a shared prompt's position is the sum of this over its rows.
+    """
+    lengths: dict[str, Tensor] = {}  # [B] per stack
+    for key in chosen_states(states, "last", positions, "both"):
+        weight = states[key].weight
+        own = torch.full_like(rows, weight.shape[1]) if key == OF_PROMPTS else (weight > 0).sum(dim=1)
+        lengths[key.split("/")[0]] = lengths.get(key.split("/")[0], 0) + own
+    tokens, weights = (labels != IGNORE).sum(dim=1), {}
+    for key, found in states.items():
+        share = tokens / lengths.get(key.split("/")[0], tokens).clamp(min=1)
+        if key == OF_PROMPTS:
+            prompts = torch.arange(len(found.weight), device=rows.device)
+            share = ((rows == prompts[:, None]) * share).sum(dim=1)
+        weights[key] = (found.weight > 0) * share[:, None]
+    return weights
+
+
 def hidden_distillation(
     student: Mapping[str, HiddenStates],
     teacher: Mapping[str, HiddenStates],
@@ -198,7 +251,7 @@ def hidden_distillation(
     """Masked mean squared error of hidden states (paper section 3.2, L_Hidden).
 
     The paper does not say which layers and positions, so both are choices. Within a stack the mean goes over layers,
-    counted positions and H; the stacks' means are added.
+    positions by their `weight`, and H; the stacks' means are added.
 
     Args:
         student: hidden states by "<stack>/<part>".

@@ -113,6 +113,12 @@ def check_strategy(strategy: Strategy, quantization: str | None, data: Any = Non
             "(tensor_parallel_size) or shard what is trained. To share the frozen backbone among all ranks, use "
             "strategy=mpt_lightning.ShardedStrategy(), on the command line --config trainer/sharded."
         )
+    if strategy.handles_gradient_accumulation:
+        raise ValueError(
+            f"{type(strategy).__name__} averages gradients over batches and ranks by itself, whatever their numbers of "
+            "label tokens. Use --trainer.strategy ddp, or --config trainer/sharded for a frozen backbone that does not "
+            "fit one device."
+        )
     if not isinstance(strategy, ShardedStrategy):
         return
     if quantization is not None:

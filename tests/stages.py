@@ -11,7 +11,7 @@ from mpt_lightning.data.base import PromptDataModule
 from mpt_lightning.modules import PromptModule
 
 T5, LLAMA = "mpt_lightning/demo/t5", "mpt_lightning/demo/llama"
-TASKS = ["demo/voice", "demo/advice"]  # answers of one word each, so that ranks have equally many label tokens
+TASKS = ["demo/voice", "demo/advice"]
 STAGES = ["prompt_tuning", "source", "target", "cpt"]
 
 
@@ -20,8 +20,7 @@ def make(stage: str, folder: Path) -> PromptModule:
     if stage == "prompt_tuning":
         return PromptTuning(T5, prompt_length=4)
     if stage == "source":
-        # Prompts are equally long on every rank; texts are not, and a mean over each rank's tokens would differ.
-        return MPTSource(T5, str(folder / "prompt_tuning.ckpt"), prompt_length=4, hidden_positions="prompt")
+        return MPTSource(T5, str(folder / "prompt_tuning.ckpt"), prompt_length=4, hidden_positions="all")
     if stage == "target":
         return MPTTarget(T5, str(folder / "source.ckpt"))
     return CPT(LLAMA, lr=0.05, epsilon=2.0, template_epsilon=1.0)
@@ -40,6 +39,20 @@ def doubled(module: PromptModule) -> PromptModule:
         module.double()
 
     module.adapt, module.configure_model = adapt_doubled, configure_model
+    return module
+
+
+def ragged(module: PromptModule) -> PromptModule:
+    """Let about a third of the training rows have one label token less, and of one task none at all if asked."""
+    train, silent = module.training_step, getattr(module, "silent", -1)
+
+    def training_step(batch: Any, batch_idx: int) -> Any:
+        labels = batch["labels"].clone()
+        labels[batch["input_ids"].sum(dim=1) % 3 == 0, -1] = -100
+        labels[batch["task_ids"] == silent] = -100
+        return train(batch | {"labels": labels}, batch_idx)
+
+    module.training_step = training_step
     return module
 
 

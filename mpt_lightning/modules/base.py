@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from mpt_lightning import objectives
 from mpt_lightning.content import trainable
 from mpt_lightning.modules import agreement, evaluation
+from mpt_lightning.modules.accumulation import StepMean
 from mpt_lightning.modules.built import Batch, BuiltModule
 from mpt_lightning.modules.optimization import make_optimizer, make_schedule, total_steps
 
@@ -20,19 +21,28 @@ class PromptModule(BuiltModule):
     """A prompt in front of a frozen backbone; see `BuiltModule` for the arguments."""
 
     _fault: str | None = None  # why this rank cannot go on
+    _step: StepMean  # of the optimizer step that is being accumulated
 
     @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Give the optimizer's groups: `params`, `lr` and `name`."""
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Give the terms of the training loss by name; "loss" is what is minimised."""
+        """Return the terms of the training loss by name; "loss" is minimised.
+
+        Each is a mean over the batch's `label_tokens`, or does not depend on the batch. So terms and gradients of an
+        optimizer step are exactly those of one batch with all its rows (see `StepMean`).
+        """
         logits = self(batch)
         return {"loss": objectives.token_cross_entropy(logits, batch["labels"])}
 
+    def label_tokens(self, batch: Batch) -> Tensor:
+        """Return the number of label tokens that `losses` takes its means over: the batch's weight in its step."""
+        return (batch["labels"] != objectives.IGNORE).sum()
+
     def on_fit_start(self) -> None:
         """Match the data's tasks with the prompt's."""
-        self._fault = None
+        self._fault, self._step = None, StepMean()
         self._match_tasks()
         resumed, self._resumed = self._resumed, None
         agreement.check_one_start(self.trainer, resumed.step if resumed else None)
@@ -51,11 +61,13 @@ class PromptModule(BuiltModule):
         return backbone(prompts, rows, batch["input_ids"], batch["attention_mask"], batch["labels"]).logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Give the loss of a batch, and log each of its terms."""
-        terms = self.losses(batch)
+        """Return the loss of a batch; log each term as its mean over the optimizer step's label tokens so far."""
+        terms, tokens = self.losses(batch), self.label_tokens(batch)
+        means = self._step.add(terms, tokens, self._ends_step, self.trainer.world_size)
         loss = terms["loss"]
-        if not torch.isfinite(loss):
+        if not torch.isfinite(loss * self._step.share):
             values = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
+            values = values if tokens else "no row of the step has a label token"
             self._fault = (
                 f"The loss is not finite at step {self.global_step}, batch {batch_idx} ({values}). Rows: "
                 f"{self._not_finite(batch)}. Training has stopped; checkpoints written before are whole. Lower the "
@@ -65,9 +77,28 @@ class PromptModule(BuiltModule):
                 raise ValueError(self._fault)
             loss = agreement.spoil(loss, list(trainable(self).values()))
         size = len(batch["task_ids"])
-        for name, value in terms.items():
+        for name, value in means.items():
             self.log(f"train/{name}", value, prog_bar=True, batch_size=size)
         return loss
+
+    @property
+    def _ends_step(self) -> bool:
+        """Whether the current batch is the last one before the optimizer's step."""
+        return not self.trainer.fit_loop._should_accumulate()
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Add a batch's gradients to those of its optimizer step, each batch weighted by its label tokens.
+
+        This is before all that looks at gradients: callbacks, clipping, the gradient scaler.
+        """
+        if self._step.kept is not None:
+            for parameter in trainable(self).values():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self._step.kept)
+        # Lightning has divided the loss by `accumulate_grad_batches`, however many batches the step has.
+        super().backward(loss * (self._step.share * self.trainer.accumulate_grad_batches), *args, **kwargs)
+        if self._ends_step:
+            self._step = StepMean()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Stop, where the loss of any rank was not finite."""

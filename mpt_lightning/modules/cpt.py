@@ -194,6 +194,14 @@ class CPT(PromptModule):
         of_context = objectives.token_cross_entropy(predicted.detach()[None], prompt.label_ids[None])
         return {"loss": loss, "row": row.detach(), "context": of_context}
 
+    def label_tokens(self, batch: Batch) -> Tensor:
+        """Return the number of label tokens of the loss: the rows' own, and per row those of the context."""
+        _, prompt = self.parts()
+        if not self.trains_on_context or not isinstance(prompt, ContextPrompt):
+            return super().label_tokens(batch)
+        weights = self.hparams["decay"] ** prompt.label_distances.to(prompt.delta_embedding.dtype)
+        return objectives.context_tokens(weights, batch["labels"], self.hparams["normalize"])
+
     def _own_examples(self, batch: Batch) -> Tensor:
         if "context_examples" not in batch:
             raise ValueError(

@@ -36,7 +36,9 @@ class MPTSource(_MultitaskModule):
     """Source training of MPT: a shared prompt and low-rank task factors, distilled from teachers.
 
     Loss: cross-entropy + logits_weight · KL(teacher || student) + hidden_weight · squared error of hidden states.
-    The paper gives neither the weights nor the layers; each is an argument, and each term is logged.
+    The paper gives neither the weights nor the layers; each is an argument, and each term is logged. All three terms
+    are means over the rows of an optimizer step, weighted by the rows' label tokens: of the label tokens' cross-entropy
+    and KL, and of the mean squared error of a row's compared positions.
 
     Args:
         backbone: Hub id ("google-t5/t5-base") or folder of the frozen model.
@@ -191,7 +193,7 @@ class MPTSource(_MultitaskModule):
         inputs = (rows, batch["input_ids"], batch["attention_mask"], batch["labels"])
         student = backbone(prompt(distinct), *inputs, hidden_states=options["hidden_weight"] > 0)
         terms = {"task_loss": objectives.token_cross_entropy(student.logits, batch["labels"])}
-        terms |= targets.terms(student, batch["labels"])
+        terms |= targets.terms(student, rows, batch["labels"])
         loss = terms["task_loss"]
         for name in ("logits", "hidden"):
             if options[f"{name}_weight"] > 0:

@@ -17,9 +17,6 @@ from mpt_lightning.modules.built import Batch
 from mpt_lightning.modules.start import check_length
 from mpt_lightning.modules.teacher_cache import Row, TeacherCache, row_key
 
-OF_PROMPTS = "decoder/prompt"
-"""The hidden states of a decoder-only model's prompts: a task's rows share them."""
-
 States = dict[str, tuple[Tensor, ...]]
 """Per "<stack>/<part>" the layers that are compared."""
 
@@ -34,19 +31,25 @@ class Targets(ABC):
 
     options: Mapping[str, Any]
 
-    def terms(self, student: BackboneOutput, labels: Tensor) -> dict[str, Tensor]:
-        """Give the distillation terms that have a weight, "logits_loss" and "hidden_loss".
+    def terms(self, student: BackboneOutput, rows: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Return the distillation terms that have a weight, "logits_loss" and "hidden_loss".
+
+        Both are means over rows, weighted by the rows' label tokens, of what a row's label tokens or compared positions
+        have on average.
 
         Args:
             student: its output for the same batch.
+            rows: [B] in 0..U-1, each row's task among the batch's.
             labels: [B, M], -100 for padding.
         """
         terms = {}
         if self.options["logits_weight"] > 0:
             terms["logits_loss"] = self.logits_loss(student.logits, labels)
         if self.options["hidden_weight"] > 0:
+            weights = objectives.label_weights(student.hidden, rows, labels, self.options["hidden_positions"])
+            weighted = {key: Segment(student.hidden[key].layers, weight) for key, weight in weights.items()}
             terms["hidden_loss"] = objectives.hidden_distillation(
-                student.hidden, self.hidden(student.hidden), **hidden_options(self.options)
+                weighted, self.hidden(student.hidden), **hidden_options(self.options)
             )
         return terms
 
@@ -232,7 +235,7 @@ class Teachers:
             )
             parts = {"ids": per_row(ids.int(), counted), "log_probs": per_row(log_probs, counted)}
         for key, layers in self._chosen(output.hidden).items():
-            if key != OF_PROMPTS:
+            if key != objectives.OF_PROMPTS:
                 counted = output.hidden[key].weight > 0
                 parts[key] = per_row(torch.stack(layers, dim=2)[counted].bfloat16(), counted)
         return [{name: pieces[row] for name, pieces in parts.items()} for row in range(len(labels))]
@@ -242,7 +245,7 @@ class Teachers:
         if self.options["hidden_positions"] == "text":
             return {}
         layers = getattr(self._encode(backbone, distinct.device), "hidden", ())
-        return self._chosen({OF_PROMPTS: Segment(tuple(states[distinct] for states in layers), distinct)})
+        return self._chosen({objectives.OF_PROMPTS: Segment(tuple(states[distinct] for states in layers), distinct)})
 
 
 def hidden_options(options: Mapping[str, Any]) -> dict[str, Any]:

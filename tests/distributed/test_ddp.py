@@ -9,12 +9,12 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import LoraConfig
 from ranks import launch
-from stages import STAGES, T5, FirstGradient, data, doubled, make, trainer
+from stages import STAGES, T5, FirstGradient, data, doubled, make, ragged, trainer
 
 from mpt_lightning import PEFTModule, PromptTuning
 from mpt_lightning.modules import PromptModule
 
-METHODS = [*STAGES, "lora", "p_tuning"]
+METHODS = [*STAGES, "lora", "p_tuning", "silent rank"]
 
 
 def build(method: str, folder: Path) -> PromptModule:
@@ -23,6 +23,10 @@ def build(method: str, folder: Path) -> PromptModule:
         return PEFTModule(T5, LoraConfig(r=2))
     if method == "p_tuning":
         return PromptTuning(T5, prompt_length=4, reparameterization="mlp", network_width=8)
+    if method == "silent rank":
+        module = PromptTuning(T5, prompt_length=4)
+        module.silent = 1
+        return module
     return make(method, folder)
 
 
@@ -34,10 +38,12 @@ def train(folder: str, devices: int) -> None:
         gradient, saving = FirstGradient(), ModelCheckpoint(dirpath=target, filename=stage)
         run = trainer(devices, max_epochs=2, callbacks=[saving, gradient])
         # P-tuning's tasks have networks of their own: with one row per rank, each rank has one task and one network.
-        size = 2 if stage == "p_tuning" else 8
-        run.fit(doubled(build(stage, Path(folder, "1"))), datamodule=data(stage, size // devices, Path(folder)))
+        size = 2 if stage in ("p_tuning", "silent rank") else 8
+        module = ragged(doubled(build(stage, Path(folder, "1"))))
+        run.fit(module, datamodule=data(stage, size // devices, Path(folder)))
         if run.is_global_zero:
-            metrics = {name: value for name, value in run.callback_metrics.items() if name.startswith("val/")}
+            metrics = dict(run.callback_metrics)
+            metrics.pop("train/row", None)  # its denominator is not that of CPT's loss
             torch.save(metrics | gradient.values, target / f"{stage}.pt")
 
 
@@ -53,7 +59,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_ranks_equal_one(stage: str, runs: Path) -> None:
     one, two = (torch.load(runs / devices / f"{stage}.pt", weights_only=True) for devices in ("1", "2"))
     assert one.keys() == two.keys()
-    assert {"val/average", "val/demo/voice/accuracy"} <= one.keys()
+    assert {"train/loss", "val/loss", "val/average", "val/demo/voice/accuracy"} <= one.keys()
     gradients = [name for name in one if name.startswith("gradient/")]
     assert gradients
     assert any(one[name].norm() > 0 for name in gradients)  # LoRA's A has none in the first step, since B is 0

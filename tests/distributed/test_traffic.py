@@ -1,4 +1,4 @@
-"""What two ranks send each other: the gradients of what is trained, and two numbers."""
+"""What two ranks send each other: the gradients of what is trained, the loss with its label tokens, and two numbers."""
 
 import json
 import os
@@ -16,7 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 from mpt_lightning import PEFTModule, PromptTuning
 from mpt_lightning.modules import PromptModule
 
-STAGES = ["prompt_tuning", "source", "cpt", "lora", "superposition"]
+# Each stage with the terms of its loss.
+STAGES = {"prompt_tuning": 1, "source": 4, "cpt": 3, "lora": 1, "superposition": 1}
 SIZES = {"float": 4, "long int": 8, "int": 4, "unsigned char": 1}
 
 
@@ -91,8 +92,10 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_step_sends_the_gradients_of_what_is_trained(stage: str, recorded: Path) -> None:
     found = json.loads((recorded / f"{stage}.json").read_text())
-    gradients = [size for kind, dtype, size in found["step"] if (kind, dtype) == ("all_reduce", "float")]
-    assert sum(gradients) == 4 * found["trained"]
+    floats = [size for kind, dtype, size in found["step"] if (kind, dtype) == ("all_reduce", "float")]
+    # First the number of label tokens and the sums of the loss's terms, which the gradients' weights need.
+    assert floats[0] == 4 * (1 + STAGES[stage])
+    assert sum(floats[1:]) == 4 * found["trained"]
     # Whether the system ends the run: Lightning tells what rank 0 knows, SaveOnTermination asks all.
     rest = [entry for entry in found["step"] if entry[:2] != ["all_reduce", "float"]]
     assert sorted(rest) == [["all_reduce", "long int", 8], ["broadcast", "long int", 8]]
