@@ -15,6 +15,7 @@ from mpt_lightning.checkpoint import PromptCheckpoint, read_checkpoint
 from mpt_lightning.data.card import TaskCard
 from mpt_lightning.data.collate import pad
 from mpt_lightning.data.encode import Encoder
+from mpt_lightning.data.vocabulary import check_choices
 from mpt_lightning.files import one_line, read_text
 from mpt_lightning.modules import evaluation
 from mpt_lightning.modules.base import PromptModule
@@ -52,6 +53,9 @@ class Predictor:
         encoder: how texts become tokens; by default that of the backbone's tokenizer, inputs of up to 256 tokens.
         batch_size: rows per batch.
 
+    Raises:
+        ValueError: the tokenizer cannot write a task's choices.
+
     Example:
         >>> predictor = Predictor.from_checkpoint("runs/mpt/target/best.ckpt")  # doctest: +SKIP
         >>> predictor.predict(["a fine film"], "rotten_tomatoes")[0].prediction  # doctest: +SKIP
@@ -72,6 +76,8 @@ class Predictor:
         self.cards, self.batch_size = dict(cards or {}), batch_size
         kind = bool(backbone.model.config.is_encoder_decoder)
         self.encoder = encoder or Encoder(backbone.tokenizer, kind, max_input_length=256)
+        for card in self.cards.values():
+            check_choices(card, self.encoder.tokenizer, kind)
         prompt.attach(backbone.embeddings)
         with torch.no_grad():
             self._encoded = backbone.encode_prompts(prompt(torch.arange(prompt.num_tasks, device=self.device)))

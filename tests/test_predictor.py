@@ -3,16 +3,20 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import pytest
 import torch
+from tokenizers import processors
 
 from mpt_lightning import CPT, MultitaskDataModule, Predictor, PromptTuning, load_task
 from mpt_lightning.cli import main
+from mpt_lightning.data import TaskCard
 from mpt_lightning.predictor import predict_file
+from tests.conftest import build_model, build_tokenizer
 
 T5, LLAMA = "mpt_lightning/demo/t5", "mpt_lightning/demo/llama"
 TASKS = ["demo/voice", "demo/topic", "demo/similarity"]
@@ -107,6 +111,49 @@ def test_rows_are_cut_as_in_training(trained: dict[str, str]) -> None:
     assert row.text.endswith("it . you label :")
     with pytest.raises(ValueError, match=r"has 44 tokens, expected 1 to 20; change the text"):
         predictor.predict(f"sentence : {'you should see it . ' * 8}label :", raw=True)
+
+
+def test_rows_follow_the_context_without_bos(tmp_path: Path) -> None:
+    """The probabilities are those of one pass of the bare model over context, row and answer."""
+    tokenizer, model = build_tokenizer("llama"), build_model("llama")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("</s> $A", special_tokens=[("</s>", 1)])
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    (tmp_path / "reviews").mkdir()
+    rows = [{"text": f"the film was {word}", "label": label} for label, word in enumerate(("boring", "fun"))]
+    (tmp_path / "reviews/train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["not very good", "great"]
+    card = {"name": "reviews", "path": "me/reviews", "input": "{text} :", "choices": words, "metrics": ["accuracy"]}
+    data = load_task(
+        TaskCard(**card),
+        context_shots=1,
+        separator="",
+        max_input_length=20,
+        data_root=str(tmp_path),
+        cache_dir=str(tmp_path / "cache"),
+    )
+    trainer, module = quiet(max_steps=2, max_epochs=-1, limit_val_batches=0), CPT(str(tmp_path / "model"), lr=0.1)
+    trainer.fit(module, datamodule=data)
+    trainer.save_checkpoint(tmp_path / "cpt.ckpt")
+    (answer,) = Predictor.from_checkpoint(str(tmp_path / "cpt.ckpt")).predict("a happy story")
+    context = module.prompt(torch.tensor([0]))
+    likelihoods = []
+    for word in words:
+        text, own = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in ("a happy story :", word))
+        ids = torch.tensor([[*text, *own, tokenizer.eos_token_id]])
+        embeds = torch.cat([context, model.get_input_embeddings()(ids)], dim=1)
+        with torch.no_grad():
+            log_probs = model(inputs_embeds=embeds).logits.log_softmax(-1)[0, -len(own) - 2 : -1]
+        likelihoods.append(log_probs.gather(1, ids[0, -len(own) - 1 :, None]).sum())
+    expected = torch.stack(likelihoods).softmax(0).tolist()
+    assert list(answer.probabilities.values()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_choices_that_cannot_be_written_are_refused(trained: dict[str, str]) -> None:
+    found = Predictor.from_checkpoint(trained["llama"])
+    cards = {"demo/voice": replace(found.cards["demo/voice"], choices=["active", "zebra"])}
+    with pytest.raises(ValueError, match=r"Task 'demo/voice': got the choices 'zebra', which becomes \['<unk>'\]"):
+        Predictor(found.backbone, found.prompt, cards)
 
 
 def test_a_checkpoint_of_trained_weights_predicts_too(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from mpt_lightning.data.pattern import apply_pattern
 from mpt_lightning.data.rows import SPLIT_SEED, Draw, ShotsPer, Split
 from mpt_lightning.data.sampling import EvalSampler, GlobalBatchSampler
 from mpt_lightning.data.slots import count_slots
+from mpt_lightning.data.vocabulary import check_choices, check_targets, warn_of_unknown_inputs
 
 _TRAIN_COLUMNS = ["input_ids", "labels", "task_ids", "row_id"]
 
@@ -82,7 +83,7 @@ class PromptDataModule(L.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        # With fewer evaluation rows than devices some device has none, which is no mistake.
+        # With fewer evaluation rows than devices some device has none.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         check_counts(
             batch_size=batch_size,
@@ -94,8 +95,7 @@ class PromptDataModule(L.LightningDataModule):
         )
         check_allowed("shots_per", shots_per, get_args(ShotsPer))
         check_allowed("predict_split", predict_split, get_args(Split))
-        names = [card.name for card in cards]
-        if not names or len(set(names)) < len(names):
+        if not (names := [card.name for card in cards]) or len(set(names)) < len(names):
             raise ValueError(f"Got tasks {names}, expected one or more different names; change `tasks`.")
         if pattern is not None:
             cards = [apply_pattern(card, pattern) for card in cards]
@@ -117,6 +117,7 @@ class PromptDataModule(L.LightningDataModule):
         self._has_context = False
         self._encoder: Encoder | None = None
         self._splits: dict[Split, list[Dataset]] = {}
+        self._warned: set[str] = set()
 
     def _save_options(self, name: str, cards: Any, options: dict[str, Any]) -> None:
         """Save the arguments as primitives; unlogged, since the module may have arguments of the same name."""
@@ -169,7 +170,7 @@ class PromptDataModule(L.LightningDataModule):
 
     @property
     def num_train_rows(self) -> int:
-        """Training rows of all tasks together; known after `setup`."""
+        """Training rows of all tasks together, after `setup`."""
         return sum(len(rows) for rows in self._rows("train"))
 
     def prepare_data(self) -> None:
@@ -201,10 +202,14 @@ class PromptDataModule(L.LightningDataModule):
     def _load(self, split: Split) -> None:
         if split in self._splits:
             return
-        draw = self._train_draw if split == "train" else self._eval_draw
-        tables = []
+        draw, tables = self._train_draw if split == "train" else self._eval_draw, []
+        for card in self.cards.values():
+            check_choices(card, self.tokenizer, self.encoder.is_encoder_decoder)
         for task_id, card in enumerate(self.cards.values()):
             rows = encoded_split(card, split, self.encoder, draw, self.data_root, self.cache_dir)
+            check_targets(card, rows, split, self.encoder)
+            if card.name not in self._warned and warn_of_unknown_inputs(card, rows, split, self.encoder):
+                self._warned.add(card.name)
             if cut := int(rows.data.column("cut").to_numpy().sum()):
                 rank_zero_info(
                     f"{card.name}: {cut:,} of {len(rows):,} {split} rows were cut to "
@@ -239,9 +244,8 @@ class PromptDataModule(L.LightningDataModule):
         tables: list[Any] = self._rows(split)
         for card, rows in zip(self.cards.values(), tables, strict=True):
             # A decoder-only model's rows bring their own choices.
-            shared = self.encoder.is_encoder_decoder and card.choices is not None
-            choices = self.encoder.targets(card.choices or []) if shared else None
-            options = self._loading(self.eval_batch_size, PromptCollator(self.encoder.pad_id, choices))
+            choices = self.encoder.targets(card.choices or []) if self.encoder.is_encoder_decoder else None
+            options = self._loading(self.eval_batch_size, PromptCollator(self.encoder.pad_id, choices or None))
             sampler = EvalSampler(rows, *self._ranks(), even=in_step)
             loaders.append(DataLoader(rows, sampler=sampler, **options))
         return loaders

@@ -10,6 +10,7 @@ from mpt_lightning.data.card import TaskCard
 from mpt_lightning.data.encode import Encoder
 from mpt_lightning.data.examples import Example
 from mpt_lightning.data.slots import count_slots
+from mpt_lightning.data.vocabulary import check_choices
 
 #: Types of the tokens of the first example, PEFT's; example k has them plus 4k. 0 is BOS or a separator.
 TEMPLATE, INPUT, PREFIX, ANSWER = 1, 2, 3, 4
@@ -63,8 +64,7 @@ def build_context(
         )
     between = _written(encoder, separator, "`separator`", 'set `separator` to another text, or to "" for none')
     _written(encoder, encoder.answer_prefix, "`answer_prefix`", "change `answer_prefix`")
-    for word in card.choices or []:
-        _written(encoder, word, f"`choices` of the card '{card.name}'", "change the word, or `backbone`")
+    check_choices(card, encoder.tokenizer, encoder.is_encoder_decoder)
     inside = replace(encoder, with_bos=False)
     ids = encoder.opening
     types, ends = [0] * len(ids), []

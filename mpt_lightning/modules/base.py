@@ -11,9 +11,11 @@ from torch.optim import Optimizer
 
 from mpt_lightning import objectives
 from mpt_lightning.content import trainable
+from mpt_lightning.data.vocabulary import check_choices
 from mpt_lightning.modules import agreement, evaluation
 from mpt_lightning.modules.accumulation import StepMean
-from mpt_lightning.modules.built import Batch, BuiltModule
+from mpt_lightning.modules.batch import Batch, check_batch, task_of_loader
+from mpt_lightning.modules.built import BuiltModule
 from mpt_lightning.modules.optimization import make_optimizer, make_schedule, total_steps
 
 
@@ -44,6 +46,7 @@ class PromptModule(BuiltModule):
         """Match the data's tasks with the prompt's."""
         self._fault, self._step = None, StepMean()
         self._match_tasks()
+        self._check_choices()
         resumed, self._resumed = self._resumed, None
         agreement.check_one_start(self.trainer, resumed.step if resumed else None)
         if resumed is not None:
@@ -59,6 +62,11 @@ class PromptModule(BuiltModule):
         distinct, rows = self.task_rows(batch).unique(return_inverse=True)
         prompts = prompt(distinct)
         return backbone(prompts, rows, batch["input_ids"], batch["attention_mask"], batch["labels"]).logits
+
+    def task_rows(self, batch: Batch) -> Tensor:
+        """Return the prompt's row `[B]` of each row of the batch, which is checked (`check_batch`)."""
+        ids: Tensor = check_batch(batch, self._data_tasks())["task_ids"]
+        return ids if self._row_of_task is None else self._row_of_task[ids]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch; log each term as its mean over the optimizer step's label tokens so far."""
@@ -76,7 +84,7 @@ class PromptModule(BuiltModule):
             if self.trainer.world_size == 1:
                 raise ValueError(self._fault)
             loss = agreement.spoil(loss, list(trainable(self).values()))
-        size = len(batch["task_ids"])
+        size = len(batch["labels"])
         for name, value in means.items():
             self.log(f"train/{name}", value, prog_bar=True, batch_size=size)
         return loss
@@ -134,15 +142,22 @@ class PromptModule(BuiltModule):
         schedule = make_schedule(options["schedule"], optimizer, options["warmup_steps"], total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def _check_choices(self) -> None:
+        """Check the choices of cards that come with the data, whoever made the DataModule."""
+        backbone, _ = self.parts()
+        for card in (card for name, card in self.cards.items() if name in self._data_tasks() and card.choices):
+            check_choices(card, backbone.tokenizer, bool(backbone.model.config.is_encoder_decoder))
+
     def _begin_evaluation(self) -> None:
         if self.prompt is None:
             raise ValueError(NO_PROMPT)
         backbone, prompt = self.parts()
         self._match_tasks()
+        self._check_choices()
         with torch.no_grad():
             # What depends on the prompts alone is computed once for the whole evaluation.
             self._encoded = backbone.encode_prompts(prompt(torch.arange(prompt.num_tasks, device=self.device)))
-        names = list(getattr(self._datamodule(), "tasks", self.tasks))
+        names = self._data_tasks()
         self.evaluator = evaluation.Evaluator(names, self.cards).to(self.device)
 
     def _evaluate(self, batch: Batch, index: int, counted: int) -> None:
@@ -150,7 +165,7 @@ class PromptModule(BuiltModule):
         evaluator = self.evaluator
         if evaluator is None:
             raise RuntimeError("evaluation has not begun")
-        rows, task, labels = self.task_rows(batch), evaluator.tasks[index], batch["labels"]
+        rows, task, labels = self.task_rows(batch), task_of_loader(evaluator.tasks, index), batch["labels"]
         inputs = (self._encoded, rows, batch["input_ids"], batch["attention_mask"])
         if "choices" in batch:
             # The gold answer is scored as one more choice, so that the loss costs no pass of its own.
@@ -208,18 +223,19 @@ class PromptModule(BuiltModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Evaluate a batch of one task."""
+        check_batch(batch, self._data_tasks())
         counted = evaluation.counted_rows(batch, self.trainer.val_dataloaders, batch_idx, dataloader_idx)
         self._evaluate(batch, dataloader_idx, counted)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Evaluate a batch of one task."""
+        check_batch(batch, self._data_tasks())
         counted = evaluation.counted_rows(batch, self.trainer.test_dataloaders, batch_idx, dataloader_idx)
         self._evaluate(batch, dataloader_idx, counted)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Give one record per row: `task`, `row`, `text`, `prediction`, `gold`."""
-        names = list(getattr(self._datamodule(), "tasks", self.tasks))
-        task = names[dataloader_idx]
+        task = task_of_loader(self._data_tasks(), dataloader_idx)
         predictions = self.predict_texts(batch, self.task_rows(batch), task)
         counted = evaluation.counted_rows(batch, self.trainer.predict_dataloaders, batch_idx, dataloader_idx)
         return evaluation.records(task, predictions, batch)[:counted]

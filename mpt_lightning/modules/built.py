@@ -27,14 +27,12 @@ from mpt_lightning.modules.termination import ReleaseOnException, SaveOnTerminat
 from mpt_lightning.prompts import Prompt
 from mpt_lightning.strategies import ShardedStrategy, check_strategy, share_random_numbers
 
-Batch = dict[str, Any]
-
 
 class BuiltModule(L.LightningModule, ABC):
     """A prompt in front of a frozen backbone.
 
-    Takes batches `{input_ids [B, L], attention_mask [B, L], labels [B, M], task_ids [B]}` from any DataModule;
-    `task_ids` count along the DataModule's `tasks`, or, where it has none, along this module's.
+    Takes batches `{input_ids [B, L], attention_mask [B, L], labels [B, M], task_ids [B]}` from any DataModule; see
+    `mpt_lightning.modules.batch.check_batch`.
 
     Args:
         backbone: Hub id ("google-t5/t5-base") or folder of the frozen model.
@@ -127,8 +125,8 @@ class BuiltModule(L.LightningModule, ABC):
             self.tasks = list(getattr(self._datamodule(), "tasks", []))
         if not self.tasks:
             raise ValueError(
-                "The tasks have no names: the data has no `tasks`. Set --model.tasks to a list of names, in the "
-                "order of the batches' task_ids."
+                "The tasks have no names: the data has no `tasks`. Give the DataModule an attribute `tasks`, or set "
+                "the module's `tasks` (--model.tasks): names in the order of the batches' task_ids."
             )
 
     def configure_callbacks(self) -> list[L.Callback]:
@@ -175,7 +173,7 @@ class BuiltModule(L.LightningModule, ABC):
 
     def _match_tasks(self) -> None:
         module = self._datamodule()
-        names = list(getattr(module, "tasks", self.tasks))
+        names = self._data_tasks()
         unknown = [name for name in names if name not in self.tasks]
         if unknown:
             raise ValueError(
@@ -204,10 +202,8 @@ class BuiltModule(L.LightningModule, ABC):
             )
         return self.backbone, self.prompt
 
-    def task_rows(self, batch: Batch) -> Tensor:
-        """Give the prompt's row `[B]` of each row of the batch."""
-        ids: Tensor = batch["task_ids"]
-        return ids if self._row_of_task is None else self._row_of_task[ids]
+    def _data_tasks(self) -> list[str]:
+        return list(getattr(self._datamodule(), "tasks", self.tasks))
 
     @classmethod
     def needs_checkpoint(cls, arguments: Mapping[str, Any]) -> bool:

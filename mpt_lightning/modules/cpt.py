@@ -10,7 +10,7 @@ from torch import Tensor
 from mpt_lightning import objectives
 from mpt_lightning.backbones import Backbone, CausalBackbone
 from mpt_lightning.modules.base import PromptModule
-from mpt_lightning.modules.built import Batch
+from mpt_lightning.modules.batch import Batch
 from mpt_lightning.modules.options import Method
 from mpt_lightning.objectives import Normalize
 from mpt_lightning.prompts import ContextPrompt

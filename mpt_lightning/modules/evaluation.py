@@ -38,6 +38,11 @@ class Evaluator(nn.Module):
         metrics = self._metrics[self.tasks.index(task)]
         if not isinstance(metrics, TaskMetrics):
             return
+        if "references" not in batch:
+            raise ValueError(
+                f"Task '{task}': got batches without `references`, expected the accepted answers of each row, because "
+                "its card has metrics. Add them to the batches, or leave the card out of the DataModule's `cards`."
+            )
         groups = batch.get("groups") or [""] * len(predictions)
         metrics.update(predictions, batch["references"], groups)
 

@@ -10,7 +10,7 @@ from mpt_lightning import objectives
 from mpt_lightning.backbones import Backbone
 from mpt_lightning.checkpoint import PromptCheckpoint, read_checkpoint
 from mpt_lightning.modules.base import PromptModule
-from mpt_lightning.modules.built import Batch
+from mpt_lightning.modules.batch import Batch
 from mpt_lightning.modules.options import PromptInit
 from mpt_lightning.modules.start import check_length, checkpoint_prompts, class_words, initial_prompt
 from mpt_lightning.modules.teachers import Teachers, read_teachers

@@ -13,7 +13,7 @@ from mpt_lightning.backbones import Backbone
 from mpt_lightning.checkpoint import PromptCheckpoint
 from mpt_lightning.modules import peft_config as configs
 from mpt_lightning.modules.adapted import ADAPTATION, AdaptedModule
-from mpt_lightning.modules.built import Batch
+from mpt_lightning.modules.batch import Batch
 from mpt_lightning.modules.optimization import total_steps
 
 ALLOCATOR = "rank_allocator"

@@ -13,7 +13,7 @@ from torch import Tensor
 from mpt_lightning import objectives
 from mpt_lightning.backbones import Backbone, BackboneOutput, Segment
 from mpt_lightning.checkpoint import PromptCheckpoint, read_checkpoint
-from mpt_lightning.modules.built import Batch
+from mpt_lightning.modules.batch import Batch
 from mpt_lightning.modules.start import check_length
 from mpt_lightning.modules.teacher_cache import Row, TeacherCache, row_key
 

@@ -90,9 +90,11 @@ def test_scores_are_the_likelihoods_of_a_forward_pass(
     for choice in range(3):
         exists = (choices[:, choice] != IGNORE).any(dim=1)
         logits = run(backbone, prompts, batch | {"labels": choices[:, choice]}).logits
-        torch.testing.assert_close(
-            scores[exists, choice], log_likelihood(logits, choices[:, choice])[exists], rtol=1e-9, atol=1e-9
-        )
+        for row in exists.nonzero()[:, 0].tolist():
+            tokens = choices[row, choice][choices[row, choice] != IGNORE]
+            # The sum over a choice's tokens, not their mean.
+            expected = logits[row, : len(tokens)].log_softmax(-1).gather(1, tokens[:, None]).sum()
+            torch.testing.assert_close(scores[row, choice], expected, rtol=1e-9, atol=1e-9)
 
 
 def test_generation_is_the_argmax_of_a_forward_pass(

@@ -1,6 +1,7 @@
 """The command line, as a user types it."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -8,10 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from tokenizers import trainers
 
 import mpt_lightning
 from mpt_lightning.cli import main, packaged, packaged_names
+from tests.conftest import build_model, build_tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "data" / "fixtures"
 SHORT = [
@@ -84,16 +88,29 @@ def test_every_recipe_opens_with_its_purpose_and_its_command() -> None:
         assert f"#   mpt fit --config {name}" in "\n".join(lines) or f"--config {name}" in "\n".join(lines), name
 
 
+@pytest.fixture
+def knowing_t5(own_folder: Path) -> str:
+    """A T5 whose tokenizer knows every word of the fixtures and of the cards."""
+    tokenizer, model = build_tokenizer("t5"), build_model("t5")
+    trainer = trainers.WordLevelTrainer(special_tokens=["<pad>", "</s>", "<unk>"], show_progress=False)
+    files = [*FIXTURES.rglob("*.jsonl"), *(Path(__file__).parents[2] / "tasks").rglob("*.yaml")]
+    tokenizer.backend_tokenizer.train_from_iterator((file.read_text(encoding="utf-8") for file in files), trainer)
+    model.resize_token_embeddings(len(tokenizer))
+    for part in (model, tokenizer):
+        part.save_pretrained(own_folder / "t5")
+    return str(own_folder / "t5")
+
+
 @pytest.mark.parametrize("family", ["mpt", "demo"])
 def test_every_recipe_runs_from_teachers_to_predictions(
-    family: str, own_folder: Path, model_folder: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+    family: str, own_folder: Path, knowing_t5: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Teachers, source, target, few-shot, test and predict, through the files a user has."""
     monkeypatch.setenv("MPT_DATA_ROOT", str(FIXTURES))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(own_folder / "cache"))
     options = [*SHORT, "--data.cache_dir", str(own_folder / "cache"), "--config", "trainer/cpu"]
     if family == "mpt":
-        options += ["--model.backbone", model_folder("t5"), "--model.warmup_steps", "0"]
+        options += ["--model.backbone", knowing_t5, "--model.warmup_steps", "0"]
     else:
         options += ["--data.max_train_rows", "50", "--data.max_eval_rows", "20", "--model.warmup_steps", "0"]
     stages = {"teachers": [], "source": [], "target": [], "few_shot": ["--data.k_shot", "2"]}
@@ -164,13 +181,31 @@ def test_in_context_learning_is_tested_without_a_checkpoint(
     assert "`separator`, which the tokenizer" in error(capsys, "test", *recipe, "--data.separator", "here: there")
 
 
-def test_the_demos_context_recipe_runs(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demos_context_recipe_runs(
+    own_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(own_folder / "cache"))
     recipe = ["--config", "demo/cpt", "--data.card", "demo/topic", *SHORT, "--data.cache_dir", "cache"]
     recipe += ["--data.max_eval_rows", "20", "--model.warmup_steps", "0"]
     mpt("fit", *recipe, *EVERY_STEP)
+    trained = torch.load("runs/demo/cpt/best.ckpt", weights_only=True)
+    moved = trained["state_dict"]["prompt.delta_embedding"]
+    assert moved.shape[0] == len(trained["mpt_lightning"]["prompt_config"]["token_ids"])
+    assert moved.abs().sum() > 0
+    capsys.readouterr()
     mpt("test", *recipe, "--ckpt_path", "runs/demo/cpt/best.ckpt")
+    of_cpt = scores(capsys.readouterr().out)
     mpt("test", *recipe, "--config", "cpt/icl")
+    of_context = scores(capsys.readouterr().out)
+    # Four classes, and a model that learns from its context.
+    assert of_context["test/demo/topic/accuracy"] > 0.25
+    assert of_cpt["test/demo/topic/invalid"] == of_context["test/demo/topic/invalid"] == 0
+    assert of_cpt["test/demo/topic/loss"] != of_context["test/demo/topic/loss"]
+
+
+def scores(printed: str) -> dict[str, float]:
+    """The numbers of the Trainer's table."""
+    return {name: float(value) for name, value in re.findall(r"(test/\S+)\s+[│|]?\s*([-\d.e]+)", printed)}
 
 
 EVERY_STEP = ["--trainer.val_check_interval", "1", "--trainer.check_val_every_n_epoch", "null"]

@@ -96,6 +96,15 @@ def test_all_puts_every_task_in_every_batch():
     assert all(15 < larger[task] < 55 for task in range(3))
 
 
+def test_all_draws_the_task_of_the_remainder():
+    # Batches of 11 rows of three tasks: 3 of each, and 2 more of one of them.
+    drawn = batches(TaskMixSampler([800, 800, 800], 11, "all"), 11)
+    counts = [np.bincount([row // 800 for row in batch], minlength=3) for batch in drawn]
+    assert all(sorted(count) == [3, 3, 5] for count in counts)
+    larger = np.bincount([count.argmax() for count in counts], minlength=3)
+    np.testing.assert_allclose(larger / len(counts), 1 / 3, atol=0.1)
+
+
 def test_small_task_wraps_around_after_all_its_rows():
     sampler = TaskMixSampler([1000, 10], 10, "all")
     small = [row - 1000 for row in sampler if row >= 1000]
