@@ -11,7 +11,6 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 
 from mpt_lightning import checkpoint as ckpt
 from mpt_lightning.backbones import Backbone, load_backbone
