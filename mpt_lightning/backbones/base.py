@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.func import functional_call
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -80,6 +81,8 @@ class Backbone(nn.Module, ABC):
         self.gradient_checkpointing = gradient_checkpointing
         # Whether each rank holds a part of the model only (see `sharding`): then all ranks must make the same passes.
         self.sharded = False
+        # What the model multiplies the embeddings of ids by, but not embeddings that it is given (Marian, Pegasus).
+        self.input_scale = 1.0
         # Modules put into the model to be trained, each by itself: in training mode whatever `dropout` says.
         self.parts: list[nn.Module] = []
         if gradient_checkpointing:
@@ -98,11 +101,24 @@ class Backbone(nn.Module, ABC):
         return int(self.model.get_input_embeddings().weight.shape[1])
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the input embeddings, in which the model takes prompts."""
+        found: torch.dtype = self.model.get_input_embeddings().weight.dtype
+        return found
+
+    @property
     def embeddings(self) -> Tensor:
-        """The input embeddings `[V, H]`; where the model is sharded they are gathered, so that all ranks must ask."""
-        table: Any = self.model.get_input_embeddings().weight
-        whole: Tensor = table.full_tensor() if isinstance(table, DTensor) else table
-        return whole
+        """The input embeddings `[V, H]` as the model's layers receive them: scaled where the model scales them.
+
+        If the model is sharded they are gathered, so that all ranks must ask for them.
+        """
+        module: Any = self.model.get_input_embeddings()
+        table: Tensor = module.weight.full_tensor() if isinstance(module.weight, DTensor) else module.weight
+        if type(module) is nn.Embedding and self.input_scale == 1:
+            return table
+        ids = torch.arange(len(table), device=table.device)
+        scaled: Tensor = functional_call(module, {"weight": table}, ids) if table is not module.weight else module(ids)
+        return scaled * self.input_scale
 
     @property
     def max_positions(self) -> int | None:
@@ -138,8 +154,9 @@ class Backbone(nn.Module, ABC):
         return self
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Give the input embeddings `[B, L, H]` of token ids `[B, L]`."""
-        return self.model.get_input_embeddings()(input_ids)
+        """Return the input embeddings `[B, L, H]` of token ids `[B, L]`; a prompt stands before these."""
+        embeddings: Tensor = self.model.get_input_embeddings()(input_ids)
+        return embeddings if self.input_scale == 1 else embeddings * self.input_scale
 
     def embed_shifted(self, shift: Tensor, rows: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Embed rows, and add to each token what belongs to its place in the text.

@@ -8,7 +8,7 @@ as one packed sequence where the model allows it (`packed`), otherwise the promp
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor
@@ -19,13 +19,22 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mpt_lightning.backbones.attention import NAME
 from mpt_lightning.backbones.base import IGNORE, Backbone, BackboneOutput, Segment, align, log_likelihood
-from mpt_lightning.backbones.packed import Layout, group_size, packed, row_bias
+from mpt_lightning.backbones.limits import attention_windows, length_limit
+from mpt_lightning.backbones.packed import packed_forward
 from mpt_lightning.backbones.prefix import EncodedPrompts, Pair, PrefixCache, gather
 from mpt_lightning.backbones.sharding import tie
+
+Way = Literal["packed", "shared"]
+"""A faster way to bring prompts to rows than copying their keys and values for every row."""
 
 
 class CausalBackbone(Backbone):
     """A frozen decoder-only model; see `Backbone` for the arguments.
+
+    Attributes:
+        ways: those that give the model's own results; `check_backbone` takes away the others. "packed" runs prompts and
+            rows in one pass where gradients are wanted; "shared" lets rows of one prompt read its keys and values
+            without copies where they are not.
 
     Raises:
         ValueError: the model has layers other than attention, whose state a prefix cannot be split off from.
@@ -41,16 +50,14 @@ class CausalBackbone(Backbone):
                 "Prompts need a decoder with full or sliding-window attention in every layer."
             )
         self._num_layers: int = config.num_hidden_layers
-        layers = getattr(config, "layer_types", None)
-        slides = layers is None or "sliding_attention" in layers
-        self._window: int | None = getattr(config, "sliding_window", None) if slides else None
-        # Whether the model takes our attention function, which packs prompts and rows into one pass, and without
-        # gradients reads a shared prefix without copying it for every row. With gradients the copies are faster, on a
-        # CPU by a tenth: the attention weights would have to be kept.
-        self._shares = (
-            config._attn_implementation == "sdpa" and model._supports_attention_backend and self._window is None
-        )
-        if self._shares:
+        self._limit = length_limit(config)
+        # Our attention function packs prompts and rows into one pass, and without gradients reads a shared prefix
+        # without copying it for every row. With gradients the copies are faster, on a CPU by a tenth: the attention
+        # weights would have to be kept.
+        takes_ours = config._attn_implementation == "sdpa" and model._supports_attention_backend
+        ours = takes_ours and not attention_windows(config)
+        self.ways: set[Way] = {"packed", "shared"} if ours else set()
+        if ours:
             model.set_attn_implementation(NAME)
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         for layer in model.modules():
@@ -60,16 +67,16 @@ class CausalBackbone(Backbone):
 
     @property
     def max_positions(self) -> int | None:
-        """The longest sequence, prompt included: the model's positions, or its attention window where that is less."""
-        limits = [limit for limit in (super().max_positions, self._window) if limit is not None]
-        return min(limits, default=None)
+        """The longest sequence, prompt included: the model's positions, or a smaller limit of its attention."""
+        limits = [super().max_positions, self._limit.columns if self._limit else None]
+        return min((limit for limit in limits if limit is not None), default=None)
 
-    def _check_window(self, columns: int) -> None:
-        """Refuse what a sliding window would cut: it counts columns, so that padding would change the result."""
-        if self._window is not None and columns > self._window:
+    def _check_length(self, columns: int) -> None:
+        """Raise if the model would treat a prompt or padding differently at this length; see `limits`."""
+        if self._limit is not None and columns > self._limit.columns:
             raise ValueError(
-                f"The prompt, text and answer take {columns} columns, and {self.name} attends to the last "
-                f"{self._window} only. Use shorter texts (max_input_length) or a shorter prompt."
+                f"The prompt, text and answer take {columns} columns, and {self.name} {self._limit.reason}. Use "
+                "shorter texts (max_input_length) or a shorter prompt."
             )
 
     def encode_prompts(
@@ -100,7 +107,7 @@ class CausalBackbone(Backbone):
         cache = PrefixCache(self._num_layers)
         # `logits_to_keep=1`: mostly a prompt predicts nothing, and no vocabulary-sized output is made for it.
         output = self.model(
-            inputs_embeds=prompts.to(self.embeddings.dtype),
+            inputs_embeds=prompts.to(self.dtype, copy=True),  # CTRL scales in place what it is given
             past_key_values=cache,
             use_cache=not self.gradient_checkpointing,
             output_hidden_states=True,
@@ -120,7 +127,7 @@ class CausalBackbone(Backbone):
         """
         if not encoded.length:
             return PrefixCache(self._num_layers)
-        if self._shares and whole and len(encoded.layers[0][0]) == 1 and not torch.is_grad_enabled():
+        if "shared" in self.ways and whole and len(encoded.layers[0][0]) == 1 and not torch.is_grad_enabled():
             return PrefixCache(self._num_layers, shared=encoded.layers)
         return PrefixCache(gather(encoded.layers, rows))
 
@@ -153,7 +160,7 @@ class CausalBackbone(Backbone):
         the rows see them or not.
         """
         full = torch.cat([past, mask], dim=1)
-        self._check_window(full.shape[1])
+        self._check_length(full.shape[1])
         # Positions count tokens, not columns: neither padding nor its side moves a token.
         positions = (before + mask.cumsum(dim=1) - 1).clamp(min=0)
         options = {"position_ids": positions} if self._takes_positions else {}
@@ -190,7 +197,9 @@ class CausalBackbone(Backbone):
         whole = torch.cat([input_ids, given.clamp(min=0)], dim=1)
         mask = torch.cat([attention_mask, read.to(attention_mask.dtype)], dim=1)
         if self._packs(prompts, input_ids):
-            return self._packed(prompts, rows, whole, mask, labels.shape[1], hidden_states, prompt_mask, predict_at)
+            self._check_length(prompts.shape[1] + whole.shape[1])
+            predicted = labels.shape[1]
+            return packed_forward(self, prompts, rows, whole, mask, predicted, hidden_states, prompt_mask, predict_at)
         encoded = self._encode(prompts, predict_at)
         prompt_logits = encoded.logits
         encoded, tokens = self._among(encoded, rows, whole, torch.cat([attention_mask, torch.zeros_like(given)], dim=1))
@@ -213,55 +222,9 @@ class CausalBackbone(Backbone):
 
     def _packs(self, prompts: Any, input_ids: Tensor) -> TypeGuard[Tensor]:
         """Whether prompts and rows can be run in one pass, which pays where gradients are wanted of both."""
-        fits = self._shares and self._takes_positions and not self.gradient_checkpointing
+        fits = "packed" in self.ways and self._takes_positions and not self.gradient_checkpointing
         plain = isinstance(prompts, Tensor) and prompts.shape[1] > 0
         return fits and plain and torch.is_grad_enabled() and not bool((input_ids < 0).any())
-
-    def _packed(
-        self,
-        prompts: Tensor,
-        rows: Tensor,
-        tokens: Tensor,
-        mask: Tensor,
-        predicted: int,
-        hidden_states: bool,
-        prompt_mask: Tensor | None,
-        predict_at: Tensor | None,
-    ) -> BackboneOutput:
-        """Do what `forward` does in one pass, see `packed`: tokens and mask `[B, S]`, logits for the last M of them."""
-        (count, length), (size, width) = prompts.shape[:2], tokens.shape
-        seen = mask.new_ones(size, length) if prompt_mask is None else prompt_mask
-        group = group_size(count, length, size, width)
-        layout = Layout(count, length, rows, row_bias(seen, mask, self.embeddings.dtype, group), group)
-        own = torch.arange(length, device=rows.device).repeat(count)
-        positions = torch.cat([own, (length + mask.cumsum(dim=1) - 1).clamp(min=0).flatten()])[None]
-        embeds = torch.cat([prompts.to(self.embeddings.dtype).flatten(0, 1), self.embed(tokens).flatten(0, 1)])[None]
-        ends = layout.start + torch.arange(size, device=rows.device)[:, None] * width
-        keep = (ends + torch.arange(width - predicted, width, device=rows.device)).flatten()
-        if predict_at is not None:
-            starts = torch.arange(count, device=rows.device)[:, None] * length
-            keep = torch.cat([(starts + predict_at).flatten(), keep])
-        with packed(layout):
-            output = self.model(
-                inputs_embeds=embeds,
-                position_ids=positions,
-                use_cache=False,
-                logits_to_keep=keep,
-                output_hidden_states=hidden_states,
-                return_dict=True,
-            )
-        asked = len(keep) - size * predicted
-        logits = output.logits[0, asked:].unflatten(0, (size, predicted))
-        of_prompts = None if predict_at is None else output.logits[0, :asked].unflatten(0, (count, -1))
-        result = BackboneOutput(logits, prompt_logits=of_prompts)
-        if hidden_states:
-            both = [layout.split(states) for states in output.hidden_states[1:]]
-            shared_by = torch.bincount(rows, minlength=count)[:, None].expand(-1, length)
-            result.hidden = {
-                "decoder/prompt": Segment(tuple(pair[0] for pair in both), shared_by),
-                "decoder/text": Segment(tuple(pair[1] for pair in both), mask),
-            }
-        return result
 
     def score(
         self,
@@ -312,6 +275,7 @@ class CausalBackbone(Backbone):
         encoded = self._encode(prompts)
         input_ids, attention_mask = align(input_ids, attention_mask, "left")
         encoded, tokens = self._among(encoded, rows, input_ids, attention_mask)
+        self._check_length(encoded.length + input_ids.shape[1] + (options.get("max_new_tokens") or 1))
         if tokens.is_floating_point():
             if encoded.length:  # only `generate` itself could put a cache before embeddings, and it does not
                 prompt = encoded.prompts
@@ -323,7 +287,6 @@ class CausalBackbone(Backbone):
             return written
         # `generate` wants ids for every cached position; it skips these, so any id does.
         stand_in = input_ids.new_zeros(len(rows), encoded.length)
-        self._check_window(encoded.length + input_ids.shape[1] + (options.get("max_new_tokens") or 1))
         copies = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
         prefix = DynamicCache(gather(encoded.layers, rows.repeat_interleave(copies))) if encoded.length else None
         written = self.model.generate(

@@ -4,15 +4,17 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
 from mpt_lightning.backbones.base import Backbone
 from mpt_lightning.backbones.causal import CausalBackbone
 from mpt_lightning.backbones.compilation import check_compiler
+from mpt_lightning.backbones.probe import check_backbone
 from mpt_lightning.backbones.quantization import Quantization, keep_differentiable, quantized
 from mpt_lightning.backbones.seq2seq import Seq2SeqBackbone
 from mpt_lightning.demo import backbone_path
@@ -50,6 +52,7 @@ def load_backbone(
     quantization: Quantization | None = None,
     device: torch.device | None = None,
     compiled: bool = False,
+    check: bool = True,
 ) -> Backbone:
     """Load a model, frozen and ready for prompts.
 
@@ -61,6 +64,8 @@ def load_backbone(
         quantization: keep the frozen weights in "4bit" or "8bit" (bitsandbytes).
         device: where quantized weights are made, and compiled code is tried; by default the first GPU, else the CPU.
         compiled: compile feed-forward networks and norms (`torch.compile`): a slow first step, faster ones after it.
+        check: compare the model with itself on a few tokens (see `probe`), and refuse it if prompts would give wrong
+            results.
 
     Returns:
         A `Seq2SeqBackbone` or a `CausalBackbone`.
@@ -78,18 +83,60 @@ def load_backbone(
         check_compiler(device)
     if quantization is not None:
         options |= quantized(quantization, options["dtype"], device)
-    if config.is_encoder_decoder and config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
-        model = AutoModelForSeq2SeqLM.from_pretrained(path, trust_remote_code=False, **options)
-        if quantization is not None:
-            keep_differentiable(model)
-        return Seq2SeqBackbone(model, name_or_path, dropout, gradient_checkpointing, compiled)
-    architectures = config.architectures or []
-    if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not any("Masked" in a for a in architectures):
-        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **options)
-        if quantization is not None:
-            keep_differentiable(model)
-        return CausalBackbone(model, name_or_path, dropout, gradient_checkpointing, compiled)
-    raise ValueError(
-        f"The backbone {name_or_path!r} is of the type {config.model_type!r}, which is neither an encoder-decoder "
-        "nor a decoder-only language model. Prompts of this package need one of these."
-    )
+    check_kind(config, name_or_path)
+    auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model, loading = auto.from_pretrained(path, trust_remote_code=False, output_loading_info=True, **options)
+    if absent := sorted(loading["missing_keys"]):
+        raise ValueError(
+            f"{name_or_path!r} lacks {len(absent)} of the weights of {type(model).__name__} ({absent[0]}, ...), which "
+            "would be random. Expected the whole language model with its head; give a checkpoint that was saved from "
+            f"{type(model).__name__}."
+        )
+    if quantization is not None:
+        keep_differentiable(model)
+    return wrap_model(model, name_or_path, dropout, gradient_checkpointing, compiled, check)
+
+
+def wrap_model(
+    model: PreTrainedModel,
+    name: str,
+    dropout: bool = False,
+    gradient_checkpointing: bool = False,
+    compiled: bool = False,
+    check: bool = True,
+) -> Backbone:
+    """Freeze a model that is already in memory, and make it ready for prompts; see `load_backbone`.
+
+    Raises:
+        ValueError: the model is neither an encoder-decoder nor decoder-only, or gives wrong results with prompts.
+    """
+    check_kind(model.config, name)
+    kind = Seq2SeqBackbone if model.config.is_encoder_decoder else CausalBackbone
+    backbone = kind(model, name, dropout, gradient_checkpointing, compiled)
+    if check:
+        check_backbone(backbone)
+    return backbone
+
+
+def check_kind(config: PreTrainedConfig, name: str) -> None:
+    """Raise if a model is neither an encoder-decoder nor decoder-only, or is known to give wrong results.
+
+    Raises:
+        ValueError: it is.
+    """
+    kind = config.model_type
+    if kind == "prophetnet":
+        raise ValueError(
+            f"The backbone {name!r} is a ProphetNet, whose results depend on the padding of the batch in transformers "
+            "itself. Use a T5 or BART model."
+        )
+    if config.is_encoder_decoder:
+        known = kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    else:
+        is_encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+        known = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not is_encoder
+    if not known:
+        raise ValueError(
+            f"The backbone {name!r} is of the type {kind!r}, which is neither an encoder-decoder nor a decoder-only "
+            "language model. Prompts of this package need one of these."
+        )

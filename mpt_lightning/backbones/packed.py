@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.integrations.sdpa_attention import repeat_kv
 
+from mpt_lightning.backbones.base import Backbone, BackboneOutput, Segment
 from mpt_lightning.backbones.gather import gather_rows
 
 
@@ -147,3 +148,62 @@ def packed_attention(
     )
     joined = [states.transpose(1, 2).flatten(0, 1) for states in (prompts, rows)]  # [tokens, heads, D]
     return torch.cat(joined)[None]
+
+
+def packed_forward(
+    backbone: Backbone,
+    prompts: Tensor,
+    rows: Tensor,
+    tokens: Tensor,
+    mask: Tensor,
+    predicted: int,
+    hidden_states: bool = False,
+    prompt_mask: Tensor | None = None,
+    predict_at: Tensor | None = None,
+) -> BackboneOutput:
+    """Run prompts and rows of a decoder-only model in one pass.
+
+    Args:
+        backbone: its model must use `shared_prefix_attention`, and take position ids.
+        prompts: [U, P, H].
+        rows: [B] in 0..U-1.
+        tokens: [B, S] ids of text and answer.
+        mask: [B, S], 1 at tokens, padding on any side.
+        predicted: M, the last columns whose logits are wanted.
+        hidden_states: also return every layer's hidden states.
+        prompt_mask: [B, P], 1 where a row attends to its prompt's token; by default everywhere.
+        predict_at: [N] positions in 0..P-1 of the prompts whose logits are wanted, too.
+    """
+    (count, length), (size, width) = prompts.shape[:2], tokens.shape
+    seen = mask.new_ones(size, length) if prompt_mask is None else prompt_mask
+    group = group_size(count, length, size, width)
+    layout = Layout(count, length, rows, row_bias(seen, mask, backbone.dtype, group), group)
+    own = torch.arange(length, device=rows.device).repeat(count)
+    positions = torch.cat([own, (length + mask.cumsum(dim=1) - 1).clamp(min=0).flatten()])[None]
+    embeds = torch.cat([prompts.to(backbone.dtype).flatten(0, 1), backbone.embed(tokens).flatten(0, 1)])[None]
+    ends = layout.start + torch.arange(size, device=rows.device)[:, None] * width
+    keep = (ends + torch.arange(width - predicted, width, device=rows.device)).flatten()
+    if predict_at is not None:
+        starts = torch.arange(count, device=rows.device)[:, None] * length
+        keep = torch.cat([(starts + predict_at).flatten(), keep])
+    with packed(layout):
+        output = backbone.model(
+            inputs_embeds=embeds,
+            position_ids=positions,
+            use_cache=False,
+            logits_to_keep=keep,
+            output_hidden_states=hidden_states,
+            return_dict=True,
+        )
+    asked = len(keep) - size * predicted
+    logits = output.logits[0, asked:].unflatten(0, (size, predicted))
+    of_prompts = None if predict_at is None else output.logits[0, :asked].unflatten(0, (count, -1))
+    result = BackboneOutput(logits, prompt_logits=of_prompts)
+    if hidden_states:
+        both = [layout.split(states) for states in output.hidden_states[1:]]
+        shared_by = torch.bincount(rows, minlength=count)[:, None].expand(-1, length)
+        result.hidden = {
+            "decoder/prompt": Segment(tuple(pair[0] for pair in both), shared_by),
+            "decoder/text": Segment(tuple(pair[1] for pair in both), mask),
+        }
+    return result

@@ -1,0 +1,56 @@
+"""How long a sequence may get before a decoder-only model treats a prompt and its rows differently."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A length that prompt, text and answer together must not exceed.
+
+    Attributes:
+        columns: the length, padding included.
+        reason: what the model does beyond it, as the end of a sentence about the model.
+    """
+
+    columns: int
+    reason: str
+
+
+def length_limit(config: PreTrainedConfig) -> Limit | None:
+    """Return the smallest limit of a model, or None if no length changes what it computes.
+
+    Args:
+        config: the text model's configuration.
+    """
+    # A window counts columns, so that beyond it padding would decide which tokens a row attends to.
+    windows = [Limit(size, f"attends to the last {size} only") for size in attention_windows(config)]
+    return min((*windows, *_rotations(config)), key=lambda limit: limit.columns, default=None)
+
+
+def attention_windows(config: Any) -> list[int]:
+    """Return the sizes of the attention windows of some layers; empty if every layer attends to all tokens."""
+    layers = getattr(config, "layer_types", None)
+    sizes = [getattr(config, "sliding_window", None) if layers is None or "sliding_attention" in layers else None]
+    if "local" in (getattr(config, "attention_layers", None) or []):  # GPT-Neo
+        sizes.append(config.window_size)
+    return [size for size in sizes if size and size > 0]
+
+
+def _rotations(config: Any) -> Iterator[Limit]:
+    """Yield the lengths beyond which a model's rotary embedding changes.
+
+    The longest row of a pass decides on the frequencies of all its positions (`transformers.modeling_rope_utils`), so
+    that the cached keys of a prompt, and rows beside a longer one, would be rotated by other angles than alone.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    by_layer = [found for found in parameters.values() if isinstance(found, Mapping)]
+    for found in by_layer or [parameters]:
+        kind, size = found.get("rope_type"), getattr(config, "max_position_embeddings", None)
+        if kind == "longrope":
+            size = found.get("original_max_position_embeddings") or size
+        if kind in ("dynamic", "longrope") and size:
+            yield Limit(size, f"changes its rotary embedding beyond {size}")

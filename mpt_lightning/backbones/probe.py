@@ -1,0 +1,158 @@
+"""Checking at load time that a model gives the same results through our verbs as by itself.
+
+A prompt of known tokens' embeddings before a text must give what the bare model gives for the ids of both, for rows of
+different lengths in one padded batch. Models that scale embeddings, count positions in columns, change keys behind the
+cache, or attend to what comes later do not pass, whatever they are called.
+"""
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mpt_lightning.backbones.base import Backbone
+from mpt_lightning.backbones.causal import CausalBackbone, Way
+from mpt_lightning.backbones.miniature import miniature
+from mpt_lightning.files import one_line
+
+logger = logging.getLogger(__name__)
+
+PROMPT, TEXTS, ANSWER = 3, (4, 2), 2  # tokens of the prompt, of two texts and of an answer to each
+# Sums in another order differ by less than this share of the logits' standard deviation. In float32 by about 1e-6 per
+# layer; half precision keeps 8 bits of each number, and 8-bit layers round activations too, so that there only large
+# errors show.
+TOLERANCE, HALF_TOLERANCE = 3e-4, 0.1
+SMALL = 10_000_000  # parameters; a larger model is tried out on its miniature, since each pass reads all weights
+
+
+@torch.no_grad()
+def check_backbone(backbone: Backbone) -> None:
+    """Compare a backbone with its bare model on a few tokens, and choose the ways that give the same results.
+
+    Large models are represented by a miniature of the same class and settings, in float32. If a miniature cannot be
+    built, or cannot be used, the model itself is what counts.
+
+    Args:
+        backbone: as it was loaded, not sharded yet; on any device and in any precision.
+
+    Raises:
+        ValueError: no way gives the model's own results; says what differs and by how much.
+    """
+    if backbone.model.num_parameters() > SMALL:
+        try:
+            small = type(backbone)(miniature(backbone.model), backbone.name)
+            _choose_ways(small)
+        except Exception as failure:  # sizes of a configuration that depend on each other in an unknown way
+            logger.info("%s is checked with all its weights: %s", backbone.name, one_line(failure))
+        else:
+            if isinstance(backbone, CausalBackbone) and isinstance(small, CausalBackbone):
+                backbone.ways &= small.ways
+            return
+    training = backbone.training
+    _choose_ways(backbone.eval())
+    backbone.train(training)
+
+
+def _choose_ways(backbone: Backbone) -> None:
+    """Take away the faster ways that are wrong; raise if the plain one is."""
+    probe, checked = _Probe(backbone), False
+    if isinstance(backbone, CausalBackbone):
+        for way in sorted(backbone.ways):
+            if problem := probe.problem(way):
+                backbone.ways.discard(way)
+                logger.info("%s: prompts are copied, not %s: %s", backbone.name, way, problem)
+        # A shared prefix is a cached one without its copies: where it is right, so are they.
+        checked = "shared" in backbone.ways
+    if not checked and (problem := probe.problem()):
+        raise ValueError(probe.refusal(problem))
+
+
+class _Probe:
+    """Two rows with prompts of their own, and the bare model's logits of their answers.
+
+    Args:
+        backbone: what is checked.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone, model = backbone, backbone.model
+        device = model.get_input_embeddings().weight.device
+        ids = _plain_ids(backbone).to(device)
+        self.prompt, *texts, answers = ids.split([PROMPT, *TEXTS, 2 * ANSWER])
+        self.answers = answers.view(2, ANSWER)
+        self.ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        self.mask = (torch.arange(max(TEXTS), device=device) < torch.tensor(TEXTS, device=device)[:, None]).long()
+        self.expected: Tensor | None = None
+        half = model.dtype in (torch.float16, torch.bfloat16) or getattr(model, "is_quantized", False)
+        self.tolerance = HALF_TOLERANCE if half else TOLERANCE
+
+    def problem(self, way: Way | None = None) -> str:
+        """Return what is wrong with one way to bring prompts to rows; an empty string if nothing is.
+
+        Args:
+            way: None is the plain one: a copy of the prompt for every row.
+        """
+        try:
+            if self.expected is None:
+                self.expected = self._bare(lambda ids: {"input_ids": ids})
+            # The prompt twice, in place of once, is two prompts to a backbone, which cannot be shared.
+            count = 1 if way == "shared" else 2
+            prompts = self.backbone.embed(self.prompt).expand(count, -1, -1)
+            rows = torch.arange(2, device=self.ids.device) % count
+            with torch.set_grad_enabled(way == "packed"):  # nothing needs a gradient: it selects the training pass
+                logits = self.backbone(prompts, rows, self.ids, self.mask, self.answers).logits
+            error = self._error(logits, self.expected)
+        except Exception as failure:  # whatever a model does not take
+            return f"it fails: {one_line(failure)}"
+        return "" if error <= self.tolerance else f"logits are off by {error:.2g} of their standard deviation"
+
+    def refusal(self, problem: str) -> str:
+        """Return the message of a model that cannot be used, with the first of its checks that fails."""
+        name = f"{type(self.backbone.model).__name__} ({self.backbone.name})"
+        return (
+            f"{name} cannot take prompts: with a prompt of embeddings before padded texts, compared with the bare "
+            f"model on the same tokens, {problem}. {self._cause()} Use another backbone, or load it with check=False "
+            "if you know that what differs does not matter."
+        )
+
+    def _cause(self) -> str:
+        if self.expected is None:
+            return "The bare model itself does not run on token ids alone."
+        try:
+            embedded = self._bare(lambda ids: {"inputs_embeds": self.backbone.embed(ids)})
+        except Exception as failure:
+            return f"It does not take embeddings in the place of ids: {one_line(failure)}."
+        if (error := self._error(embedded, self.expected)) > self.tolerance:
+            return f"Without any padding, it gives other logits for embeddings than for their ids (off by {error:.2g})."
+        return "It takes embeddings; padding or positions change its results."
+
+    def _bare(self, inputs: Callable[[Tensor], dict[str, Tensor]]) -> Tensor:
+        """Run the model itself on each row alone, without padding; logits `[2, ANSWER, V]` of the answers."""
+        model, logits = self.backbone.model, []
+        for row, size in enumerate(TEXTS):
+            before, answer = torch.cat([self.prompt, self.ids[row, :size]])[None], self.answers[row : row + 1]
+            if model.config.is_encoder_decoder:
+                decoded = model.prepare_decoder_input_ids_from_labels(answer)
+                found = model(**inputs(before), decoder_input_ids=decoded, use_cache=False).logits
+            else:
+                found = model(**inputs(torch.cat([before, answer], dim=1)), use_cache=False).logits[:, :-1]
+            logits.append(found[:, -ANSWER:])
+        return torch.cat(logits)
+
+    def _error(self, logits: Tensor, expected: Tensor) -> float:
+        """Return the root mean square of the difference, in standard deviations of the expected logits."""
+        difference = (logits.double() - expected.double()).square().mean().sqrt()
+        found = float(difference / expected.double().std())
+        return found if found == found else float("inf")
+
+
+def _plain_ids(backbone: Backbone) -> Tensor:
+    """Choose distinct token ids, spread over the vocabulary, to which no model gives a meaning of their own."""
+    config = backbone.model.config.get_text_config()
+    special = {value for name, value in config.to_dict().items() if name.endswith("token_id") and type(value) is int}
+    size = config.vocab_size
+    count = PROMPT + sum(TEXTS) + 2 * ANSWER
+    drawn = (size // 2 + 7919 * step for step in range(size))
+    plain = list(dict.fromkeys(token % size for token in drawn if token % size not in special))[:count]
+    return torch.tensor(plain)

@@ -1,0 +1,116 @@
+"""Tiny random models of many architectures, and which of them take prompts.
+
+`python -m tests.backbones.architectures` writes the table of docs/architectures.md.
+"""
+
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+
+# What configurations call their sizes and settings. Scaled embeddings are switched on wherever a model has them.
+TINY: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_size", "word_embed_proj_dim", "dim_model"), 32),
+    **dict.fromkeys(("intermediate_size", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner"), 64),
+    **dict.fromkeys(("ffn_hidden_size", "inner_dim", "dim_ff", "dff", "d_inner", "ffn_hidden_dim"), 64),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"), 16),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"), 2),
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 96),
+    **dict.fromkeys(("max_source_positions", "max_target_positions"), 96),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("head_dim", "d_kv", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "dim_head"), 8),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "qk_head_dim"), 16),
+    **dict.fromkeys(("sliding_window", "local_attention", "window_size"), 64),
+    **dict.fromkeys(("bos_token_id", "eos_token_id"), 1),
+    **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "moe_num_shared_experts"), 1),
+    **dict.fromkeys(("initializer_range", "init_std"), 0.2),
+    **dict.fromkeys(("dropout", "activation_dropout", "attention_dropout"), 0.0),
+    **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+    **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0),
+    "vocab_size": 120,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "rotary_dim": 4,
+    "initializer_factor": 2.0,
+    "scale_embedding": True,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+}
+ALWAYS = {"pad_token_id": 0, "decoder_start_token_id": 0}
+
+LATENT = {"head_dim": None, "num_key_value_heads": 4}  # keys and values from a common latent: no groups of heads
+OWN: dict[str, dict[str, Any]] = {
+    "bert": {"is_decoder": True},
+    "roberta": {"is_decoder": True},
+    "roformer": {"is_decoder": True},
+    "xlm-roberta": {"is_decoder": True},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "led": {"attention_window": [8, 8]},
+    "pegasus_x": {"block_size": 8, "num_global_tokens": 4},
+    **dict.fromkeys(("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"), LATENT),
+}
+
+EXACT_CAUSAL = """
+afmoe apertus arcee aria_text axk1 beam bert biogpt bitnet bloom codegen cohere cohere2 cohere2_moe ctrl cwm deepseek_v2
+deepseek_v3 diffllama doge ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon flex_olmo flint gemma gemma2 gemma3_text
+gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite gpt-sw3 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss
+gptj granite granite_swa granitemoe granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe internlm3 jais2 jetmoe
+llama mellum minicpm3 minimax_m2 ministral ministral3 mistral mixtral modernbert-decoder nanochat nemotron olmo olmo2
+olmo3 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 stablelm starcoder2
+vaultgemma xglm youtu
+""".split()
+EXACT_SEQ2SEQ = "bart bigbird_pegasus led longt5 marian mbart mt5 mvp pegasus pegasus_x plbart t5 umt5".split()
+# A part of the message with which each is refused.
+REFUSED_CAUSAL = {
+    **dict.fromkeys(("electra", "camembert", "xlm", "big_bird", "rembert"), "neither an encoder-decoder nor"),
+    **dict.fromkeys(("roberta", "roformer", "xlm-roberta", "bert-generation", "xlnet", "mpt"), "logits are off by"),
+    **dict.fromkeys(("bart", "marian", "pegasus", "blenderbot"), "neither an encoder-decoder nor|logits are off by"),
+    **dict.fromkeys(("openai-gpt", "rwkv", "xlstm", "cpmant", "gemma4_text", "whisper", "trocr"), "it fails"),
+    **dict.fromkeys(("mamba", "jamba", "recurrent_gemma", "falcon_h1", "qwen3_5_text", "qwen3_next"), "layers of the"),
+    **dict.fromkeys(("llama4_text", "kimi_linear", "minimax", "nemotron_h", "olmo_hybrid"), "layers of the"),
+}
+REFUSED_SEQ2SEQ = {
+    "prophetnet": "depend on the padding",
+    **dict.fromkeys(("blenderbot", "blenderbot-small", "m2m_100", "nllb-moe"), "prepare_decoder_input_ids"),
+    **dict.fromkeys(("seamless_m4t", "seamless_m4t_v2"), "prepare_decoder_input_ids"),
+    **dict.fromkeys(("switch_transformers", "fsmt"), "it fails"),
+}
+
+
+def build_tiny(kind: str, seq2seq: bool, **changes: Any) -> PreTrainedModel:
+    """Build a tiny model with large random weights; in float64, as far as its kernels have it."""
+    torch.manual_seed(0)
+    config_class = CONFIG_MAPPING[kind]
+    default = config_class()
+    known = set(default.to_dict()) | set(getattr(config_class, "attribute_map", {}))
+    sizes = {
+        name: value
+        for name, value in TINY.items()
+        if name in known and not isinstance(getattr(default, name, None), dict)
+    }
+    options = sizes | ALWAYS | OWN.get(kind, {}) | changes
+    config = config_class(**{name: value for name, value in options.items() if (name, value) != ("head_dim", None)})
+    auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+    model = auto.from_config(config).eval()
+    model.generation_config.eos_token_id = model.generation_config.forced_eos_token_id = None
+    experts = any("Expert" in type(module).__name__ for module in model.modules())
+    return model if experts or kind == "xglm" else model.double()
+
+
+def table() -> str:
+    """Render the table of docs/architectures.md."""
+    lines = ["| architecture | family | prompts |", "|---|---|---|"]
+    for family, exact, refused in (
+        ("decoder-only", EXACT_CAUSAL, REFUSED_CAUSAL),
+        ("encoder-decoder", EXACT_SEQ2SEQ, REFUSED_SEQ2SEQ),
+    ):
+        known = dict.fromkeys(exact, "exact") | dict.fromkeys(refused, "refused")
+        lines += [f"| `{kind}` | {family} | {known[kind]} |" for kind in sorted(known)]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(table(), end="")
