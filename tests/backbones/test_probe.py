@@ -1,0 +1,175 @@
+"""The check at load time: what it refuses, what it falls back to, and what it leaves alone."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertForPreTraining, BertModel, LlamaConfig, LlamaForSequenceClassification
+
+from mpt_lightning.backbones import CausalBackbone, load_backbone, probe
+from mpt_lightning.backbones.load import wrap_model
+from mpt_lightning.backbones.miniature import miniature
+from tests.backbones.architectures import build_tiny
+from tests.conftest import VOCABULARY, build_model, make_batch
+
+
+def logits(backbone: CausalBackbone, length: int, **options: Any) -> torch.Tensor:
+    prompts = torch.randn(1, length, 32, dtype=backbone.dtype, generator=torch.Generator().manual_seed(0))
+    batch = make_batch()
+    rows = torch.zeros_like(batch["task_ids"])
+    return backbone(prompts, rows, batch["input_ids"], batch["attention_mask"], batch["labels"], **options).logits
+
+
+@pytest.mark.parametrize(
+    ("kind", "ways"),
+    [
+        ("llama", {"packed", "shared"}),
+        ("deepseek_v3", {"packed"}),  # keys are made of a latent behind the cache
+        ("diffllama", set()),  # values are changed behind the cache
+        ("mistral", set()),  # a sliding window
+    ],
+)
+def test_a_wrong_way_is_left_out(kind: str, ways: set[str]) -> None:
+    backbone = wrap_model(build_tiny(kind, seq2seq=False), kind)
+    assert isinstance(backbone, CausalBackbone)
+    assert backbone.ways - {"packed"} == ways - {"packed"}
+
+
+def test_a_model_with_scaled_inputs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next architecture that scales embeddings of ids alone, whatever it is called."""
+    model = build_model("llama")
+    table = model.get_input_embeddings()
+    whole = type(model.model).forward
+
+    def forward(self: Any, input_ids: Any = None, inputs_embeds: Any = None, **options: Any) -> Any:
+        return whole(self, inputs_embeds=2 * table(input_ids) if inputs_embeds is None else inputs_embeds, **options)
+
+    monkeypatch.setattr(type(model.model), "forward", forward)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM \(other\).*off by .* other logits for embeddings than for"):
+        wrap_model(model, "other")
+    assert isinstance(wrap_model(model, "other", check=False), CausalBackbone)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["t5", "gpt2", "llama"])
+def test_good_models_pass_in_any_precision(kind: str, dtype: Any, model_folder: Callable[[str], str]) -> None:
+    backbone = load_backbone(model_folder(kind), dtype=dtype)
+    assert getattr(backbone, "ways", {"packed", "shared"}) == {"packed", "shared"}
+
+
+@pytest.mark.parametrize("kind", ["t5", "gpt2", "llama"])
+def test_a_large_model_is_tried_on_its_miniature(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, passes = build_model(kind), 0
+
+    def count(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+
+    model.register_forward_pre_hook(count)
+    monkeypatch.setattr(probe, "SMALL", 1000)
+    state = torch.random.get_rng_state()
+    wrap_model(model, kind)
+    assert passes == 0
+    assert torch.equal(torch.random.get_rng_state(), state)
+    monkeypatch.setattr(probe, "SMALL", 10**9)
+    wrap_model(model, kind)
+    assert passes > 0
+
+
+@pytest.mark.parametrize("kind", ["diffllama", "deepseek_v3", "gemma2", "falcon", "qwen2_moe", "gpt_neox"])
+def test_a_miniature_behaves_as_its_model(kind: str) -> None:
+    model = build_tiny(kind, seq2seq=False)
+    small = CausalBackbone(miniature(model), kind)
+    large = CausalBackbone(model, kind)
+    assert small.ways == large.ways
+    for backbone in (small, large):
+        probe.check_backbone(backbone)
+    assert small.ways == large.ways
+
+
+def test_dropout_is_off_in_the_check_and_kept_after() -> None:
+    backbone = wrap_model(build_model("t5"), "t5", dropout=True)
+    assert backbone.model.training
+
+
+@pytest.mark.parametrize("model", [BertModel, BertForPreTraining])
+def test_encoders_are_refused_by_their_type(model: Any, tmp_path) -> None:
+    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    model(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="neither an encoder-decoder nor a decoder-only"):
+        load_backbone(str(tmp_path))
+
+
+def test_a_model_without_its_head_is_refused(tmp_path) -> None:
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )  # fmt: skip
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lacks 1 of the weights of LlamaForCausalLM \(lm_head.weight, \.\.\.\)"):
+        load_backbone(str(tmp_path))
+
+
+ROTATIONS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "max_position_embeddings": 24,
+        "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+    },
+    "phi3": {
+        "original_max_position_embeddings": 24, "sliding_window": None,
+        "rope_parameters": {
+            "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [8.0] * 4, "rope_theta": 10000.0,
+            "factor": 4.0,
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ROTATIONS)
+@pytest.mark.parametrize("gradients", [True, False])
+def test_rotations_that_change_with_length_are_refused(kind: str, gradients: bool) -> None:
+    """At 24 tokens the result is the bare model's; one more would rotate the prompt by other angles."""
+    model = build_tiny(kind, False, **ROTATIONS[kind])
+    backbone = wrap_model(model, "rotating").eval()
+    assert backbone.max_positions == 24
+    batch = make_batch()
+    room = 24 - batch["input_ids"].shape[1] - batch["labels"].shape[1] + 1
+    with torch.set_grad_enabled(gradients):
+        fits = logits(backbone, room)
+        with pytest.raises(ValueError, match="changes its rotary embedding beyond 24"):
+            logits(backbone, room + 1)
+    prompt = torch.randn(1, room, 32, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    text, answer = batch["input_ids"][0], batch["labels"][0]
+    whole = torch.cat([prompt[0], backbone.embed(text), backbone.embed(answer[:-1])])[None]
+    torch.testing.assert_close(fits[0], model(inputs_embeds=whole).logits[0, -3:], rtol=1e-9, atol=1e-9)
+
+
+def test_gpt_neos_local_window_is_known() -> None:
+    backbone = wrap_model(build_tiny("gpt_neo", False, window_size=16), "neo").eval()
+    assert backbone.max_positions == 16
+    assert logits(backbone, 7).isfinite().all()
+    with pytest.raises(ValueError, match="attends to the last 16 only"):
+        logits(backbone, 8)
+    ids = torch.ones(1, 4, dtype=torch.long)
+    prompts = torch.zeros(1, 4, 32, dtype=torch.double)
+    with pytest.raises(ValueError, match="attends to the last 16 only"):
+        backbone.generate(prompts, torch.tensor([0]), ids, torch.ones_like(ids), max_new_tokens=9)
+
+
+def test_no_model_writes_into_prompts() -> None:
+    """CTRL scales the embeddings that it is given in place."""
+    backbone = wrap_model(build_tiny("ctrl", False), "ctrl").eval()
+    prompts = torch.randn(2, 4, 32, dtype=torch.double)
+    kept = prompts.clone()
+    with torch.no_grad():
+        backbone.encode_prompts(prompts)
+    assert torch.equal(prompts, kept)
+
+
+@pytest.mark.parametrize("kind", ["gemma", "marian"])
+def test_embeddings_are_what_the_layers_receive(kind: str) -> None:
+    seq2seq = kind == "marian"
+    backbone = wrap_model(build_tiny(kind, seq2seq), kind)
+    raw = backbone.model.get_input_embeddings().weight
+    torch.testing.assert_close(backbone.embeddings, raw * 32**0.5)
+    assert backbone.embeddings.shape == (VOCABULARY, 32)
