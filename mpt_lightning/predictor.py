@@ -274,7 +274,7 @@ def _build(cls: type, found: PromptCheckpoint, path: str, name: str, dtype: Any)
         module = stage.load_from_checkpoint(path, map_location="cpu", backbone=name, backbone_dtype=dtype)
         backbone, prompt = module.parts()
         return backbone, prompt
-    model = load_backbone(name, dtype)
+    model = load_backbone(name, dtype, check=found.hyper_parameters.get("backbone_check", True))
     if found.fingerprint:
         found.check_backbone(name, model.fingerprint, "the checkpoint")
     return model, found.prompt(model.embeddings)

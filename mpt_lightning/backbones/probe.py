@@ -112,8 +112,8 @@ class _Probe:
         name = f"{type(self.backbone.model).__name__} ({self.backbone.name})"
         return (
             f"{name} cannot take prompts: with a prompt of embeddings before padded texts, compared with the bare "
-            f"model on the same tokens, {problem}. {self._cause()} Use another backbone, or load it with check=False "
-            "if you know that what differs does not matter."
+            f"model on the same tokens, {problem}. {self._cause()} Use another backbone; to use this one all the "
+            "same, set --model.backbone_check false (load_backbone(..., check=False))."
         )
 
     def _cause(self) -> str:

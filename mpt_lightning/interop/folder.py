@@ -239,7 +239,10 @@ def trained_prompt(checkpoint: PromptCheckpoint, backbone: Backbone | None = Non
     needs_embeddings = type(checkpoint.empty_prompt()).attach is not Prompt.attach
     if backbone is None and needs_embeddings:
         # In the precision it was trained with, so that the embeddings are those it was trained around.
-        backbone = load_backbone(checkpoint.backbone, checkpoint.hyper_parameters.get("backbone_dtype", "float32"))
+        options = checkpoint.hyper_parameters
+        backbone = load_backbone(
+            checkpoint.backbone, options.get("backbone_dtype", "float32"), check=options.get("backbone_check", True)
+        )
     if backbone is None:
         return checkpoint.prompt()
     return for_backbone(checkpoint, backbone).prompt(backbone.embeddings)

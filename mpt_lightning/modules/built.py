@@ -42,6 +42,8 @@ class BuiltModule(L.LightningModule, ABC):
         gradient_checkpointing: recompute the backbone's layers in the backward pass: less memory, more time.
         backbone_compile: compile the backbone's feed-forward networks and norms (`torch.compile`): the first steps take
             long, later ones less than without. Needs a C++ compiler.
+        backbone_check: when it loads, compare the backbone with itself on a few tokens, and refuse it if prompts would
+            give wrong results.
         optimizer: "adamw" or "adafactor".
         schedule: the learning rate after the warm-up: linearly to 0, constant, or along a cosine to 0.
         warmup_steps: optimizer steps over which the learning rate rises from 0.
@@ -59,6 +61,7 @@ class BuiltModule(L.LightningModule, ABC):
         backbone_dropout: bool = False,
         gradient_checkpointing: bool = False,
         backbone_compile: bool = False,
+        backbone_check: bool = True,
         optimizer: OptimizerName = "adamw",
         schedule: ScheduleName = "linear",
         warmup_steps: int = 0,
@@ -142,7 +145,7 @@ class BuiltModule(L.LightningModule, ABC):
                     options["backbone"], options["backbone_dtype"], options["backbone_dropout"],
                     options["gradient_checkpointing"], options["backbone_quantization"],
                     self.trainer.strategy.root_device if self._trainer is not None else None,
-                    options["backbone_compile"],
+                    options["backbone_compile"], options["backbone_check"],
                 )  # fmt: skip
             with torch.device("cpu"):  # a seed gives one start on every device
                 self.adapt(backbone)
