@@ -67,7 +67,8 @@ def test_two_ranks_equal_one(stage: str, runs: Path) -> None:
         assert one[name].dtype == torch.float64
         assert (two[name] - one[name]).norm() <= 1e-6 * one[name].norm(), name
     for name in one.keys() - set(gradients):
-        torch.testing.assert_close(two[name], one[name], rtol=1e-6, atol=0)
+        # After two epochs, of weights that differ by as much as is allowed below.
+        torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=0, msg=lambda text, n=name: f"{n}: {text}")
     weights = [torch.load(runs / d / f"{stage}.ckpt", weights_only=True)["state_dict"] for d in ("1", "2")]
     for name, value in weights[0].items():
         # Adam magnifies the rounding of gradients near zero, and Llama's norms are in fp32 whatever the rest is in.
