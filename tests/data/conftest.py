@@ -8,7 +8,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast, T5Config
 from mpt_lightning.data.card import TaskCard
 
 WORDS = """good bad film a the one two three four five six seven eight nine ten task text question context 0 1 2 3 . :
-yes no 4 5 6 7 8 9 not""".split()
+yes no 4 5 6 7 8 9 not entailment neutral contradiction positive negative True False""".split()
 
 
 def save_backbone(folder: Path, kind: str) -> str:
