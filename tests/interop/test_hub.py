@@ -105,6 +105,7 @@ def test_only_data_from_the_hub_is_claimed(
 
 
 def test_checkpoints_contain_where_the_data_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MPT_DATA_ROOT", raising=False)
     for root in (None, "/from/the/environment"):
         if root:
             monkeypatch.setenv("MPT_DATA_ROOT", root)
