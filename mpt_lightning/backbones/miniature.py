@@ -12,9 +12,7 @@ HIDDEN, INNER = HEADS * HEAD_DIM, 2 * HEADS * HEAD_DIM
 SIZES = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_size", "word_embed_proj_dim"), HIDDEN),
     **dict.fromkeys(("intermediate_size", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner"), INNER),
-    **dict.fromkeys(
-        ("ffn_hidden_size", "inner_dim", "moe_intermediate_size", "shared_expert_intermediate_size"), INNER
-    ),
+    **dict.fromkeys(("ffn_hidden_size", "inner_dim", "moe_intermediate_size"), INNER),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"), LAYERS),
     **dict.fromkeys(("encoder_layers", "decoder_layers"), LAYERS),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), HEADS),

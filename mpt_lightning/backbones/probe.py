@@ -7,6 +7,7 @@ cache, or attend to what comes later do not pass, whatever they are called.
 
 import logging
 from collections.abc import Callable
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ def _choose_ways(backbone: Backbone) -> None:
 
 
 class _Probe:
-    """Two rows with prompts of their own, and the bare model's logits of their answers.
+    """Two rows with one prompt, and the bare model's logits of their answers.
 
     Args:
         backbone: what is checked.
@@ -153,6 +154,5 @@ def _plain_ids(backbone: Backbone) -> Tensor:
     special = {value for name, value in config.to_dict().items() if name.endswith("token_id") and type(value) is int}
     size = config.vocab_size
     count = PROMPT + sum(TEXTS) + 2 * ANSWER
-    drawn = (size // 2 + 7919 * step for step in range(size))
-    plain = list(dict.fromkeys(token % size for token in drawn if token % size not in special))[:count]
-    return torch.tensor(plain)
+    drawn = ((size // 2 + 7919 * step) % size for step in range(size))  # a prime, so that no token comes twice
+    return torch.tensor(list(islice((token for token in drawn if token not in special), count)))
