@@ -173,10 +173,11 @@ def test_the_loss_curve_is_that_of_a_whole_backbone(stage: str, folder: Path) ->
     assert len(one["losses"]) >= 8
     assert one["losses"][-1] < one["losses"][0]
     for ranks in two:
-        torch.testing.assert_close(ranks["losses"], one["losses"], rtol=1e-6, atol=0)
+        # Each rank's loss is weighted by its share of the step's tokens: AdamW amplifies that rounding from step to step.
+        torch.testing.assert_close(ranks["losses"], one["losses"], rtol=1e-5, atol=0)
         assert ranks["metrics"].keys() == one["metrics"].keys() > {"val/average", "test/average"}
         for name, value in one["metrics"].items():
-            assert float(ranks["metrics"][name]) == pytest.approx(float(value), rel=1e-6), name
+            assert float(ranks["metrics"][name]) == pytest.approx(float(value), rel=1e-5), name
         for name, value in one["gradient"].items():
             assert (ranks["gradient"][name] - value).norm() <= 1e-6 * value.norm(), name
 
