@@ -173,7 +173,7 @@ def test_the_loss_curve_is_that_of_a_whole_backbone(stage: str, folder: Path) ->
     assert len(one["losses"]) >= 8
     assert one["losses"][-1] < one["losses"][0]
     for ranks in two:
-        # Each rank's loss is weighted by its share of the step's tokens: AdamW amplifies that rounding from step to step.
+        # A rank's loss is weighted by its share of the step's tokens; AdamW amplifies that rounding over the steps.
         torch.testing.assert_close(ranks["losses"], one["losses"], rtol=1e-5, atol=0)
         assert ranks["metrics"].keys() == one["metrics"].keys() > {"val/average", "test/average"}
         for name, value in one["metrics"].items():
