@@ -198,8 +198,10 @@ class CausalBackbone(Backbone):
         mask = torch.cat([attention_mask, read.to(attention_mask.dtype)], dim=1)
         if self._packs(prompts, input_ids):
             self._check_length(prompts.shape[1] + whole.shape[1])
-            predicted = labels.shape[1]
-            return packed_forward(self, prompts, rows, whole, mask, predicted, hidden_states, prompt_mask, predict_at)
+            return packed_forward(
+                self, prompts, rows, whole, mask, predicted=labels.shape[1], hidden_states=hidden_states,
+                prompt_mask=prompt_mask, predict_at=predict_at,
+            )  # fmt: skip
         encoded = self._encode(prompts, predict_at)
         prompt_logits = encoded.logits
         encoded, tokens = self._among(encoded, rows, whole, torch.cat([attention_mask, torch.zeros_like(given)], dim=1))

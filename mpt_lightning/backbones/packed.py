@@ -156,10 +156,11 @@ def packed_forward(
     rows: Tensor,
     tokens: Tensor,
     mask: Tensor,
+    *,
     predicted: int,
-    hidden_states: bool = False,
-    prompt_mask: Tensor | None = None,
-    predict_at: Tensor | None = None,
+    hidden_states: bool,
+    prompt_mask: Tensor | None,
+    predict_at: Tensor | None,
 ) -> BackboneOutput:
     """Run prompts and rows of a decoder-only model in one pass.
 
@@ -171,7 +172,7 @@ def packed_forward(
         mask: [B, S], 1 at tokens, padding on any side.
         predicted: M, the last columns whose logits are wanted.
         hidden_states: also return every layer's hidden states.
-        prompt_mask: [B, P], 1 where a row attends to its prompt's token; by default everywhere.
+        prompt_mask: [B, P], 1 where a row attends to its prompt's token; None is everywhere.
         predict_at: [N] positions in 0..P-1 of the prompts whose logits are wanted, too.
     """
     (count, length), (size, width) = prompts.shape[:2], tokens.shape

@@ -202,7 +202,8 @@ class PromptDataModule(L.LightningDataModule):
     def _load(self, split: Split) -> None:
         if split in self._splits:
             return
-        draw, tables = self._train_draw if split == "train" else self._eval_draw, []
+        draw = self._train_draw if split == "train" else self._eval_draw
+        tables = []
         for card in self.cards.values():
             check_choices(card, self.tokenizer, self.encoder.is_encoder_decoder)
         for task_id, card in enumerate(self.cards.values()):

@@ -160,12 +160,13 @@ class PromptModule(BuiltModule):
         names = self._data_tasks()
         self.evaluator = evaluation.Evaluator(names, self.cards).to(self.device)
 
-    def _evaluate(self, batch: Batch, index: int, counted: int) -> None:
+    def _evaluate(self, batch: Batch, loaders: Any, batch_idx: int, index: int) -> None:
         backbone, _ = self.parts()
         evaluator = self.evaluator
         if evaluator is None:
             raise RuntimeError("evaluation has not begun")
         rows, task, labels = self.task_rows(batch), task_of_loader(evaluator.tasks, index), batch["labels"]
+        counted = evaluation.counted_rows(batch, loaders, batch_idx, index)
         inputs = (self._encoded, rows, batch["input_ids"], batch["attention_mask"])
         if "choices" in batch:
             # The gold answer is scored as one more choice, so that the loss costs no pass of its own.
@@ -223,15 +224,11 @@ class PromptModule(BuiltModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Evaluate a batch of one task."""
-        check_batch(batch, self._data_tasks())
-        counted = evaluation.counted_rows(batch, self.trainer.val_dataloaders, batch_idx, dataloader_idx)
-        self._evaluate(batch, dataloader_idx, counted)
+        self._evaluate(batch, self.trainer.val_dataloaders, batch_idx, dataloader_idx)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Evaluate a batch of one task."""
-        check_batch(batch, self._data_tasks())
-        counted = evaluation.counted_rows(batch, self.trainer.test_dataloaders, batch_idx, dataloader_idx)
-        self._evaluate(batch, dataloader_idx, counted)
+        self._evaluate(batch, self.trainer.test_dataloaders, batch_idx, dataloader_idx)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Give one record per row: `task`, `row`, `text`, `prediction`, `gold`."""

@@ -82,7 +82,7 @@ class CPT(PromptModule):
     def setup(self, stage: str) -> None:
         """Check that the data has one task and a context, before the backbone is loaded."""
         super().setup(stage)
-        names = list(getattr(self._datamodule(), "tasks", self.tasks))
+        names = self._data_tasks()
         if len(names) > 1:
             raise ValueError(
                 f"CPT has the context of one task, and the data has {len(names)} ({', '.join(names)}). "

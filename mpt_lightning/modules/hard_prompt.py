@@ -42,7 +42,7 @@ class HardPrompt(PromptModule):
                 "HardPrompt trains nothing: run `mpt validate` or `mpt test` (in Python trainer.validate or "
                 "trainer.test), or train with FineTuning(train='head'), PromptTuning or another method."
             )
-        self.tasks = list(getattr(self._datamodule(), "tasks", self.tasks))
+        self.tasks = self._data_tasks()
 
     def configure_model(self) -> None:
         """Load the backbone; the prompt is empty, and of the tasks of this run."""
