@@ -180,10 +180,11 @@ class PEFTModule(AdaptedModule):
         if self.adalora is not None and ALLOCATOR in checkpoint:
             state = checkpoint[ALLOCATOR]
             for name in _STATISTICS:
-                values = {key: value.to(self.device) for key, value in state[name].items()}
-                setattr(self.adalora.rankallocator, name, values)
+                setattr(self.adalora.rankallocator, name, state[name])
             # The last step's own value, which the next one replaces; its keys say that there was a step.
-            self.adalora.rankallocator.ipt = {key: torch.zeros_like(value) for key, value in values.items()}
+            last = state[_STATISTICS[-1]]
+            self.adalora.rankallocator.ipt = {key: torch.zeros_like(value) for key, value in last.items()}
+            self._move_statistics(self.device)
             cast(Any, self.adalora.peft_config["default"]).rank_pattern = state["rank_pattern"]
 
 
