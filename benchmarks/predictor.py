@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mpt_lightning import MultitaskPrompt, Predictor, load_backbone
 from mpt_lightning.data.card import TaskCard
-from mpt_lightning.data.encode import Encoder
+from mpt_lightning.data.tokenize import Encoder
 
 ROWS, PROMPT, TASKS = 64, 100, ["first", "second", "third", "fourth"]
 WORDS = ["no", "yes"]

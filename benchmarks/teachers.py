@@ -26,8 +26,20 @@ from rich.progress import Progress
 from rich.table import Table
 
 from mpt_lightning import MPTSource, MultitaskDataModule, PromptTuning, load_backbone
-from mpt_lightning.demo import BACKBONE, SOURCES, TARGETS
-from mpt_lightning.demo.jobs import LENGTH, OPTIONS, RATES, SOURCE_STEPS, TEACHER_STEPS, Row, few_shot, quiet, stage
+from mpt_lightning.compare.worker import quiet
+from mpt_lightning.demo.jobs import (
+    LENGTH,
+    OPTIONS,
+    RATES,
+    SOURCE_STEPS,
+    SOURCES,
+    TARGETS,
+    TEACHER_STEPS,
+    Row,
+    few_shot,
+    stage,
+)
+from mpt_lightning.resources import T5
 
 SHOTS, STEPS = 16, 4
 NONE, AS_IS = "no teachers", "as is"
@@ -58,8 +70,8 @@ class Stepped(MPTSource):
 
 def steps_of(batches: list[dict[str, Any]], **options: Any) -> Step:
     """Make a function of four optimizer steps, each on the next batch."""
-    module = Stepped(BACKBONE, tasks=list(SOURCES), prompt_length=LENGTH, prompt_init="random", **options)
-    module.backbone = load_backbone(BACKBONE)
+    module = Stepped(T5, tasks=list(SOURCES), prompt_length=LENGTH, prompt_init="random", **options)
+    module.backbone = load_backbone(T5)
     module.prompt = module.build_prompt(module.backbone)
     module.teacher_prompts = torch.randn(len(SOURCES), LENGTH, module.backbone.dim)
     module.train()
@@ -77,7 +89,7 @@ def steps_of(batches: list[dict[str, Any]], **options: Any) -> Step:
 
 def steps(repeats: int, folder: Path) -> Iterator[Line]:
     data = MultitaskDataModule(
-        list(SOURCES), sampling="all", batch_size=24, backbone=BACKBONE, cache_dir=str(folder / "cache")
+        list(SOURCES), sampling="all", batch_size=24, backbone=T5, cache_dir=str(folder / "cache")
     )
     data.prepare_data()
     data.setup("fit")
@@ -109,7 +121,7 @@ def source(variant: str, seed: int, teachers: str, folder: Path) -> tuple[str, l
     options = dict(VARIANTS[variant])
     if "teacher_cache" in options:
         options["teacher_cache"] = str(folder / options["teacher_cache"])
-    module = MPTSource(BACKBONE, teachers=teachers, prompt_length=LENGTH, **RATES, **OPTIONS, **options)
+    module = MPTSource(T5, teachers=teachers, prompt_length=LENGTH, **RATES, **OPTIONS, **options)
     output = folder / f"{list(VARIANTS).index(variant)}-{seed}"
     output.mkdir()
     (output / "cache").symlink_to(folder / "cache")  # the data's
@@ -125,7 +137,7 @@ def scores(seeds: int, folder: Path) -> list[dict[str, Any]]:
     with Progress(transient=True) as bar, pools as pool:
         progress = bar.add_task("scores", total=len(chains) * (1 + len(TARGETS)))
         with quiet():
-            teachers, _ = stage(PromptTuning(BACKBONE, prompt_length=LENGTH, lr=0.3, **OPTIONS), TEACHER_STEPS, folder)
+            teachers, _ = stage(PromptTuning(T5, prompt_length=LENGTH, lr=0.3, **OPTIONS), TEACHER_STEPS, folder)
         sources = {pool.submit(source, *chain, teachers, folder): chain for chain in chains}
         targets = {}
         for job in as_completed(sources):

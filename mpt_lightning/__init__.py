@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from mpt_lightning.backbones import load_backbone
     from mpt_lightning.data import MultitaskDataModule, TaskDataModule, load_task
+    from mpt_lightning.distributed.strategy import ShardedStrategy
     from mpt_lightning.interop import export_peft, import_peft
     from mpt_lightning.modules import (
         CPT,
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     )
     from mpt_lightning.predictor import Predictor
     from mpt_lightning.prompts import ContextPrompt, MultitaskPrompt, SoftPrompt
-    from mpt_lightning.strategies import ShardedStrategy
 
 _HOMES = {
     "SoftPrompt": "mpt_lightning.prompts",
@@ -47,7 +47,7 @@ _HOMES = {
     "MultitaskDataModule": "mpt_lightning.data",
     "load_task": "mpt_lightning.data",
     "Predictor": "mpt_lightning.predictor",
-    "ShardedStrategy": "mpt_lightning.strategies",
+    "ShardedStrategy": "mpt_lightning.distributed.strategy",
     "export_peft": "mpt_lightning.interop",
     "import_peft": "mpt_lightning.interop",
 }

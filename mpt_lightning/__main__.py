@@ -1,5 +1,5 @@
 """`python -m mpt_lightning` is `mpt`."""
 
-from mpt_lightning.cli import main
+from mpt_lightning.cli.main import main
 
 main()

@@ -9,10 +9,10 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from torch.nn import functional
 
+from mpt_lightning.errors import MPTError
 from mpt_lightning.modules.base import PromptModule
 from mpt_lightning.prompts import DecomposedPrompt, PrefixPrompt, Prompt
 
@@ -39,7 +39,7 @@ class PredictionWriter(BasePredictionWriter):
         if stage != "predict":
             return
         if self.path.exists():
-            raise ValueError(f"{self.path} exists; remove it, or give the PredictionWriter another path.")
+            raise MPTError(f"{self.path} exists; remove it, or give the PredictionWriter another path.")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._part(trainer.global_rank).write_text("", encoding="utf-8")
 
@@ -65,7 +65,7 @@ class PredictionWriter(BasePredictionWriter):
             return
         parts = [self._part(rank) for rank in range(trainer.world_size)]
         if missing := [str(part) for part in parts if not part.is_file()]:
-            raise FileNotFoundError(
+            raise MPTError(
                 f"The answers of other ranks are not here: {', '.join(missing)}. Give an output on a disk that all "
                 "machines share."
             )
@@ -137,26 +137,24 @@ class PEFTExport(L.Callback):
         """Check that there will be something to export.
 
         Raises:
-            MisconfigurationException: no ModelCheckpoint, or a module of another package.
+            MPTError: no ModelCheckpoint, or a module of another package.
         """
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if not isinstance(trainer.checkpoint_callback, ModelCheckpoint):
-            raise MisconfigurationException("PEFTExport exports what ModelCheckpoint saves: add a ModelCheckpoint.")
+            raise MPTError("PEFTExport exports what ModelCheckpoint saves: add a ModelCheckpoint.")
         if not isinstance(pl_module, PromptModule):
-            raise MisconfigurationException(
-                f"PEFTExport exports prompt modules, and this is {type(pl_module).__name__}."
-            )
+            raise MPTError(f"PEFTExport exports prompt modules, and this is {type(pl_module).__name__}.")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check that what is trained is a prompt of embeddings, as PEFT's are.
 
         Raises:
-            MisconfigurationException: It is the backbone, or a prompt of another kind.
+            MPTError: It is the backbone, or a prompt of another kind.
         """
         prompt = pl_module.prompt if isinstance(pl_module, PromptModule) else None
         if prompt is not None and prompt.output != Prompt.output:
-            raise MisconfigurationException(
+            raise MPTError(
                 f"PEFTExport exports prompts of embeddings, and {type(pl_module).__name__} trains {prompt.output}. "
                 "Remove PEFTExport from the callbacks."
             )

@@ -1,23 +1,23 @@
-"""Telling the errors that this package raises for its users from those of the libraries under it."""
+"""The error that a user's mistake ends in."""
 
-import traceback
-
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-OWN = (ValueError, OSError, MisconfigurationException)
-"""What the package raises for its users."""
+from __future__ import annotations
 
 
-def own_error(error: BaseException) -> BaseException | None:
-    """Find the error that this package raised for the user, in a chain of errors that others wrapped around it."""
+class MPTError(ValueError):
+    """A message for the user: what was wrong, what was expected, and what to change.
+
+    Everything that this package raises because of an argument, a file or a machine is of this class.
+    """
+
+
+def find_error(error: BaseException) -> MPTError | None:
+    """Return the package's own error in a chain of causes, for libraries that wrap what they call; None without one."""
     link: BaseException | None = error
-    seen: list[BaseException] = []
+    seen: set[int] = set()
     # An error that was taken out of another one's cause and raised again has that one as its context: a circle.
-    while link is not None and link not in seen:
-        seen.append(link)
-        frames = list(traceback.walk_tb(link.__traceback__))
-        raised_in = str(frames[-1][0].f_globals.get("__name__", "")) if frames else ""
-        if isinstance(link, OWN) and raised_in.startswith("mpt_lightning"):
+    while link is not None and id(link) not in seen:
+        if isinstance(link, MPTError):
             return link
+        seen.add(id(link))
         link = link.__cause__ or link.__context__
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,18 @@ from torchmetrics.classification import (
 from torchmetrics.functional.text import rouge_score
 from torchmetrics.text import SacreBLEUScore, SQuAD
 
-from mpt_lightning.data.card import TaskCard
+from mpt_lightning.errors import MPTError
 
 _ROUGE_KEYS = ("rouge1", "rouge2", "rougeL")
+
+
+class ScoredTask(Protocol):
+    """What metrics need of a task's card; see `mpt_lightning.data.card.TaskCard`."""
+
+    name: str
+    metrics: list[str]
+    choices: list[str] | None
+    value_range: tuple[float, float] | None
 
 
 class GroupExactMatch(Metric):
@@ -67,7 +77,7 @@ class TaskMetrics(nn.Module):
     range farthest from the gold value. `invalid` says how many there were.
     """
 
-    def __init__(self, card: TaskCard) -> None:
+    def __init__(self, card: ScoredTask) -> None:
         super().__init__()
         self.card = card
         self.metrics = nn.ModuleDict({name: _build(name, len(card.choices or [])) for name in card.metrics})
@@ -84,10 +94,10 @@ class TaskMetrics(nn.Module):
             groups: Group id of each row [B], "" for none.
 
         Raises:
-            ValueError: If the lengths differ, or a reference is no label of the task.
+            MPTError: If the lengths differ, or a reference is no label of the task.
         """
         if not len(predictions) == len(references) == len(groups):
-            raise ValueError(
+            raise MPTError(
                 f"Task '{self.card.name}': got {len(predictions)} predictions, {len(references)} references and "
                 f"{len(groups)} groups, expected as many of each."
             )
@@ -110,7 +120,7 @@ class TaskMetrics(nn.Module):
         gold = [ids.get(_normal(words[0]), -1) for words in references]
         if -1 in gold:
             wrong = references[gold.index(-1)][0]
-            raise ValueError(
+            raise MPTError(
                 f"Task '{self.card.name}': got the reference {wrong!r}, expected one of {', '.join(choices)}; change "
                 "`choices` of the card."
             )
@@ -236,7 +246,7 @@ def _build(name: str, num_classes: int) -> nn.Module:
         return SacreBLEUScore()
     if name == "rouge":
         return nn.ModuleDict({key: MeanMetric() for key in _ROUGE_KEYS})
-    raise ValueError(f"Got the metric {name!r}, expected one of the names in `mpt_lightning.data.card.METRICS`.")
+    raise MPTError(f"Got the metric {name!r}, expected one of the names in `mpt_lightning.data.card.METRICS`.")
 
 
 def _normal(text: str) -> str:

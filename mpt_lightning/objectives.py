@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mpt_lightning.errors import MPTError
+
 IGNORE = -100
 
 # The hidden states of a decoder-only model's prompts, which all rows of a task share.
@@ -264,7 +266,7 @@ def hidden_distillation(
         A scalar.
 
     Raises:
-        ValueError: the model has none of the states asked for.
+        MPTError: the model has none of the states asked for.
     """
     errors: dict[str, list[Tensor]] = {}
     counts: dict[str, list[Tensor]] = {}
@@ -276,7 +278,7 @@ def hidden_distillation(
             errors.setdefault(stack, []).append((squares * weight).sum())
             counts.setdefault(stack, []).append(weight.sum())
     if not errors:
-        raise ValueError(
+        raise MPTError(
             f"No hidden states to distil: stacks={stacks!r}, positions={positions!r}, and the model has "
             f"{', '.join(student) or 'none'}. Choose among these."
         )

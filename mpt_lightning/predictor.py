@@ -14,13 +14,14 @@ from mpt_lightning.backbones import Backbone, load_backbone
 from mpt_lightning.checkpoint import PromptCheckpoint, read_checkpoint
 from mpt_lightning.data.card import TaskCard
 from mpt_lightning.data.collate import pad
-from mpt_lightning.data.encode import Encoder
+from mpt_lightning.data.prediction import Row, Text, encode_rows, plain_text
+from mpt_lightning.data.tokenize import Encoder
 from mpt_lightning.data.vocabulary import check_choices
-from mpt_lightning.files import one_line, read_text
+from mpt_lightning.errors import MPTError
+from mpt_lightning.io import one_line, read_text
 from mpt_lightning.modules import evaluation
 from mpt_lightning.modules.base import PromptModule
 from mpt_lightning.objectives import IGNORE
-from mpt_lightning.prediction_rows import Row, Text, encode_rows, plain_text
 from mpt_lightning.prompts import Prompt
 
 
@@ -54,7 +55,7 @@ class Predictor:
         batch_size: rows per batch.
 
     Raises:
-        ValueError: the tokenizer cannot write a task's choices.
+        MPTError: the tokenizer cannot write a task's choices.
 
     Example:
         >>> predictor = Predictor.from_checkpoint("runs/mpt/target/best.ckpt")  # doctest: +SKIP
@@ -71,7 +72,7 @@ class Predictor:
         batch_size: int = 64,
     ) -> None:
         if batch_size < 1:
-            raise ValueError(f"batch_size must be 1 or more, got {batch_size}.")
+            raise MPTError(f"batch_size must be 1 or more, got {batch_size}.")
         self.backbone, self.prompt = backbone.eval(), prompt.eval()
         self.cards, self.batch_size = dict(cards or {}), batch_size
         kind = bool(backbone.model.config.is_encoder_decoder)
@@ -101,7 +102,7 @@ class Predictor:
             batch_size: rows per batch.
 
         Raises:
-            ValueError: there is no such file, it is damaged, or the backbone is another one.
+            MPTError: there is no such file, it is damaged, or the backbone is another one.
         """
         found = read_checkpoint(path, "the checkpoint", folder=True)
         name = backbone or found.backbone
@@ -149,7 +150,7 @@ class Predictor:
             [B], in the order of `texts`; a list of one for a single row.
 
         Raises:
-            ValueError: an unknown task, a missing column, a string for a task of several columns, or an empty text;
+            MPTError: an unknown task, a missing column, a string for a task of several columns, or an empty text;
                 the message names the row.
         """
         given = [texts] if isinstance(texts, str | Mapping) else list(texts)
@@ -169,12 +170,12 @@ class Predictor:
 
     def _names(self, tasks: str | Sequence[str] | None, size: int) -> list[str]:
         if tasks is None and len(self.tasks) > 1:
-            raise ValueError(f"There are several tasks ({', '.join(self.tasks)}): say which one each text is of.")
+            raise MPTError(f"There are several tasks ({', '.join(self.tasks)}): say which one each text is of.")
         names = [tasks or self.tasks[0]] * size if tasks is None or isinstance(tasks, str) else list(tasks)
         if len(names) != size:
-            raise ValueError(f"Got {size} texts and {len(names)} tasks; give one task per text, or one for all.")
+            raise MPTError(f"Got {size} texts and {len(names)} tasks; give one task per text, or one for all.")
         if unknown := sorted(set(names) - set(self.tasks)):
-            raise ValueError(f"Unknown task {', '.join(unknown)}; the checkpoint has {', '.join(self.tasks)}.")
+            raise MPTError(f"Unknown task {', '.join(unknown)}; the checkpoint has {', '.join(self.tasks)}.")
         return [str(name) for name in names]
 
     @torch.no_grad()
@@ -213,17 +214,17 @@ def predict_file(predictor: Predictor, source: str, dest: str, raw: bool = False
         The number of lines written.
 
     Raises:
-        ValueError: `dest` exists, there is no `source`, or a line is not as described; says which.
+        MPTError: `dest` exists, there is no `source`, or a line is not as described; says which.
     """
     target, tasks = Path(dest), []
     texts: list[Text] = []
     if target.exists():
-        raise ValueError(f"{dest} exists; remove it, or give --output another path.")
+        raise MPTError(f"{dest} exists; remove it, or give --output another path.")
     for number, row in _lines(source):
         task = row.get("task", predictor.tasks[0] if len(predictor.tasks) == 1 else None)
         where = f"{source}, line {number}"
         if task not in predictor.tasks:
-            raise ValueError(f"{where}: got task={task!r}, expected one of {', '.join(predictor.tasks)}.")
+            raise MPTError(f"{where}: got task={task!r}, expected one of {', '.join(predictor.tasks)}.")
         card = predictor.cards.get(task)
         columns = card.columns if card is not None and not raw else ["text"]
         if len(columns) == 1 and columns[0] not in row and "text" in row:
@@ -231,7 +232,7 @@ def predict_file(predictor: Predictor, source: str, dest: str, raw: bool = False
         else:
             if missing := [column for column in columns if column not in row]:
                 either = f"; the task has the columns {', '.join(columns)}" if "text" in row else ""
-                raise ValueError(f"{where}: there is no field {', '.join(missing)}; give it{either}.")
+                raise MPTError(f"{where}: there is no field {', '.join(missing)}; give it{either}.")
             values = {column: plain_text(row[column], column, where) for column in columns}
             texts.append(values["text"] if raw or card is None else values)
         tasks.append(task)
@@ -248,7 +249,7 @@ def predict_file(predictor: Predictor, source: str, dest: str, raw: bool = False
 def _lines(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
     file = Path(source)
     if not file.is_file():
-        raise ValueError(f"--input {source}: there is no such file. Give a file of JSON lines.")
+        raise MPTError(f"--input {source}: there is no such file. Give a file of JSON lines.")
     # Not splitlines(), which also splits at line separators within a text.
     for number, line in enumerate(read_text(file).split("\n"), start=1):
         if not line.strip():
@@ -256,9 +257,9 @@ def _lines(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{source}, line {number}: this is no JSON ({one_line(error)}).") from None
+            raise MPTError(f"{source}, line {number}: this is no JSON ({one_line(error)}).") from None
         if not isinstance(row, dict):
-            raise ValueError(f"{source}, line {number}: expected an object like {{'text': ...}}, got {line[:40]!r}.")
+            raise MPTError(f"{source}, line {number}: expected an object like {{'text': ...}}, got {line[:40]!r}.")
         yield number, row
 
 
@@ -267,7 +268,7 @@ def _build(cls: type, found: PromptCheckpoint, path: str, name: str, dtype: Any)
     if found.prompt_class == "EmptyPrompt":
         stage: Any = getattr(modules, found.stage, None)
         if not (isinstance(stage, type) and issubclass(stage, PromptModule)):
-            raise ValueError(
+            raise MPTError(
                 f"{path} was saved by {found.stage}, which is no class of this package. Use that class's "
                 "load_from_checkpoint(...), or give another checkpoint."
             )

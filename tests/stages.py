@@ -7,7 +7,7 @@ import lightning.pytorch as L
 
 from mpt_lightning import CPT, MPTSource, MPTTarget, MultitaskDataModule, PromptTuning, TaskDataModule
 from mpt_lightning.backbones import Backbone
-from mpt_lightning.data.base import PromptDataModule
+from mpt_lightning.data.datamodule import PromptDataModule
 from mpt_lightning.modules import PromptModule
 
 T5, LLAMA = "mpt_lightning/demo/t5", "mpt_lightning/demo/llama"

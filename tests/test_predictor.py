@@ -13,7 +13,7 @@ import torch
 from tokenizers import processors
 
 from mpt_lightning import CPT, MultitaskDataModule, Predictor, PromptTuning, load_task
-from mpt_lightning.cli import main
+from mpt_lightning.cli.main import main
 from mpt_lightning.data import TaskCard
 from mpt_lightning.predictor import predict_file
 from tests.conftest import build_model, build_tokenizer

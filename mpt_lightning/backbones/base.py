@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from mpt_lightning.backbones.compilation import compile_parts
 from mpt_lightning.backbones.fingerprint import fingerprint
 from mpt_lightning.backbones.tokenizer import load_tokenizer
+from mpt_lightning.errors import MPTError
 
 IGNORE = -100
 """The label of padding, Hugging Face's and torch's convention."""
@@ -63,7 +64,7 @@ class Backbone(nn.Module, ABC):
         compiled: compile feed-forward networks and norms, see `compilation`.
 
     Raises:
-        ValueError: the model cannot checkpoint gradients, or has nothing to compile.
+        MPTError: the model cannot checkpoint gradients, or has nothing to compile.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Backbone(nn.Module, ABC):
         self.parts: list[nn.Module] = []
         if gradient_checkpointing:
             if not model.supports_gradient_checkpointing:
-                raise ValueError(
+                raise MPTError(
                     f"{type(model).__name__} ({name}) cannot checkpoint gradients. Set gradient_checkpointing=False."
                 )
             model.activation_checkpointing_enable({"use_reentrant": False})

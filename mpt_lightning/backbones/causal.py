@@ -19,10 +19,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mpt_lightning.backbones.attention import NAME
 from mpt_lightning.backbones.base import IGNORE, Backbone, BackboneOutput, Segment, align, log_likelihood
+from mpt_lightning.backbones.cache import EncodedPrompts, Pair, PrefixCache, gather
 from mpt_lightning.backbones.limits import attention_windows, length_limit
 from mpt_lightning.backbones.packed import packed_forward
-from mpt_lightning.backbones.prefix import EncodedPrompts, Pair, PrefixCache, gather
 from mpt_lightning.backbones.sharding import tie
+from mpt_lightning.errors import MPTError
 
 Way = Literal["packed", "shared"]
 """A faster way to bring prompts to rows than copying their keys and values for every row."""
@@ -37,7 +38,7 @@ class CausalBackbone(Backbone):
             without copies where they are not.
 
     Raises:
-        ValueError: the model has layers other than attention, whose state a prefix cannot be split off from.
+        MPTError: the model has layers other than attention, whose state a prefix cannot be split off from.
     """
 
     def __init__(self, model: PreTrainedModel, name: str, *args: Any, **kwargs: Any) -> None:
@@ -45,7 +46,7 @@ class CausalBackbone(Backbone):
         config = model.config.get_text_config(decoder=True)
         kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
         if kinds:
-            raise ValueError(
+            raise MPTError(
                 f"{type(model).__name__} ({name}) has layers of the kind {', '.join(sorted(kinds))}. "
                 "Prompts need a decoder with full or sliding-window attention in every layer."
             )
@@ -74,7 +75,7 @@ class CausalBackbone(Backbone):
     def _check_length(self, columns: int) -> None:
         """Raise if the model would treat a prompt or padding differently at this length; see `limits`."""
         if self._limit is not None and columns > self._limit.columns:
-            raise ValueError(
+            raise MPTError(
                 f"The prompt, text and answer take {columns} columns, and {self.name} {self._limit.reason}. Use "
                 "shorter texts (max_input_length) or a shorter prompt."
             )

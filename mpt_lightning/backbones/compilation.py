@@ -13,7 +13,8 @@ from torch._dynamo import config as dynamo_config
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mpt_lightning.files import one_line
+from mpt_lightning.errors import MPTError
+from mpt_lightning.io import one_line
 
 _VERSIONS = 32  # torch's limit for all models of a process together; beyond it the rest would run uncompiled
 
@@ -25,12 +26,12 @@ def check_compiler(device: torch.device) -> None:
         device: where the model will run.
 
     Raises:
-        ValueError: this cannot be done here; says why.
+        MPTError: this cannot be done here; says why.
     """
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
     except (RuntimeError, OSError, ImportError) as error:
-        raise ValueError(
+        raise MPTError(
             f"backbone_compile=True: torch.compile does not work here for {device.type}. It needs a C++ compiler (g++ "
             "or clang++; on a GPU a C compiler and triton). Install it, or set backbone_compile=False. The cause: "
             f"{one_line(error)}"
@@ -47,12 +48,12 @@ def compile_parts(model: PreTrainedModel, name: str) -> None:
         name: what the error calls it.
 
     Raises:
-        ValueError: the model's layers have no such parts.
+        MPTError: the model's layers have no such parts.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     parts = [part for layer in layers for part in _parts(layer)]
     if not parts:
-        raise ValueError(
+        raise MPTError(
             f"{type(model).__name__} ({name}) has no part that is known to gain from compiling: no feed-forward "
             "network that is a module, and no norm but torch's own. Set backbone_compile=False."
         )

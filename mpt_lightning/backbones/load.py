@@ -17,8 +17,9 @@ from mpt_lightning.backbones.compilation import check_compiler
 from mpt_lightning.backbones.probe import check_backbone
 from mpt_lightning.backbones.quantization import Quantization, keep_differentiable, quantized
 from mpt_lightning.backbones.seq2seq import Seq2SeqBackbone
-from mpt_lightning.demo import backbone_path
-from mpt_lightning.files import one_line
+from mpt_lightning.errors import MPTError
+from mpt_lightning.io import one_line
+from mpt_lightning.resources import backbone_path
 
 DType = Literal["float32", "bfloat16"]
 
@@ -27,17 +28,17 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
     """Load a model's configuration; no code that comes with the model is run.
 
     Raises:
-        ValueError: there is no such folder or Hub model, it cannot be reached or read, or it needs code of its own.
+        MPTError: there is no such folder or Hub model, it cannot be reached or read, or it needs code of its own.
     """
     if not isinstance(name_or_path, str) or not name_or_path:
-        raise ValueError(f"The backbone must be a Hub id or a folder, got {name_or_path!r}.")
+        raise MPTError(f"The backbone must be a Hub id or a folder, got {name_or_path!r}.")
     if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).expanduser().is_dir():
-        raise ValueError(f"The backbone {name_or_path!r} looks like a folder, and there is none.")
+        raise MPTError(f"The backbone {name_or_path!r} looks like a folder, and there is none.")
     try:
         # Unless it is switched off, transformers asks on the terminal whether to run code that comes with a model.
         return AutoConfig.from_pretrained(backbone_path(name_or_path), trust_remote_code=False)
     except Exception as error:  # damaged files fail anywhere in transformers
-        raise ValueError(
+        raise MPTError(
             f"Cannot load the backbone {name_or_path!r}. Expected a folder with a config.json, or the id of a Hub "
             "model that can be reached from here, of a type that transformers has: code that comes with a model is "
             f"never run. The cause: {one_line(error)}"
@@ -71,10 +72,10 @@ def load_backbone(
         A `Seq2SeqBackbone` or a `CausalBackbone`.
 
     Raises:
-        ValueError: the model cannot be found, is neither of the two kinds, or cannot be quantized or compiled here.
+        MPTError: the model cannot be found, is neither of the two kinds, or cannot be quantized or compiled here.
     """
     if dtype not in get_args(DType):
-        raise ValueError(f"The backbone's dtype must be one of {', '.join(get_args(DType))}, got {dtype!r}.")
+        raise MPTError(f"The backbone's dtype must be one of {', '.join(get_args(DType))}, got {dtype!r}.")
     config = load_config(name_or_path)
     path = backbone_path(name_or_path)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
@@ -87,7 +88,7 @@ def load_backbone(
     auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model, loading = auto.from_pretrained(path, trust_remote_code=False, output_loading_info=True, **options)
     if absent := sorted(loading["missing_keys"]):
-        raise ValueError(
+        raise MPTError(
             f"{name_or_path!r} lacks {len(absent)} of the weights of {type(model).__name__} ({absent[0]}, ...), which "
             "would be random. Expected the whole language model with its head; give a checkpoint that was saved from "
             f"{type(model).__name__}."
@@ -108,7 +109,7 @@ def wrap_model(
     """Freeze a model that is already in memory, and make it ready for prompts; see `load_backbone`.
 
     Raises:
-        ValueError: the model is neither an encoder-decoder nor decoder-only, or gives wrong results with prompts.
+        MPTError: the model is neither an encoder-decoder nor decoder-only, or gives wrong results with prompts.
     """
     check_kind(model.config, name)
     kind = Seq2SeqBackbone if model.config.is_encoder_decoder else CausalBackbone
@@ -122,11 +123,11 @@ def check_kind(config: PreTrainedConfig, name: str) -> None:
     """Raise if a model is neither an encoder-decoder nor decoder-only, or is known to give wrong results.
 
     Raises:
-        ValueError: it is.
+        MPTError: it is.
     """
     kind = config.model_type
     if kind == "prophetnet":
-        raise ValueError(
+        raise MPTError(
             f"The backbone {name!r} is a ProphetNet, whose results depend on the padding of the batch in transformers "
             "itself. Use a T5 or BART model."
         )
@@ -136,7 +137,7 @@ def check_kind(config: PreTrainedConfig, name: str) -> None:
         is_encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
         known = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not is_encoder
     if not known:
-        raise ValueError(
+        raise MPTError(
             f"The backbone {name!r} is of the type {kind!r}, which is neither an encoder-decoder nor a decoder-only "
             "language model. Prompts of this package need one of these."
         )

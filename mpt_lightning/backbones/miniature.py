@@ -6,6 +6,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from mpt_lightning.errors import MPTError
+
 LAYERS, HEADS, HEAD_DIM, VOCABULARY = 2, 4, 8, 128
 HIDDEN, INNER = HEADS * HEAD_DIM, 2 * HEADS * HEAD_DIM
 # The names that configurations give to sizes. What is not named here stays: it is a setting, not a size.
@@ -36,7 +38,7 @@ def miniature(model: PreTrainedModel) -> PreTrainedModel:
         Exception: whatever a configuration raises whose sizes depend on each other in an unknown way.
     """
     if model.config.sub_configs:
-        raise ValueError(f"{type(model).__name__} is made of several models, whose sizes are not known here")
+        raise MPTError(f"{type(model).__name__} is made of several models, whose sizes are not known here")
     config = _small(model.config)
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), no_init_weights():

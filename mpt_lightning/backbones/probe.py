@@ -15,7 +15,8 @@ from torch import Tensor
 from mpt_lightning.backbones.base import Backbone
 from mpt_lightning.backbones.causal import CausalBackbone, Way
 from mpt_lightning.backbones.miniature import miniature
-from mpt_lightning.files import one_line
+from mpt_lightning.errors import MPTError
+from mpt_lightning.io import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def check_backbone(backbone: Backbone) -> None:
         backbone: as it was loaded, not sharded yet; on any device and in any precision.
 
     Raises:
-        ValueError: no way gives the model's own results; says what differs and by how much.
+        MPTError: no way gives the model's own results; says what differs and by how much.
     """
     if backbone.model.num_parameters() > SMALL:
         try:
@@ -66,7 +67,7 @@ def _choose_ways(backbone: Backbone) -> None:
         # A shared prefix is a cached one without its copies: where it is right, so are they.
         checked = "shared" in backbone.ways
     if not checked and (problem := probe.problem()):
-        raise ValueError(probe.refusal(problem))
+        raise MPTError(probe.refusal(problem))
 
 
 class _Probe:

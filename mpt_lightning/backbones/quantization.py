@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from mpt_lightning.errors import MPTError
+
 Quantization = Literal["4bit", "8bit"]
 
 
@@ -15,11 +17,11 @@ def check_quantization(kind: Quantization) -> None:
     """Refuse quantization without the libraries it needs.
 
     Raises:
-        ValueError: one is missing; says how to install it.
+        MPTError: one is missing; says how to install it.
     """
     missing = [name for name in ("bitsandbytes", "accelerate") if find_spec(name) is None]
     if missing:
-        raise ValueError(
+        raise MPTError(
             f"backbone_quantization='{kind}' needs {' and '.join(missing)}, which is not installed. Run "
             "`pip install mpt_lightning[quantization]`, or leave backbone_quantization unset and use "
             "backbone_dtype='bfloat16' to save memory."
@@ -35,7 +37,7 @@ def quantized(kind: Quantization, dtype: torch.dtype, device: torch.device) -> d
         device: where the model goes; quantized weights are made there.
 
     Raises:
-        ValueError: a library is missing, or the machine cannot do it.
+        MPTError: a library is missing, or the machine cannot do it.
     """
     check_quantization(kind)
     from transformers import BitsAndBytesConfig
@@ -44,7 +46,7 @@ def quantized(kind: Quantization, dtype: torch.dtype, device: torch.device) -> d
     try:
         validate_bnb_backend_availability(raise_exception=True)
     except (RuntimeError, ImportError) as error:
-        raise ValueError(
+        raise MPTError(
             f"backbone_quantization='{kind}': bitsandbytes cannot run on this machine. Use one with a device that it "
             f"supports, or leave backbone_quantization unset. The cause: {' '.join(str(error).split())}"
         ) from error

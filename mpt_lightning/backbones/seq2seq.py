@@ -8,19 +8,20 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from mpt_lightning.backbones.base import IGNORE, Backbone, BackboneOutput, Segment, align, log_likelihood
+from mpt_lightning.errors import MPTError
 
 
 class Seq2SeqBackbone(Backbone):
     """A frozen encoder-decoder; see `Backbone` for the arguments.
 
     Raises:
-        ValueError: the model cannot make its decoder's inputs of labels.
+        MPTError: the model cannot make its decoder's inputs of labels.
     """
 
     def __init__(self, model: PreTrainedModel, name: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, name, *args, **kwargs)
         if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
-            raise ValueError(
+            raise MPTError(
                 f"{type(model).__name__} ({name}) cannot be used: it has no prepare_decoder_input_ids_from_labels, so "
                 "what its decoder reads during training is unknown. Use a T5, BART, mBART, PLBART, MVP, Marian or "
                 "Pegasus model."

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mpt_lightning.backbones.base import Backbone
+from mpt_lightning.errors import MPTError
 
 
 def shard(backbone: Backbone, mesh: DeviceMesh) -> None:
@@ -25,19 +26,19 @@ def shard(backbone: Backbone, mesh: DeviceMesh) -> None:
         mesh: the ranks that share it, one-dimensional.
 
     Raises:
-        ValueError: the model's weights are trained, or it has no layers of a known kind.
+        MPTError: the model's weights are trained, or it has no layers of a known kind.
     """
     if isinstance(backbone, FSDPModule):
         return
     if any(parameter.requires_grad for parameter in backbone.parameters()):
-        raise ValueError(
+        raise MPTError(
             f"{backbone.name}: only a frozen backbone is sharded, and this run trains weights inside it. Use "
             "--trainer.strategy ddp, or a method that trains prompts (PromptTuning, MPTSource, MPTTarget, CPT)."
         )
     # Children before parents, as `fully_shard` wants them.
     blocks = [layer for layer in reversed(list(backbone.modules())) if isinstance(layer, GradientCheckpointingLayer)]
     if not blocks:
-        raise ValueError(
+        raise MPTError(
             f"{type(backbone.model).__name__} ({backbone.name}) has no layers of transformers' own kind to shard. "
             "Use --trainer.strategy ddp."
         )

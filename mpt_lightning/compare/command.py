@@ -8,6 +8,7 @@ from rich.console import Console
 from mpt_lightning.compare.file import read_comparison
 from mpt_lightning.compare.report import Report
 from mpt_lightning.compare.results import Store
+from mpt_lightning.errors import MPTError
 
 
 def compare(options: Namespace) -> bool:
@@ -20,16 +21,16 @@ def compare(options: Namespace) -> bool:
         Whether no run failed.
 
     Raises:
-        ValueError: the file or an option is wrong, or the output folder is not this comparison's.
+        MPTError: the file or an option is wrong, or the output folder is not this comparison's.
     """
     if options.jobs is not None and options.jobs < 1:
-        raise ValueError(f"--jobs must be at least 1, got {options.jobs}.")
+        raise MPTError(f"--jobs must be at least 1, got {options.jobs}.")
     comparison, console = read_comparison(options.file), Console()
     if not console.is_terminal:
         console = Console(width=200)  # in a file, lines need not fit a window
     output = Path(options.output or f"runs/compare/{comparison.name}")
     if options.report and not output.is_dir():
-        raise ValueError(f"There are no results in {output}; run the comparison without --report, or set --output.")
+        raise MPTError(f"There are no results in {output}; run the comparison without --report, or set --output.")
     store = Store(output, comparison.name)
     if not options.report:
         # torch takes seconds to import, and reports do without.

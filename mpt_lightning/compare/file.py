@@ -7,9 +7,10 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from mpt_lightning.cli import packaged, packaged_names
 from mpt_lightning.compare.plan import Comparison, check_values, recipe_file, yaml_content
 from mpt_lightning.data.card import load_card
+from mpt_lightning.errors import MPTError
+from mpt_lightning.resources import packaged, packaged_names
 
 
 def read_comparison(name: str) -> Comparison:
@@ -19,15 +20,15 @@ def read_comparison(name: str) -> Comparison:
         name: a path, or the name of a shipped one (`compare/demo`).
 
     Raises:
-        ValueError: there is no such file, or it is wrong; one message says where.
+        MPTError: there is no such file, or it is wrong; one message says where.
     """
     file = Path(name) if Path(name).is_file() else packaged("configs", name)
     if file is None:
         shipped = [known for known in packaged_names("configs") if known.startswith("compare/")]
-        raise ValueError(f"Unknown comparison {name!r}. Expected a YAML file or one of: {', '.join(shipped)}.")
+        raise MPTError(f"Unknown comparison {name!r}. Expected a YAML file or one of: {', '.join(shipped)}.")
     content = yaml_content(file)
     if not isinstance(content, dict):
-        raise ValueError(f"{name}: got {type(content).__name__}, expected a mapping with tasks, shots, seeds, methods.")
+        raise MPTError(f"{name}: got {type(content).__name__}, expected a mapping with tasks, shots, seeds, methods.")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Comparison)
     try:
@@ -44,7 +45,7 @@ def read_comparison(name: str) -> Comparison:
     except Exception as error:  # jsonargparse's have no class in common
         if isinstance(error, OSError):
             raise
-        raise ValueError(f"{name}: {' '.join(str(error).split())}") from None
+        raise MPTError(f"{name}: {' '.join(str(error).split())}") from None
     return comparison
 
 
@@ -57,9 +58,9 @@ def _check_recipes(comparison: Comparison) -> None:
     for kind, recipes in (("methods", comparison.methods), ("prepare", comparison.prepare)):
         for key, recipe in recipes.items():
             if not recipe.recipes:
-                raise ValueError(f"`{kind}.{key}.recipe`: got an empty list, expected one or more recipes.")
+                raise MPTError(f"`{kind}.{key}.recipe`: got an empty list, expected one or more recipes.")
             for name in recipe.recipes:
                 try:
                     recipe_file(name)
                 except ValueError as error:
-                    raise ValueError(f"`{kind}.{key}.recipe`: {error}") from None
+                    raise MPTError(f"`{kind}.{key}.recipe`: {error}") from None

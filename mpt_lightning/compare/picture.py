@@ -19,7 +19,7 @@ def draw(report: "Report", path: Path) -> None:
         report: the report.
         path: the PNG file.
     """
-    from mpt_lightning.compare.report import AVERAGE, title
+    from mpt_lightning.compare.results import AVERAGE, title
 
     figure = Figure(figsize=(14, 6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)

@@ -11,9 +11,10 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from mpt_lightning.cli import packaged
 from mpt_lightning.data.card import load_card, read_card_file
-from mpt_lightning.files import can_be_path, parse_yaml, read_text
+from mpt_lightning.errors import MPTError
+from mpt_lightning.io import can_be_path, parse_yaml, read_text
+from mpt_lightning.resources import packaged
 
 PREPARED = "prepare"
 """The folder of the prepared runs, where others have the method's name."""
@@ -105,13 +106,13 @@ class Comparison:
         check_values("methods", [name.casefold() for name in self.methods])
         for name in filter(None, [*self.methods, self.name]):
             if name == PREPARED or not re.fullmatch(r"\w[\w.+-]*", name) or not can_be_path(name):
-                raise ValueError(
+                raise MPTError(
                     f"Got the name {name[:300]!r}, expected letters, digits and _ . + - and not {PREPARED!r}, since "
                     "folders are named after it, on every system. Rename it."
                 )
         for name in self.prepare:
             if name in PLACEHOLDERS or not re.fullmatch(r"[a-z_][a-z0-9_]*", name):
-                raise ValueError(
+                raise MPTError(
                     f"`prepare`: got the name {name!r}, expected small letters, digits and _, and none of "
                     f"{', '.join(PLACEHOLDERS)}, since ${name} is to stand for its checkpoint. Rename it."
                 )
@@ -245,21 +246,21 @@ def check_values(place: str, values: Any) -> None:
     """Refuse an empty list, and one that names something twice.
 
     Raises:
-        ValueError: it is one of these; None is neither.
+        MPTError: it is one of these; None is neither.
     """
     if values is None:
         return
     if not values or len(set(values)) < len(values):
-        raise ValueError(f"`{place}`: got {values}, expected one or more different values.")
+        raise MPTError(f"`{place}`: got {values}, expected one or more different values.")
     if place.endswith("shots") and any(k is not None and k < 0 for k in values):
-        raise ValueError(f"`{place}`: got {values}, expected numbers of 0 or more, or null for the full data.")
+        raise MPTError(f"`{place}`: got {values}, expected numbers of 0 or more, or null for the full data.")
 
 
 def recipe_file(name: str) -> Path:
     """Find a recipe as `--config` does: a file of that name goes first."""
     file = Path(name) if Path(name).is_file() else packaged("configs", name)
     if file is None:
-        raise ValueError(f"unknown recipe {name!r}, expected a file or a name that `mpt configs` lists.")
+        raise MPTError(f"unknown recipe {name!r}, expected a file or a name that `mpt configs` lists.")
     return file
 
 
@@ -267,7 +268,7 @@ def yaml_content(file: Path) -> Any:
     """Read a YAML file.
 
     Raises:
-        ValueError: it is none.
+        MPTError: it is none.
     """
     return _parse(read_text(file), str(file))
 
@@ -290,7 +291,7 @@ def _fill(word: str, known: Mapping[str, str], place: str) -> str:
     try:
         return Template(word).substitute(known)
     except (KeyError, ValueError) as error:
-        raise ValueError(
+        raise MPTError(
             f"{place}: {word!r} has a $ with an unknown name ({error}). Known here are "
             f"{', '.join(f'${name}' for name in known)}; write $$ for a dollar sign."
         ) from None

@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mpt_lightning.compare.plan import Comparison, Run
-from mpt_lightning.compare.results import Result, Store
+from mpt_lightning.compare.results import AVERAGE, Result, Store, title
 
-AVERAGE = "average"
 COSTS = ["trained parameters", "checkpoint KiB", "ms per step", "peak MiB"]
 CAPTION = (
     "Mean ± standard deviation (n - 1) over seeds, times 100. `average`: of each seed's mean over tasks. (2/3): two of "
@@ -241,8 +240,3 @@ def _over(function: Any, values: Iterable[float | None]) -> float | None:
 def folder(k: int | None) -> str:
     """Give a k's short name."""
     return "full" if k is None else str(k)
-
-
-def title(k: int | None) -> str:
-    """Give a k's name in titles."""
-    return "full data" if k is None else f"k = {k}"

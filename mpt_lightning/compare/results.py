@@ -11,7 +11,10 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from mpt_lightning.compare.plan import Run
+from mpt_lightning.errors import MPTError
 
+# The column of the mean over tasks.
+AVERAGE = "average"
 MARK = "comparison.json"
 
 
@@ -76,22 +79,20 @@ class Store:
         name: the comparison's.
 
     Raises:
-        ValueError: the folder is another comparison's, or holds something else.
+        MPTError: the folder is another comparison's, or holds something else.
     """
 
     def __init__(self, output: Path, name: str) -> None:
         self.output = output
         mark = output / MARK
         if output.exists() and not output.is_dir():
-            raise ValueError(f"--output {output} is a file; give a folder.")
+            raise MPTError(f"--output {output} is a file; give a folder.")
         if mark.is_file():
             found = _read(mark).get("name")
             if found != name:
-                raise ValueError(
-                    f"--output {output} has the results of the comparison {found!r}, and this is {name!r}."
-                )
+                raise MPTError(f"--output {output} has the results of the comparison {found!r}, and this is {name!r}.")
         elif output.exists() and any(output.iterdir()):
-            raise ValueError(f"--output {output} is not empty and holds no comparison; give another folder.")
+            raise MPTError(f"--output {output} is not empty and holds no comparison; give another folder.")
         else:
             _write(mark, {"name": name})
 
@@ -100,13 +101,13 @@ class Store:
         """Keep other processes out.
 
         Raises:
-            ValueError: one is there.
+            MPTError: one is there.
         """
         try:
             with FileLock(self.output / ".lock", timeout=0):
                 yield
         except Timeout:
-            raise ValueError(f"Another `mpt compare` is running in {self.output}; wait for it.") from None
+            raise MPTError(f"Another `mpt compare` is running in {self.output}; wait for it.") from None
 
     def work(self, run: Run) -> Path:
         """Give the folder for a run's checkpoints and logs."""
@@ -145,3 +146,8 @@ def _write(file: Path, content: object) -> None:
     unfinished = file.with_name(f".{file.name}.part")
     unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(unfinished, file)
+
+
+def title(k: int | None) -> str:
+    """Give a k's name in titles."""
+    return "full data" if k is None else f"k = {k}"

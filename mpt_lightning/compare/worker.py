@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import logging
 import os
 import re
 import shlex
@@ -10,24 +11,25 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout, suppress
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from multiprocessing import parent_process
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import datasets
 import lightning.pytorch as L
 import torch
+import transformers
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tqdm import tqdm
 
-from mpt_lightning.cli import resolve_names, shield_texts
-from mpt_lightning.demo.jobs import quiet
-from mpt_lightning.errors import own_error
-from mpt_lightning.lightning_cli import MPTCLI
+from mpt_lightning.errors import MPTError, find_error
+from mpt_lightning.recipes import MPTCLI
 
 ERROR = "mpt: error: "
 
@@ -94,11 +96,9 @@ def work(words: Sequence[str], folder: Path, fit: bool = True, test: bool = True
                     for name, value in tested.trainer.callback_metrics.items()
                     if name.startswith("test/")
                 }
-        except SystemExit:
-            outcome.error = _last_error(folder / "log.txt", log)
         except Exception as error:
             traceback.print_exc()
-            cause = own_error(error)
+            cause = find_error(error)
             name = "" if cause is not None else f"{type(error).__name__}: "
             outcome.error = name + " ".join(str(cause or error).split())
     outcome.seconds = time.perf_counter() - begin
@@ -121,7 +121,7 @@ def _fit(words: Sequence[str], folder: Path, outcome: Outcome) -> None:
     saved = cli.trainer.checkpoint_callback
     best = saved.best_model_path if isinstance(saved, ModelCheckpoint) else ""
     if not best:
-        raise ValueError("the run saved no best checkpoint; the recipe needs a ModelCheckpoint that monitors a metric.")
+        raise MPTError("the run saved no best checkpoint; the recipe needs a ModelCheckpoint that monitors a metric.")
     outcome.checkpoint, outcome.checkpoint_bytes = best, Path(best).stat().st_size
 
 
@@ -143,7 +143,6 @@ class RunCLI(MPTCLI):
 
     def __init__(self, words: Sequence[str], folder: Path, clock: L.Callback | None = None) -> None:
         self.folder = folder
-        words = shield_texts(resolve_names(words))
         # Hundreds of files that say what the results' commands say would take a tenth of a short run.
         callbacks = [] if clock is None else [clock]
         super().__init__(words, save_config_callback=None, trainer_defaults={"callbacks": callbacks})
@@ -213,3 +212,23 @@ def _peak_memory(before: int | None) -> int | None:
 def _resident(what: str) -> int:
     found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
     return int(found[1]) * 1024 if found else 0
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what dozens of short runs would print; the progress bar tells how far they are."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()  # type: ignore[attr-defined]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        transformers.utils.logging.enable_progress_bar()
+        datasets.enable_progress_bars()  # type: ignore[attr-defined]

@@ -7,7 +7,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mpt_lightning.data.base import PromptDataModule as PromptDataModule
     from mpt_lightning.data.card import TaskCard as TaskCard
     from mpt_lightning.data.card import card_names as card_names
     from mpt_lightning.data.card import list_cards as list_cards
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from mpt_lightning.data.collate import PromptCollator as PromptCollator
     from mpt_lightning.data.context import Context as Context
     from mpt_lightning.data.context import build_context as build_context
+    from mpt_lightning.data.datamodule import PromptDataModule as PromptDataModule
     from mpt_lightning.data.multitask import MultitaskDataModule as MultitaskDataModule
     from mpt_lightning.data.task import TaskDataModule as TaskDataModule
     from mpt_lightning.data.task import load_task as load_task

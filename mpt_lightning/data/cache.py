@@ -13,11 +13,12 @@ from datasets.features import Features, List, Value
 from datasets.fingerprint import Hasher
 
 from mpt_lightning.data.card import TaskCard
-from mpt_lightning.data.encode import Encoder
 from mpt_lightning.data.examples import Example
 from mpt_lightning.data.rows import Draw, Split, examples, select_rows, source_rows
 from mpt_lightning.data.source import preprocess_source
-from mpt_lightning.files import one_line
+from mpt_lightning.data.tokenize import Encoder
+from mpt_lightning.errors import MPTError
+from mpt_lightning.io import one_line
 
 #: Part of the cache key: raise it when the same input would give other rows.
 _FORMAT = 2
@@ -52,8 +53,8 @@ def encoded_split(
         `cut`.
 
     Raises:
-        ValueError: If the data or the card does not fit; nothing is left in the cache then.
-        FileNotFoundError: If `data_root` has no file for the split.
+        MPTError: If the data or the card does not fit; nothing is left in the cache then.
+        MPTError: If `data_root` has no file for the split.
     """
 
     def encode(drawn: Iterator[Example]) -> Iterator[dict[str, Any]]:
@@ -78,8 +79,8 @@ def drawn_examples(
         The examples.
 
     Raises:
-        ValueError: If the data or the card does not fit; nothing is left in the cache then.
-        FileNotFoundError: If `data_root` has no file for the split.
+        MPTError: If the data or the card does not fit; nothing is left in the cache then.
+        MPTError: If `data_root` has no file for the split.
     """
     features = Features(
         row_id=Value("int64"),
@@ -118,7 +119,7 @@ def _cached(
             raise error.__cause__ from None
         raise
     except Exception as error:  # Arrow's errors, where a file of the cache is not as it was written
-        raise ValueError(
+        raise MPTError(
             f"Task '{card.name}': got cached {split} rows that cannot be read ({type(error).__name__}: "
             f"{one_line(error)}), expected them as they were written; remove the folder `cache_dir` "
             f"({cache_dir or HF_DATASETS_CACHE}), and they are made anew."

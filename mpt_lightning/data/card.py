@@ -15,8 +15,9 @@ from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from mpt_lightning.data.pattern import Pattern, apply_pattern, read_patterns
-from mpt_lightning.files import LONGEST_NAME, can_be_path, read_yaml
+from mpt_lightning.data.template import Pattern, apply_pattern, read_patterns
+from mpt_lightning.errors import MPTError
+from mpt_lightning.io import LONGEST_NAME, can_be_path, read_yaml
 
 if TYPE_CHECKING:
     from importlib.abc import Traversable
@@ -81,7 +82,7 @@ class TaskCard:
         homepage: Web page of the data (documentation).
 
     Raises:
-        ValueError: If a field has a value that cannot work; the message says what was got and what is expected.
+        MPTError: If a field has a value that cannot work; the message says what was got and what is expected.
     """
 
     name: str
@@ -158,7 +159,7 @@ class TaskCard:
         return list(dict.fromkeys(column for _, column in self.parts if column is not None))
 
     def _fail(self, option: str, got: object, expected: str) -> NoReturn:
-        raise ValueError(f"Task card '{self.name}': got {option}={got!r}, expected {expected}; change `{option}`.")
+        raise MPTError(f"Task card '{self.name}': got {option}={got!r}, expected {expected}; change `{option}`.")
 
     def _check_splits(self) -> None:
         if not isinstance(self.splits, Mapping) or set(self.splits) - set(_SPLITS) or "train" not in self.splits:
@@ -228,8 +229,8 @@ def load_card(card: str | Path | TaskCard | Mapping[str, Any]) -> TaskCard:
         The checked card.
 
     Raises:
-        ValueError: If there is no such card, or if its fields are wrong.
-        FileNotFoundError: If a path to a YAML file does not exist.
+        MPTError: If there is no such card, or if its fields are wrong.
+        MPTError: If a path to a YAML file does not exist.
     """
     if isinstance(card, TaskCard):
         return card
@@ -248,12 +249,12 @@ def read_card_file(card: str | Path) -> dict[str, Any]:
         The content: `class_path`, and `init_args` with the `card` and options of the DataModule.
 
     Raises:
-        ValueError: If there is no such card, or if the file is not a YAML mapping.
-        FileNotFoundError: If a path to a YAML file does not exist.
+        MPTError: If there is no such card, or if the file is not a YAML mapping.
+        MPTError: If a path to a YAML file does not exist.
     """
     content = read_yaml(_find(card))
     if not isinstance(content, dict):
-        raise ValueError(f"Task card '{card}': got {type(content).__name__}, expected a YAML mapping; change the file.")
+        raise MPTError(f"Task card '{card}': got {type(content).__name__}, expected a YAML mapping; change the file.")
     return content
 
 
@@ -263,13 +264,13 @@ def _find(card: str | Path) -> Traversable:
     if len(path.name) < 256 and "\0" not in str(card) and path.is_file():
         return path
     if path.suffix in (".yaml", ".yml"):
-        raise FileNotFoundError(f"Task card: got the path '{card}', which does not exist; change the path.")
+        raise MPTError(f"Task card: got the path '{card}', which does not exist; change the path.")
     _check_name(str(card))
     shipped = dict(_shipped())
     if str(card) not in shipped:
         near = difflib.get_close_matches(str(card), shipped, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ValueError(
+        raise MPTError(
             f"Unknown task: got '{card}', expected the name of a shipped card or the path of a YAML file; "
             f"{hint}`mpt tasks` lists the names."
         )
@@ -292,15 +293,15 @@ def _from_mapping(content: Mapping[str, Any], source: str) -> TaskCard:
     if "init_args" in content:
         values = content["init_args"].get("card") if isinstance(content["init_args"], Mapping) else None
     if not isinstance(values, Mapping):
-        raise ValueError(f"Task card {source}: got no `init_args.card`, expected the fields of the card there.")
+        raise MPTError(f"Task card {source}: got no `init_args.card`, expected the fields of the card there.")
     known = {item.name for item in fields(TaskCard)}
     if unknown := sorted(set(map(str, values)) - known):
-        raise ValueError(
+        raise MPTError(
             f"Task card {source}: got unknown keys {', '.join(unknown)}, expected keys out of "
             f"{', '.join(sorted(known))}; remove or rename them."
         )
     if missing := [key for key in ("name", "path", "input", "metrics") if values.get(key) is None]:
-        raise ValueError(f"Task card {source}: got no {', '.join(missing)}, expected these keys; add them.")
+        raise MPTError(f"Task card {source}: got no {', '.join(missing)}, expected these keys; add them.")
     return TaskCard(**values)
 
 
@@ -308,7 +309,7 @@ def _check_name(name: object) -> None:
     # Names become file names of exports and keys of logs: no way out of the folder, nothing to escape.
     good = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9._/-]+", name) and can_be_path(name)
     if not good or ".." in str(name):
-        raise ValueError(
+        raise MPTError(
             f"Task name: got {str(name)[:300]!r}, expected letters, digits, '.', '_', '-' and single '/', without "
             f"'..' and a leading '/', at most {LONGEST_NAME}, that can name a file on every system; change `name`."
         )

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 
 from mpt_lightning.data.answers import Placed
 from mpt_lightning.data.card import TaskCard
-from mpt_lightning.data.encode import Encoder
 from mpt_lightning.data.examples import Example
 from mpt_lightning.data.slots import count_slots
+from mpt_lightning.data.tokenize import Encoder
 from mpt_lightning.data.vocabulary import check_choices
+from mpt_lightning.errors import MPTError
 
 #: Types of the tokens of the first example, PEFT's; example k has them plus 4k. 0 is BOS or a separator.
 TEMPLATE, INPUT, PREFIX, ANSWER = 1, 2, 3, 4
@@ -53,12 +54,12 @@ def build_context(
         The context.
 
     Raises:
-        ValueError: If the backbone cannot have a context, if its tokenizer cannot write the separator, the answer
+        MPTError: If the backbone cannot have a context, if its tokenizer cannot write the separator, the answer
             prefix or a choice, if an input cannot be cut to fit, or if there are more tokens than `max_length`.
     """
     _check_backbone(encoder)
     if count_slots(card.input + encoder.answer_prefix):
-        raise ValueError(
+        raise MPTError(
             f"Task '{card.name}': got places for a prompt's tokens ([prompt*N]) in a context, expected none; change "
             "`input` of the card or `answer_prefix`."
         )
@@ -77,7 +78,7 @@ def build_context(
         ends.append(len(ids))
     if max_length is not None and len(ids) > max_length:
         fitting = sum(end <= max_length for end in ends)
-        raise ValueError(
+        raise MPTError(
             f"Task '{card.name}': got a context of {len(ids)} tokens for {len(ends)} examples, expected at most "
             f"max_context_length={max_length}, into which the first {fitting} fit; lower `context_shots` or "
             "`max_input_length`, or raise `max_context_length`."
@@ -87,13 +88,13 @@ def build_context(
 
 def _check_backbone(encoder: Encoder) -> None:
     if encoder.is_encoder_decoder:
-        raise ValueError(
+        raise MPTError(
             "Got an encoder-decoder backbone, expected a decoder-only one: context-aware prompt tuning trains on the "
             "answers in the context, which an encoder does not predict; change `backbone`, or leave `context_shots` "
             "unset."
         )
     if not encoder.tokenizer.is_fast:
-        raise ValueError(
+        raise MPTError(
             f"Tokenizer '{encoder.tokenizer.name_or_path}': got a slow tokenizer, expected a fast one, which says "
             "where in the text a token stands, to tell the template from the input; change `backbone`, or leave "
             "`context_shots` unset."
@@ -104,7 +105,7 @@ def _written(encoder: Encoder, text: str, where: str, change: str) -> list[int]:
     """Ids of a text that must not vanish or become the unknown token."""
     (ids,) = encoder.plain([text]) if text else ([],)
     if text and (not ids or encoder.tokenizer.unk_token_id in ids):
-        raise ValueError(
+        raise MPTError(
             f"Got {text!r} in {where}, which the tokenizer '{encoder.tokenizer.name_or_path}' turns into "
             f"{encoder.tokenizer.convert_ids_to_tokens(ids)}, expected a text that it can write; {change}."
         )

@@ -11,6 +11,7 @@ from datasets.arrow_dataset import Dataset
 
 from mpt_lightning.data.card import TaskCard
 from mpt_lightning.data.source import ROW
+from mpt_lightning.errors import MPTError
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def read_examples(card: TaskCard, rows: Dataset) -> Iterator[Example | None]:
         One example per row, None for a row that the card says to drop.
 
     Raises:
-        ValueError: See `to_example`.
+        MPTError: See `to_example`.
     """
     needed = [*card.columns, card.label.split(".")[0], ROW, *([card.group.split(".")[0]] if card.group else [])]
     # By batches, since reading single rows costs several times as much.
@@ -60,14 +61,14 @@ def check_columns(card: TaskCard, rows: Dataset) -> None:
         rows: Rows of any split.
 
     Raises:
-        ValueError: If one is missing; the message lists those there are.
+        MPTError: If one is missing; the message lists those there are.
     """
     named = {"input": card.columns, "label": [card.label], "group": [card.group] if card.group else []}
     there = [column for column in rows.column_names if column != ROW]
     for option, columns in named.items():
         for column in columns:
             if column.split(".")[0] not in there:
-                raise ValueError(
+                raise MPTError(
                     f"Task '{card.name}': got no column '{column}', expected one of {', '.join(there)}; change "
                     f"`{option}` of the card."
                 )
@@ -84,14 +85,14 @@ def to_example(card: TaskCard, row: dict[str, Any]) -> Example | None:
         The example, or None for a row to drop.
 
     Raises:
-        ValueError: If a text is empty or a label is missing or out of range, and the card does not drop such rows.
+        MPTError: If a text is empty or a label is missing or out of range, and the card does not drop such rows.
     """
     where = f"Task '{card.name}', row {row[ROW]}"
     values = {column: _text(row[column], column, where) for column in card.columns}
     if card.empty_text != "keep" and (empty := [column for column, text in values.items() if not text.strip()]):
         if card.empty_text == "drop":
             return None
-        raise ValueError(
+        raise MPTError(
             f"{where}: got an empty text in column '{empty[0]}', expected some text; change the data, or set "
             "`empty_text: drop` or `keep` on the card."
         )
@@ -99,7 +100,7 @@ def to_example(card: TaskCard, row: dict[str, Any]) -> Example | None:
     if _is_unlabelled(card, label):
         if card.unlabelled == "drop":
             return None
-        raise ValueError(
+        raise MPTError(
             f"{where}: got no label ({label!r}) in column '{card.label}', expected a label; change `splits`, or set "
             "`unlabelled: drop` on the card."
         )
@@ -107,7 +108,7 @@ def to_example(card: TaskCard, row: dict[str, Any]) -> Example | None:
     group = ""
     if card.group:
         if (value := _column(row, card.group, where)) is None:
-            raise ValueError(f"{where}: got nothing in column '{card.group}', expected a group; change the data.")
+            raise MPTError(f"{where}: got nothing in column '{card.group}', expected a group; change the data.")
         group = _text(value, card.group, where)
     return Example(int(row[ROW]), values, target, references, group)
 
@@ -116,7 +117,7 @@ def _column(row: dict[str, Any], name: str, where: str) -> Any:
     value: Any = row
     for part in name.split("."):
         if not isinstance(value, Mapping) or part not in value:
-            raise ValueError(f"{where}: got no '{name}' ({value!r} has no '{part}'), expected one; change the data.")
+            raise MPTError(f"{where}: got no '{name}' ({value!r} has no '{part}'), expected one; change the data.")
         value = value[part]
     return value
 
@@ -125,12 +126,12 @@ def _text(value: Any, column: str, where: str) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if not isinstance(value, str | int | float):
-        raise ValueError(
+        raise MPTError(
             f"{where}: got {type(value).__name__} in column '{column}', expected text; change `input` or add a "
             "`preprocess` function to the card."
         )
     if "\0" in (text := str(value)):
-        raise ValueError(
+        raise MPTError(
             f"{where}: got {text[:40]!r} in column '{column}', expected text, which has no zero bytes; change the "
             "data, which is damaged or in another encoding than it seems."
         )
@@ -155,7 +156,7 @@ def _label_texts(card: TaskCard, label: Any, where: str) -> tuple[str, list[str]
         if not isinstance(label, str) and label in range(len(card.choices)):
             word = card.choices[int(label)]
             return word, [word]
-        raise ValueError(
+        raise MPTError(
             f"{where}: got label {label!r}, expected 0 to {len(card.choices) - 1} or one of "
             f"{', '.join(card.choices)}; change the data, `label` or `choices` of the card."
         )
@@ -166,7 +167,7 @@ def _label_texts(card: TaskCard, label: Any, where: str) -> tuple[str, list[str]
         except (TypeError, ValueError):
             value = math.nan
         if not low <= value <= high:
-            raise ValueError(
+            raise MPTError(
                 f"{where}: got label {label!r}, expected a number from {low:g} to {high:g}; change the data, `label` "
                 "or `value_range` of the card."
             )

@@ -8,6 +8,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from mpt_lightning.data.sampling import GlobalBatchSampler
+from mpt_lightning.errors import MPTError
 
 
 class ResumableLoader(DataLoader[Any]):
@@ -37,14 +38,14 @@ class ResumableLoader(DataLoader[Any]):
             state: What `state_dict` gave.
 
         Raises:
-            ValueError: If the checkpoint stopped in mid-epoch with batches of another size.
+            MPTError: If the checkpoint stopped in mid-epoch with batches of another size.
         """
         counts = [state.get(name) for name in ("epoch", "batches", "rows")] if isinstance(state, dict) else [None]
         if any(type(count) is not int or count < 0 for count in counts):
-            raise ValueError(f"Got the state {state!r}, expected the numbers that `state_dict` gives; it is damaged.")
+            raise MPTError(f"Got the state {state!r}, expected the numbers that `state_dict` gives; it is damaged.")
         unfinished = 0 < state["batches"] < len(self)
         if unfinished and state["rows"] != self.sampler.global_size:
-            raise ValueError(
+            raise MPTError(
                 f"Got batches of {self.sampler.global_size} rows over all devices, expected {state['rows']} as in the "
                 "checkpoint, which stopped in mid-epoch; change `batch_size` or `devices` back, or resume from a "
                 "checkpoint of an epoch's end."

@@ -6,9 +6,10 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from mpt_lightning.data.base import PromptDataModule
 from mpt_lightning.data.card import TaskCard, load_card
+from mpt_lightning.data.datamodule import PromptDataModule
 from mpt_lightning.data.sampling import Sampling, TaskMixSampler, check_sampling
+from mpt_lightning.errors import MPTError
 
 
 class MultitaskDataModule(PromptDataModule):
@@ -26,7 +27,7 @@ class MultitaskDataModule(PromptDataModule):
         options: See `PromptDataModule`.
 
     Raises:
-        ValueError: If there is no such card, or if an option has an impossible value.
+        MPTError: If there is no such card, or if an option has an impossible value.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class MultitaskDataModule(PromptDataModule):
         super().__init__([load_card(task) for task in tasks], **options)
         check_sampling(len(tasks), sampling, kappa, temperature, size_limit, replace)
         if self.group_by_length:
-            raise ValueError(
+            raise MPTError(
                 "Got group_by_length=True for several tasks, expected False: task sampling decides which rows share a "
                 "batch; change `group_by_length`."
             )

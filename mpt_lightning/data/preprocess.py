@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from mpt_lightning.errors import MPTError
+
 Row = dict[str, Any]
 
 # Tags of the markup in MultiRC and ReCoRD; any other text in angle brackets is text.
@@ -35,12 +37,12 @@ def multirc(row: Row, split: str) -> list[Row]:
         question share it, so that they stay in one half when a split is halved and are scored together.
 
     Raises:
-        ValueError: If a column is missing.
+        MPTError: If a column is missing.
     """
     _need(row, "MultiRC", "paragraph", "question", "answer", "idx")
     idx = row["idx"]
     if not isinstance(idx, Mapping) or "paragraph" not in idx or "question" not in idx:
-        raise ValueError(f"MultiRC row: got idx={idx!r}, expected a mapping with `paragraph` and `question`.")
+        raise MPTError(f"MultiRC row: got idx={idx!r}, expected a mapping with `paragraph` and `question`.")
     texts = {column: _plain(row[column]) for column in ("paragraph", "question", "answer")}
     return [{**row, **texts, "group": f"{idx['paragraph']}-{idx['question']}"}]
 
@@ -57,12 +59,12 @@ def record(row: Row, split: str) -> list[Row]:
         `label` (a text in training, a list of texts otherwise) and `group`, the id of the query.
 
     Raises:
-        ValueError: If a column is missing or there is no answer.
+        MPTError: If a column is missing or there is no answer.
     """
     _need(row, "ReCoRD", "passage", "query", "entities", "answers")
     answers = _unique(row["answers"])
     if not answers:
-        raise ValueError(
+        raise MPTError(
             "ReCoRD row: got no answers, expected at least one; the Hub's test split has none, so the card's "
             "`splits` must not use it."
         )
@@ -91,7 +93,7 @@ def wsc(row: Row, split: str) -> list[Row]:
         index that is a little off (the data set has some), the nearest occurrence of the span is marked.
 
     Raises:
-        ValueError: If a column is missing or a span does not occur in the text.
+        MPTError: If a column is missing or a span does not occur in the text.
     """
     _need(row, "WSC", "text", "span1_text", "span1_index", "span2_text", "span2_index")
     text: str = row["text"]
@@ -113,14 +115,14 @@ def squad_answers(row: Row, split: str) -> list[Row]:
         One row with `label`: the first answer in training, otherwise all different answers.
 
     Raises:
-        ValueError: If a column is missing or there is no answer.
+        MPTError: If a column is missing or there is no answer.
     """
     _need(row, "SQuAD", "question", "context", "answers")
     answers = row["answers"]
     texts = answers.get("text") if isinstance(answers, Mapping) else answers
     unique = _unique(texts) if isinstance(texts, Iterable) and not isinstance(texts, str) else []
     if not unique:
-        raise ValueError(
+        raise MPTError(
             f"SQuAD row: got answers={answers!r}, expected a mapping with a non-empty list `text`, or a list."
         )
     return [{**row, "label": unique[0] if split == "train" else unique}]
@@ -137,11 +139,11 @@ def winogrande(row: Row, split: str) -> list[Row]:
         One row with both options and `label` 0 (the first) or 1 (the second).
 
     Raises:
-        ValueError: If a column is missing or the answer is something else (the Hub's test split has none).
+        MPTError: If a column is missing or the answer is something else (the Hub's test split has none).
     """
     _need(row, "WinoGrande", "sentence", "option1", "option2", "answer")
     if str(row["answer"]) not in ("1", "2"):
-        raise ValueError(f"WinoGrande row: got answer={row['answer']!r}, expected '1' or '2'.")
+        raise MPTError(f"WinoGrande row: got answer={row['answer']!r}, expected '1' or '2'.")
     return [{**row, "label": int(row["answer"]) - 1}]
 
 
@@ -156,11 +158,11 @@ def copa(row: Row, split: str) -> list[Row]:
         One row with `question` in words.
 
     Raises:
-        ValueError: If a column is missing or `question` is something else.
+        MPTError: If a column is missing or `question` is something else.
     """
     _need(row, "COPA", "premise", "choice1", "choice2", "question")
     if row["question"] not in _COPA_QUESTIONS:
-        raise ValueError(f"COPA row: got question={row['question']!r}, expected 'cause' or 'effect'.")
+        raise MPTError(f"COPA row: got question={row['question']!r}, expected 'cause' or 'effect'.")
     return [{**row, "question": _COPA_QUESTIONS[row["question"]]}]
 
 
@@ -177,18 +179,18 @@ def webnlg(row: Row, split: str) -> list[Row]:
         `label`: the target in training, otherwise all references.
 
     Raises:
-        ValueError: If a column is missing, a triple has not three parts, or there is no text to learn.
+        MPTError: If a column is missing, a triple has not three parts, or there is no text to learn.
     """
     _need(row, "WebNLG", "input", "target")
     triples = []
     for triple in row["input"]:
         parts = [" ".join(part.replace("_", " ").replace('"', " ").split()) for part in triple.split("|")]
         if len(parts) != 3:
-            raise ValueError(f"WebNLG row: got triple {triple!r}, expected 'subject | relation | object'.")
+            raise MPTError(f"WebNLG row: got triple {triple!r}, expected 'subject | relation | object'.")
         triples.append(" | ".join(parts))
     references = _unique(row.get("references") or [row["target"]])
     if not triples or not references:
-        raise ValueError(f"WebNLG row: got {len(triples)} triples and {len(references)} texts, expected some of both.")
+        raise MPTError(f"WebNLG row: got {len(triples)} triples and {len(references)} texts, expected some of both.")
     label = row["target"] if split == "train" else references
     return [{**row, "triples": " && ".join(triples), "label": label}]
 
@@ -197,7 +199,7 @@ def _need(row: Row, task: str, *columns: str) -> None:
     """Refuse a row without the columns, which means that the card points to other data."""
     missing = [column for column in columns if row.get(column) is None]
     if missing:
-        raise ValueError(
+        raise MPTError(
             f"{task} row: got the columns {', '.join(row)}, expected also {', '.join(missing)}; change "
             "`path`, `subset` or `preprocess` of the card."
         )
@@ -228,5 +230,5 @@ def _find_span(text: str, span: str, index: int) -> tuple[int, int]:
     pattern = r"(?<!\w)" + r"\s+".join(re.escape(word) for word in span.split()) + r"(?!\w)"
     found = [match.span() for match in re.finditer(pattern, text, re.IGNORECASE)] if span.strip() else []
     if not found or not 0 <= index < len(starts):
-        raise ValueError(f"WSC row: got the span {span!r} at word {index}, expected it in the text {text!r}.")
+        raise MPTError(f"WSC row: got the span {span!r} at word {index}, expected it in the text {text!r}.")
     return min(found, key=lambda place: abs(place[0] - starts[index]))

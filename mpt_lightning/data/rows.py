@@ -12,6 +12,7 @@ from datasets.arrow_dataset import Dataset
 from mpt_lightning.data.card import TaskCard
 from mpt_lightning.data.examples import Example, check_columns, read_examples
 from mpt_lightning.data.source import load_raw, preprocess
+from mpt_lightning.errors import MPTError
 
 Split = Literal["train", "validation", "test"]
 ShotsPer = Literal["class", "task", "balanced"]
@@ -58,7 +59,7 @@ def source_rows(card: TaskCard, split: Split, data_root: str | None, cache_dir: 
         Rows with a `__row__` column.
 
     Raises:
-        ValueError: If the card has no such split, or if the data cannot be read.
+        MPTError: If the card has no such split, or if the data cannot be read.
     """
     hub = dict(card.splits)
     if card.split_rule == "halved":
@@ -66,7 +67,7 @@ def source_rows(card: TaskCard, split: Split, data_root: str | None, cache_dir: 
     elif card.split_rule == "held_out":
         hub |= {"validation": hub["train"], "test": hub.get("validation") or hub["test"]}
     if split not in hub:
-        raise ValueError(
+        raise MPTError(
             f"Task '{card.name}': got no '{split}' split (its `splits` are {', '.join(hub)}), expected one; add it "
             "to `splits`, or set `split_rule: halved` or `held_out`."
         )
@@ -93,7 +94,7 @@ def select_rows(card: TaskCard, raw: Dataset, split: Split, draw: Draw) -> Datas
         The rows of the split, in the order of the source.
 
     Raises:
-        ValueError: If a column is missing, a label or text is unusable, or there are fewer rows than drawn.
+        MPTError: If a column is missing, a label or text is unusable, or there are fewer rows than drawn.
     """
     rows = preprocess(card, raw, split)
     check_columns(card, rows)
@@ -104,7 +105,7 @@ def select_rows(card: TaskCard, raw: Dataset, split: Split, draw: Draw) -> Datas
             groups.append(example.group)
             classes.append(example.target)
     if not keep:
-        raise ValueError(
+        raise MPTError(
             f"Task '{card.name}': got no labelled {split} row with text out of {len(rows)}, expected at least one; "
             "change the data, or `unlabelled` and `empty_text` of the card."
         )
@@ -115,14 +116,14 @@ def select_rows(card: TaskCard, raw: Dataset, split: Split, draw: Draw) -> Datas
         halves = cut(positions, group_of, len(positions) // 2, SPLIT_SEED)
         positions = halves[0 if split == "validation" else 1]
         if len(positions) == 0:
-            raise ValueError(
+            raise MPTError(
                 f"Task '{card.name}': got {len(chosen)} validation rows, which leave the {split} half empty, expected "
                 "two or more rows (or groups); change the data or `split_rule`."
             )
     if draw.beside is not None:
         positions = np.setdiff1d(positions, _draw_shots(card, positions, class_of, draw.beside))
         if len(positions) == 0:
-            raise ValueError(
+            raise MPTError(
                 f"Task '{card.name}': got {draw.beside.options[0]}={draw.beside.k_shot}, which takes all {len(chosen)} "
                 f"training rows, expected some beside them; lower `{draw.beside.options[0]}`."
             )
@@ -170,7 +171,7 @@ def _draw_shots(card: TaskCard, positions: np.ndarray, classes: np.ndarray, draw
         if len(pool) < wanted:
             what = f"class '{word}'" if per_class else "the task"
             left = f"{len(pool)}" + (" beside the context" if draw.beside else "")
-            raise ValueError(
+            raise MPTError(
                 f"Task '{card.name}': got {option}={shots}, which needs {wanted} training rows, but {what} has only "
                 f"{left}; lower `{option}`" + (f" or set `{per}: task`." if per_class else ".")
             )

@@ -9,6 +9,8 @@ from typing import Any, Literal, cast
 import numpy as np
 from torch.utils.data import DistributedSampler
 
+from mpt_lightning.errors import MPTError
+
 Sampling = Literal["stochastic", "proportional", "uniform", "temperature", "all"]
 
 
@@ -90,7 +92,7 @@ class ShuffleSampler(GlobalBatchSampler):
         seed: Seed of the order.
 
     Raises:
-        ValueError: If there are fewer rows than ranks.
+        MPTError: If there are fewer rows than ranks.
     """
 
     #: Rows are sorted by length within so many batches: enough for little padding, few enough to stay random.
@@ -107,7 +109,7 @@ class ShuffleSampler(GlobalBatchSampler):
     ) -> None:
         super().__init__(size, batch_size, num_replicas, rank, seed)
         if size < num_replicas:
-            raise ValueError(
+            raise MPTError(
                 f"Got {size} training rows for {num_replicas} devices, expected one or more each; lower "
                 "`devices` or use more rows."
             )
@@ -158,7 +160,7 @@ class TaskMixSampler(GlobalBatchSampler):
         seed: Seed of the order.
 
     Raises:
-        ValueError: If an option has an impossible value.
+        MPTError: If an option has an impossible value.
     """
 
     def __init__(
@@ -177,7 +179,7 @@ class TaskMixSampler(GlobalBatchSampler):
         super().__init__(sum(sizes), batch_size, num_replicas, rank, seed)
         check_sampling(len(sizes), sampling, kappa, temperature, size_limit, replace)
         if sampling == "all" and self.global_size < len(sizes):
-            raise ValueError(
+            raise MPTError(
                 f"Got batches of {self.global_size} rows for {len(sizes)} tasks with sampling='all', expected one row "
                 "or more of each; raise `batch_size` or change `sampling`."
             )
@@ -243,18 +245,18 @@ def check_sampling(
         replace: See `TaskMixSampler`.
 
     Raises:
-        ValueError: If one has an impossible value.
+        MPTError: If one has an impossible value.
     """
     names = ("stochastic", "proportional", "uniform", "temperature", "all")
     if sampling not in names:
-        raise ValueError(f"Got sampling={sampling!r}, expected one of {', '.join(names)}; change `sampling`.")
+        raise MPTError(f"Got sampling={sampling!r}, expected one of {', '.join(names)}; change `sampling`.")
     if kappa is not None and (kappa < 2 or (not replace and kappa > num_tasks)):
         most = "" if replace else f" and at most {num_tasks}, the number of tasks"
-        raise ValueError(f"Got kappa={kappa}, expected at least 2{most}; change `kappa` or `replace`.")
+        raise MPTError(f"Got kappa={kappa}, expected at least 2{most}; change `kappa` or `replace`.")
     if not temperature > 0:
-        raise ValueError(f"Got temperature={temperature}, expected a number > 0; change `temperature`.")
+        raise MPTError(f"Got temperature={temperature}, expected a number > 0; change `temperature`.")
     if size_limit < 1:
-        raise ValueError(f"Got size_limit={size_limit}, expected a number of rows >= 1; change `size_limit`.")
+        raise MPTError(f"Got size_limit={size_limit}, expected a number of rows >= 1; change `size_limit`.")
 
 
 class EvalSampler(DistributedSampler[int]):

@@ -17,9 +17,10 @@ from datasets.arrow_dataset import Dataset
 from datasets.fingerprint import Hasher
 from datasets.load import load_dataset
 
-from mpt_lightning import demo
 from mpt_lightning.data.card import TaskCard
-from mpt_lightning.files import one_line, read_text
+from mpt_lightning.errors import MPTError
+from mpt_lightning.io import one_line, read_text
+from mpt_lightning.resources import embedded_data
 
 #: Column with the row's number in the Hub's split. Error messages, predictions and references all use it.
 ROW = "__row__"
@@ -51,12 +52,10 @@ def load_raw(card: TaskCard, hub_split: str, data_root: str | None = None, cache
         The rows with their number in column `__row__`.
 
     Raises:
-        FileNotFoundError: If `data_root` has no file for the split.
-        ValueError: If the data cannot be read or has no rows.
+        MPTError: If `data_root` has no file for the split.
+        MPTError: If the data cannot be read or has no rows.
     """
-    if card.path == demo.DATA:
-        return _generated(card, hub_split)
-    root = data_root or os.environ.get("MPT_DATA_ROOT")
+    root = embedded_data(card.path) or data_root or os.environ.get("MPT_DATA_ROOT")
     where = f"'{card.path}'" + (f" ({card.subset})" if card.subset else "") + f", split '{hub_split}'"
     change = "change `path`, `subset`, `revision` or `splits` of the card, or set `data_root`"
     file = _local_file(card, hub_split, Path(root)) if root else None
@@ -68,15 +67,15 @@ def load_raw(card: TaskCard, hub_split: str, data_root: str | None = None, cache
     except Exception as error:
         # `datasets` reports an empty or broken file in as many ways as it has formats and readers.
         reason = error.__cause__ or error
-        raise ValueError(
+        raise MPTError(
             f"Task '{card.name}': got {where}, which is empty or cannot be read ({type(reason).__name__}: "
             f"{one_line(reason)}), expected a data set with at least one row; {change}."
         ) from error
     if len(raw) == 0:
-        raise ValueError(f"Task '{card.name}': got an empty data set {where}, expected at least one row; {change}.")
+        raise MPTError(f"Task '{card.name}': got an empty data set {where}, expected at least one row; {change}.")
     if taken := {ROW, _UNNAMED} & set(raw.column_names):
         # A file of comma-separated values gets a column without a name where rows have more fields than the header.
-        raise ValueError(
+        raise MPTError(
             f"Task '{card.name}': got the column '{taken.pop()}' in {where}, expected as many columns as are named in "
             f"its first line, and none of that name; {change}."
         )
@@ -109,7 +108,7 @@ def _check_json(file: Path) -> None:
             place = next(bad, None) if line.startswith(b"{") else number
             wrong = None if place is None else f"line {place}"
     if wrong:
-        raise ValueError(f"{wrong} is no JSON object")
+        raise MPTError(f"{wrong} is no JSON object")
 
 
 def _from_hub(card: TaskCard, split: str, cache_dir: str | None) -> Dataset:
@@ -120,23 +119,12 @@ def _from_hub(card: TaskCard, split: str, cache_dir: str | None) -> Dataset:
     return load_dataset(card.path, card.subset, split=split, revision=card.revision, cache_dir=cache_dir)
 
 
-def _generated(card: TaskCard, split: str) -> Dataset:
-    """Rows of the demo's world, which needs neither network nor files."""
-    if card.subset not in demo.world.TASKS or split not in demo.SPLITS:
-        raise ValueError(
-            f"Task '{card.name}': got subset '{card.subset}', split '{split}' of the demo world, expected one of "
-            f"{', '.join(demo.world.TASKS)} and of {', '.join(demo.SPLITS)}; change `subset` or `splits` of the card."
-        )
-    rows = demo.world.make_rows(card.subset, demo.SPLITS, seed=0)[split]
-    return Dataset.from_list(rows).add_column(ROW, np.arange(len(rows)), new_fingerprint=Hasher.hash([rows, ROW]))
-
-
 def _local_file(card: TaskCard, hub_split: str, root: Path) -> Path:
     folder = root / card.path.rstrip("/").rsplit("/", 1)[-1] / (card.subset or "")
     for suffix in _READERS:
         if (file := folder / f"{hub_split}{suffix}").is_file():
             return file
-    raise FileNotFoundError(
+    raise MPTError(
         f"Task '{card.name}': got no file for split '{hub_split}' in '{folder}', expected "
         f"{hub_split}{{{','.join(_READERS)}}}; change `data_root` or the card's `splits`."
     )
@@ -154,7 +142,7 @@ def preprocess(card: TaskCard, raw: Dataset, split: str) -> Dataset:
         The new rows, each with the `__row__` of the raw row that it comes from.
 
     Raises:
-        ValueError: If the function cannot be imported, does not return a list of mappings, or leaves no row.
+        MPTError: If the function cannot be imported, does not return a list of mappings, or leaves no row.
     """
     if card.preprocess is None:
         return raw
@@ -168,12 +156,12 @@ def preprocess(card: TaskCard, raw: Dataset, split: str) -> Dataset:
             try:
                 made = function(row, split)
             except Exception as error:
-                raise ValueError(
+                raise MPTError(
                     f"Task '{card.name}', row {number}: {card.preprocess} cannot use it ({type(error).__name__}: "
                     f"{one_line(error)}); change the data, or `path`, `subset` or `preprocess` of the card."
                 ) from error
             if not isinstance(made, list) or any(not isinstance(item, Mapping) for item in made):
-                raise ValueError(
+                raise MPTError(
                     f"Task '{card.name}', row {number}: got {type(made).__name__} from {card.preprocess}, "
                     "expected a list of mappings; change the function."
                 )
@@ -184,7 +172,7 @@ def preprocess(card: TaskCard, raw: Dataset, split: str) -> Dataset:
     fingerprint = Hasher.hash([raw._fingerprint, card.preprocess, preprocess_source(card), split])
     made = raw.map(apply, batched=True, remove_columns=raw.column_names, new_fingerprint=fingerprint)
     if len(made) == 0:
-        raise ValueError(
+        raise MPTError(
             f"Task '{card.name}': got no rows from {card.preprocess} on {len(raw)} {split} rows, expected at least "
             "one; change the function or the data."
         )
@@ -205,22 +193,22 @@ def import_preprocess(card: TaskCard) -> Preprocess:
         The function.
 
     Raises:
-        ValueError: If there is no such module or function, or if it is none that a card may name.
+        MPTError: If there is no such module or function, or if it is none that a card may name.
     """
     module, _, name = str(card.preprocess).rpartition(".")
     where = f"Task '{card.name}': got preprocess={card.preprocess!r}"
     if module.split(".")[0] in sys.stdlib_module_names:
-        raise ValueError(f"{where}, expected a function outside of Python's own library; change `preprocess`.")
+        raise MPTError(f"{where}, expected a function outside of Python's own library; change `preprocess`.")
     try:
         function = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(
+        raise MPTError(
             f"{where}, which cannot be imported ({error}), expected the dotted path of a function; change `preprocess`."
         ) from error
     if not inspect.isfunction(function) or (function.__module__, function.__qualname__) != (module, name):
-        raise ValueError(f"{where}, expected a function that is written in the module {module}; change `preprocess`.")
+        raise MPTError(f"{where}, expected a function that is written in the module {module}; change `preprocess`.")
     if list(inspect.signature(function).parameters) != ["row", "split"]:
-        raise ValueError(f"{where}, expected a function with the parameters `row` and `split`; change `preprocess`.")
+        raise MPTError(f"{where}, expected a function with the parameters `row` and `split`; change `preprocess`.")
     return function
 
 

@@ -10,12 +10,13 @@ import numpy as np
 from datasets.arrow_dataset import Dataset
 from torch.utils.data import DataLoader
 
-from mpt_lightning.data.base import PromptDataModule, check_allowed, check_counts
 from mpt_lightning.data.cache import drawn_examples
 from mpt_lightning.data.card import TaskCard, load_card, read_card_file
 from mpt_lightning.data.context import Context, build_context
+from mpt_lightning.data.datamodule import PromptDataModule, check_allowed, check_counts
 from mpt_lightning.data.rows import Draw, ShotsPer, Split
 from mpt_lightning.data.sampling import ShuffleSampler
+from mpt_lightning.errors import MPTError
 
 ContextRows = Literal["train", "apart"]
 
@@ -35,7 +36,7 @@ class TaskDataModule(PromptDataModule):
         options: See `PromptDataModule`.
 
     Raises:
-        ValueError: If there is no such card, or if an option has an impossible value.
+        MPTError: If there is no such card, or if an option has an impossible value.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class TaskDataModule(PromptDataModule):
         elif self._has_context:
             for option in ("k_shot", "max_train_rows"):
                 if options.get(option) is not None:
-                    raise ValueError(
+                    raise MPTError(
                         f"Got {option}={options[option]} with context_rows='train', where the context's rows are the "
                         f"training rows, expected none; unset `{option}`, or set `context_rows` to `apart`."
                     )
@@ -83,10 +84,10 @@ class TaskDataModule(PromptDataModule):
         """The context, which begins with BOS where the tokenizer adds one; None without `context_shots`.
 
         Raises:
-            ValueError: If `setup` has not run.
+            MPTError: If `setup` has not run.
         """
         if self._has_context and self._context is None:
-            raise ValueError("Got no context yet, expected it to be built; call `setup` first.")
+            raise MPTError("Got no context yet, expected it to be built; call `setup` first.")
         return self._context
 
     def _load(self, split: Split) -> None:
@@ -131,7 +132,7 @@ def load_task(name_or_path: str | Path | TaskCard, **options: Any) -> TaskDataMo
         The DataModule.
 
     Raises:
-        ValueError: If there is no such card, or if an option is wrong.
+        MPTError: If there is no such card, or if an option is wrong.
 
     Example:
         >>> from mpt_lightning import load_task

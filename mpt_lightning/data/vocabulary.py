@@ -8,8 +8,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from mpt_lightning.data.card import TaskCard
-from mpt_lightning.data.encode import Encoder
 from mpt_lightning.data.rows import Split
+from mpt_lightning.data.tokenize import Encoder
+from mpt_lightning.errors import MPTError
 
 #: A larger share of unknown input tokens than this is warned of.
 _MOST_UNKNOWN = 0.1
@@ -30,7 +31,7 @@ def check_choices(card: TaskCard, tokenizer: PreTrainedTokenizerBase, is_encoder
         is_encoder_decoder: Whether the backbone has an encoder; otherwise a choice follows a space.
 
     Raises:
-        ValueError: If a choice has no tokens or an unknown one, or if two have the same.
+        MPTError: If a choice has no tokens or an unknown one, or if two have the same.
     """
     words = card.choices or []
     texts = words if is_encoder_decoder else [f" {word}" for word in words]
@@ -44,7 +45,7 @@ def check_choices(card: TaskCard, tokenizer: PreTrainedTokenizerBase, is_encoder
             pieces = tokenizer.convert_ids_to_tokens(list(ids))
             wrong.append(f"{word!r}, which becomes {pieces}" + (f" like {same[0]!r}" if same else ""))
     if wrong:
-        raise ValueError(
+        raise MPTError(
             f"Task '{card.name}': got the choices {'; '.join(wrong)}; expected words that the tokenizer "
             f"'{tokenizer.name_or_path}' can write and tell apart. Change `choices` of the card, or `backbone`."
         )
@@ -60,7 +61,7 @@ def check_targets(card: TaskCard, rows: Dataset, split: Split, encoder: Encoder)
         encoder: How the backbone reads and writes text.
 
     Raises:
-        ValueError: If a training target has no tokens, or unknown ones only.
+        MPTError: If a training target has no tokens, or unknown ones only.
 
     Warns:
         If other targets have unknown tokens or none.
@@ -73,7 +74,7 @@ def check_targets(card: TaskCard, rows: Dataset, split: Split, encoder: Encoder)
     empty = unknown >= lengths - closing
     if split == "train" and empty.any():
         row = rows[int(empty.argmax())]
-        raise ValueError(
+        raise MPTError(
             f"Task '{card.name}', row {row['row_id']}: got the target {row['references'][0]!r}, which the tokenizer "
             f"'{tokenizer.name_or_path}' turns into {tokenizer.convert_ids_to_tokens(row['labels'])}, expected a text "
             f"that it can write; so are {int(empty.sum()):,} of {len(rows):,} targets. Change or drop these rows, or "

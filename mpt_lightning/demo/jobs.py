@@ -1,21 +1,21 @@
 """The runs of the demo, one function each: a stage on all sources, a target from few rows, a context."""
 
-import logging
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import lightning.pytorch as L
-import transformers
 
 from mpt_lightning import CPT, MPTTarget, MultitaskDataModule, PromptTuning, load_task
-from mpt_lightning.demo import BACKBONE, CAUSAL_BACKBONE, SOURCES
+from mpt_lightning.compare.worker import quiet
 from mpt_lightning.modules import PromptModule
+from mpt_lightning.resources import LLAMA, T5
+
+SOURCES = tuple(
+    f"demo/{name}" for name in ("sentiment", "acceptability", "paraphrase", "entailment", "question", "similarity")
+)
+TARGETS = tuple(f"demo/{name}" for name in ("topic", "voice", "conflict", "advice"))
 
 LENGTH = 16
 TEACHER_STEPS, SOURCE_STEPS, SHOT_STEPS, CONTEXT_STEPS = 300, 300, 70, 30
@@ -69,9 +69,9 @@ def few_shot(method: str, source: str, task: str, k: int, seed: int, output: Pat
     )  # fmt: skip
     module: PromptModule
     if method == "mpt":
-        module = MPTTarget(BACKBONE, source=source, **RATES, **OPTIONS)
+        module = MPTTarget(T5, source=source, **RATES, **OPTIONS)
     else:
-        module = PromptTuning(BACKBONE, prompt_length=LENGTH, lr=0.3, **OPTIONS)
+        module = PromptTuning(T5, prompt_length=LENGTH, lr=0.3, **OPTIONS)
     return _fit_and_test(method, module, data, task, k, seed, SHOT_STEPS, output)
 
 
@@ -82,7 +82,7 @@ def in_context(method: str, task: str, k: int, seed: int, output: Path) -> Row:
         task, context_shots=k, seed=seed, answer_prefix="label :", separator="", max_input_length=64, batch_size=8,
         eval_batch_size=100, cache_dir=str(output / "cache"),
     )  # fmt: skip
-    module = CPT(CAUSAL_BACKBONE, normalize="weights", **CONTEXT_METHODS[method], **OPTIONS)
+    module = CPT(LLAMA, normalize="weights", **CONTEXT_METHODS[method], **OPTIONS)
     return _fit_and_test(method, module, data, task, k, seed, 0 if method == "icl" else CONTEXT_STEPS, output)
 
 
@@ -120,23 +120,3 @@ def _row(
     value = float(trainer.callback_metrics[f"test/{task}/{metric}"])
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     return Row(method, task, k, seed, metric, round(value, 4), trained, round(seconds, 2))
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence what dozens of short runs would print; the progress bar tells how far they are."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()  # type: ignore[attr-defined]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        transformers.utils.logging.enable_progress_bar()
-        datasets.enable_progress_bars()  # type: ignore[attr-defined]

@@ -16,21 +16,23 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from mpt_lightning import MPTSource, PromptTuning, __version__
-from mpt_lightning.demo import BACKBONE, TARGETS
+from mpt_lightning.compare.worker import quiet
 from mpt_lightning.demo.jobs import (
     CONTEXT_METHODS,
     LENGTH,
     OPTIONS,
     RATES,
     SOURCE_STEPS,
+    TARGETS,
     TEACHER_STEPS,
     few_shot,
     in_context,
-    quiet,
     stage,
 )
 from mpt_lightning.demo.picture import draw
 from mpt_lightning.demo.tables import results_table
+from mpt_lightning.errors import MPTError
+from mpt_lightning.resources import T5
 
 SHOTS = (16, 32)
 CONTEXT_SHOTS = 2
@@ -44,12 +46,12 @@ def run_demo(output: Path, seeds: int = 3) -> None:
         seeds: runs per method, task and k, at least 1.
 
     Raises:
-        ValueError: `seeds` is below 1, or `output` is a file.
+        MPTError: `seeds` is below 1, or `output` is a file.
     """
     if seeds < 1:
-        raise ValueError(f"--seeds must be at least 1, got {seeds}.")
+        raise MPTError(f"--seeds must be at least 1, got {seeds}.")
     if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output} is a file; give a folder.")
+        raise MPTError(f"--output {output} is a file; give a folder.")
     output.mkdir(parents=True, exist_ok=True)
     console, start, cores = Console(), time.perf_counter(), min(os.cpu_count() or 1, 8)
     # Matrices of this size gain nothing from a second thread, and lose much where another program wants the core.
@@ -61,9 +63,9 @@ def run_demo(output: Path, seeds: int = 3) -> None:
     bar = Progress(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console)
     with quiet(), bar:
         progress = bar.add_task("teachers", total=2 + len(adapted) + len(contexts))
-        teachers, rows = stage(PromptTuning(BACKBONE, prompt_length=LENGTH, lr=0.3, **OPTIONS), TEACHER_STEPS, output)
+        teachers, rows = stage(PromptTuning(T5, prompt_length=LENGTH, lr=0.3, **OPTIONS), TEACHER_STEPS, output)
         bar.update(progress, advance=1, description="source, distilled")
-        student = MPTSource(BACKBONE, teachers=teachers, prompt_length=LENGTH, **RATES, **OPTIONS)
+        student = MPTSource(T5, teachers=teachers, prompt_length=LENGTH, **RATES, **OPTIONS)
         source, made = stage(student, SOURCE_STEPS, output)
         rows += made
         bar.update(progress, advance=1, description="held-out tasks, all methods")

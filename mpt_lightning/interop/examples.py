@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from mpt_lightning.checkpoint import PromptCheckpoint
-from mpt_lightning.demo import DATA
+from mpt_lightning.resources import EMBEDDED
 
 Layout = Literal["task", "group", "folders", "prompt_embeds"]
 
@@ -28,8 +28,8 @@ def _model_class(is_encoder_decoder: bool) -> str:
 
 def _base(checkpoint: PromptCheckpoint) -> tuple[str, str]:
     """Give the import that a backbone's name needs, and the line that names it."""
-    if checkpoint.backbone.startswith(f"{DATA}/"):
-        return "from mpt_lightning.demo import backbone_path", f"base = backbone_path({checkpoint.backbone!r})"
+    if checkpoint.backbone.startswith(f"{EMBEDDED}/"):
+        return "from mpt_lightning.resources import backbone_path", f"base = backbone_path({checkpoint.backbone!r})"
     return "", f"base = {checkpoint.backbone!r}"
 
 

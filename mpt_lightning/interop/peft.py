@@ -4,34 +4,28 @@ PEFT loads without checking that all tensors are there, so both ways check the e
 """
 
 import copy
-from dataclasses import replace as with_changes
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import MultitaskPromptTuningConfig, PromptTuningConfig, TaskType
 from torch import Tensor
 
 from mpt_lightning.backbones import Backbone
 from mpt_lightning.backbones.load import load_config
 from mpt_lightning.checkpoint import PromptCheckpoint
+from mpt_lightning.checkpoint.folder import STATE
+from mpt_lightning.checkpoint.peft import ADAPTER, TASKS
 from mpt_lightning.interop.examples import Layout
 from mpt_lightning.interop.folder import (
-    DESCRIPTION,
-    STATE,
     as_checkpoint,
-    for_backbone,
     new_folder,
     only,
-    read_description,
-    read_tensors,
     task_paths,
     trained_prompt,
     write_description,
     write_json,
     write_tensors,
 )
-from mpt_lightning.interop.foreign import ADAPTER, TASKS, import_foreign
 from mpt_lightning.interop.hub import model_card
 from mpt_lightning.prompts import MultitaskPrompt, Prompt, SoftPrompt
 
@@ -63,7 +57,7 @@ def export_peft(
         The folder.
 
     Raises:
-        ValueError: there is something at `dest`, the checkpoint cannot be read, or the task or backbone is unknown.
+        MPTError: there is something at `dest`, the checkpoint cannot be read, or the task or backbone is unknown.
     """
     found = as_checkpoint(checkpoint)
     prompt = trained_prompt(found, backbone)
@@ -134,46 +128,3 @@ def _finish(
 
 def _own_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix("prompt."): value for name, value in state.items()}
-
-
-def import_peft(folder: str | Path, backbone: Backbone | None = None) -> PromptCheckpoint:
-    """Read a PEFT folder as a checkpoint: a start, a source or teachers for this package's modules.
-
-    `export_peft`'s own folders come back bit for bit. Of PEFT's own, PROMPT_TUNING, MULTITASK_PROMPT_TUNING and CPT
-    are read, from safetensors or .bin (`weights_only=True`). These say only which model they were made for, so with
-    `backbone` their width and kind must agree with it, and another name is a warning: the same model often has two.
-    Without `backbone` neither is checked, and the checkpoint's fingerprint is empty.
-
-    Args:
-        folder: the folder with `adapter_config.json`, or one with a folder per task that `export_peft` made.
-        backbone: the model it is to be used with. A CPT folder of PEFT's needs one; by default the one it names is
-            loaded.
-
-    Returns:
-        The checkpoint. Tasks of a foreign folder are "0", "1", ... unless its `tasks.json` names them. Its stage is
-        "PEFT".
-
-    Raises:
-        ValueError: no PEFT folder, a type without a prompt, missing or extra tensors, a damaged file, or another
-            backbone.
-    """
-    path = Path(folder).expanduser()
-    if not path.is_dir():
-        raise ValueError(f"{folder}: there is no such folder. Give a local folder that PEFT or export_peft wrote.")
-    if not (path / DESCRIPTION).is_file():
-        return import_foreign(path, backbone)
-    found, files = read_description(path)
-    if STATE in files:
-        state = read_tensors(path / STATE)
-    elif ADAPTER in files and found.prompt_class != "SoftPrompt":
-        state = read_tensors(path / ADAPTER)
-    else:
-        parts = [ADAPTER] if ADAPTER in files else files
-        tensors = [read_tensors(path / part) for part in parts]
-        if not parts or any(set(part) != {"prompt_embeddings"} for part in tensors):
-            raise ValueError(f"{path}: expected the tensor prompt_embeddings and no other in {', '.join(parts)}.")
-        state = {"prompt_embeddings": torch.stack([part["prompt_embeddings"] for part in tensors])}
-    found = found if backbone is None else for_backbone(found, backbone)
-    found = with_changes(found, state_dict={f"prompt.{name}": value for name, value in state.items()})
-    found.check_tensors()
-    return found

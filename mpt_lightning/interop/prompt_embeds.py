@@ -6,9 +6,9 @@ from typing import Any
 from mpt_lightning.backbones import Backbone
 from mpt_lightning.backbones.load import load_config
 from mpt_lightning.checkpoint import PromptCheckpoint
+from mpt_lightning.checkpoint.folder import digest
 from mpt_lightning.interop.folder import (
     as_checkpoint,
-    digest,
     new_folder,
     only,
     task_paths,
@@ -45,7 +45,7 @@ def export_prompt_embeds(
         The folder.
 
     Raises:
-        ValueError: there is something at `dest`, the checkpoint cannot be read, or the task or backbone is unknown.
+        MPTError: there is something at `dest`, the checkpoint cannot be read, or the task or backbone is unknown.
     """
     found = as_checkpoint(checkpoint)
     prompt = trained_prompt(found, backbone)

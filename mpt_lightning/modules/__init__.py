@@ -3,7 +3,7 @@
 from mpt_lightning.modules.adapters import Adapters
 from mpt_lightning.modules.base import PromptModule
 from mpt_lightning.modules.cpt import CPT
-from mpt_lightning.modules.dept import DePT
+from mpt_lightning.modules.decomposed import DePT
 from mpt_lightning.modules.finetuning import FineTuning
 from mpt_lightning.modules.hard_prompt import HardPrompt
 from mpt_lightning.modules.mpt import MPTSource, MPTTarget

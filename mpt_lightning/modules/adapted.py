@@ -4,6 +4,7 @@ from abc import abstractmethod
 from typing import Any
 
 from mpt_lightning.backbones import Backbone
+from mpt_lightning.errors import MPTError
 from mpt_lightning.modules.base import PromptModule
 from mpt_lightning.prompts import EmptyPrompt
 
@@ -29,7 +30,7 @@ class AdaptedModule(PromptModule):
         """Change the model that was just loaded.
 
         Raises:
-            ValueError: nothing of it would be trained.
+            MPTError: nothing of it would be trained.
         """
         # Computed once and kept: that of the embeddings as they were loaded, which may be trained from here on.
         backbone.fingerprint  # noqa: B018
@@ -37,7 +38,7 @@ class AdaptedModule(PromptModule):
         self.change(backbone)
         backbone.parts = [module for module in backbone.modules() if module not in before]
         if not any(parameter.requires_grad for parameter in backbone.parameters()):
-            raise ValueError(f"{type(self).__name__} would train nothing: {self.adaptation()} leaves no free weight.")
+            raise MPTError(f"{type(self).__name__} would train nothing: {self.adaptation()} leaves no free weight.")
         backbone.train(backbone.training)
 
     def build_prompt(self, backbone: Backbone) -> EmptyPrompt:
@@ -64,10 +65,10 @@ class AdaptedModule(PromptModule):
         """Refuse a checkpoint of a model that was changed in another way.
 
         Raises:
-            ValueError: it was.
+            MPTError: it was.
         """
         if found is not None and found != self.adaptation():
-            raise ValueError(
+            raise MPTError(
                 f"The checkpoint was trained with {found}, and this run has {self.adaptation()}. Give the same "
                 f"arguments to {type(self).__name__}, or train anew."
             )

@@ -3,7 +3,8 @@
 from typing import Any
 
 from mpt_lightning.backbones import Backbone
-from mpt_lightning.backbones.adapters import Places, add_adapters
+from mpt_lightning.backbones.bottleneck import Places, add_adapters
+from mpt_lightning.errors import MPTError
 from mpt_lightning.modules.adapted import AdaptedModule
 
 
@@ -23,7 +24,7 @@ class Adapters(AdaptedModule):
         **kwargs: see `BuiltModule`.
 
     Raises:
-        ValueError: an argument has an impossible value.
+        MPTError: an argument has an impossible value.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class Adapters(AdaptedModule):
     ) -> None:
         super().__init__(backbone=backbone, **kwargs)
         if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}.")
+            raise MPTError(f"dropout must be at least 0 and below 1, got {dropout}.")
 
     def adaptation(self) -> dict[str, Any]:
         """Give the adapters' shape and places."""

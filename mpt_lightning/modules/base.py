@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mpt_lightning import objectives
-from mpt_lightning.content import trainable
+from mpt_lightning.checkpoint.validation import trainable
 from mpt_lightning.data.vocabulary import check_choices
-from mpt_lightning.modules import agreement, evaluation
+from mpt_lightning.distributed import ranks
+from mpt_lightning.errors import MPTError
+from mpt_lightning.modules import evaluation
 from mpt_lightning.modules.accumulation import StepMean
 from mpt_lightning.modules.batch import Batch, check_batch, task_of_loader
 from mpt_lightning.modules.built import BuiltModule
@@ -48,13 +50,17 @@ class PromptModule(BuiltModule):
         self._match_tasks()
         self._check_choices()
         resumed, self._resumed = self._resumed, None
-        agreement.check_one_start(self.trainer, resumed.step if resumed else None)
+        ranks.check_one_start(self.trainer, resumed.step if resumed else None)
         if resumed is not None:
             resumed.report(self.trainer)
         if self.trainer.ckpt_path is not None:
             # To count the run's steps Lightning 2.6 makes the training data early, and then does not tell it where the
             # checkpoint was. So it is made again.
             self.trainer.fit_loop._combined_loader = None
+
+    def on_train_start(self) -> None:
+        """Note that the run is restored."""
+        self.restores = False
 
     def forward(self, batch: Batch) -> Tensor:
         """Give the logits `[B, M, V]` of the label tokens."""
@@ -82,8 +88,8 @@ class PromptModule(BuiltModule):
                 "learning rate, raise --model.warmup_steps, set --trainer.gradient_clip_val 1, or look at these rows."
             )
             if self.trainer.world_size == 1:
-                raise ValueError(self._fault)
-            loss = agreement.spoil(loss, list(trainable(self).values()))
+                raise MPTError(self._fault)
+            loss = ranks.spoil(loss, list(trainable(self).values()))
         size = len(batch["labels"])
         for name, value in means.items():
             self.log(f"train/{name}", value, prog_bar=True, batch_size=size)
@@ -111,7 +117,7 @@ class PromptModule(BuiltModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Stop, where the loss of any rank was not finite."""
         if self.trainer.world_size > 1:
-            agreement.stop_together(self.trainer, optimizer, self._fault)
+            ranks.stop_together(self.trainer, optimizer, self._fault)
 
     @torch.no_grad()
     def _not_finite(self, batch: Batch) -> str:
@@ -150,7 +156,7 @@ class PromptModule(BuiltModule):
 
     def _begin_evaluation(self) -> None:
         if self.prompt is None:
-            raise ValueError(NO_PROMPT)
+            raise MPTError(NO_PROMPT)
         backbone, prompt = self.parts()
         self._match_tasks()
         self._check_choices()

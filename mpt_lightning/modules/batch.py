@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpt_lightning.errors import MPTError
+
 Batch = dict[str, Any]
 
 #: Tensors of a batch by key, and their dimensions. Evaluation adds `choices`.
@@ -38,7 +40,7 @@ def check_batch(batch: Any, tasks: Sequence[str]) -> Batch:
         The batch, with `task_ids` of zeros where it had none and there is one task.
 
     Raises:
-        ValueError: If a key is missing, a tensor has another type or shape, or a task id that is on the CPU is not in
+        MPTError: If a key is missing, a tensor has another type or shape, or a task id that is on the CPU is not in
             0..T-1. Values on another device are not read, which would make the host wait.
     """
     if not isinstance(batch, Mapping):
@@ -77,18 +79,18 @@ def task_of_loader(tasks: Sequence[str], index: int) -> str:
     """Return the task of an evaluation loader, by its place.
 
     Raises:
-        ValueError: If there are more loaders than tasks.
+        MPTError: If there are more loaders than tasks.
     """
     if index >= len(tasks):
-        raise ValueError(
+        raise MPTError(
             f"Got evaluation loader {index + 1}, expected one per task ({', '.join(tasks)}), in this order. Change the "
             "DataModule's loaders, or its `tasks`."
         )
     return tasks[index]
 
 
-def _wrong(got: str, expected: str) -> ValueError:
-    return ValueError(
+def _wrong(got: str, expected: str) -> MPTError:
+    return MPTError(
         f"The batch: got {got}, expected {expected}. Change the DataModule; `mpt_lightning.modules.batch.check_batch` "
         "describes batches."
     )

@@ -12,19 +12,20 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
-from mpt_lightning import checkpoint as ckpt
 from mpt_lightning.backbones import Backbone, load_backbone
 from mpt_lightning.backbones.quantization import Quantization
-from mpt_lightning.checkpoint_io import CheckedCheckpointIO
-from mpt_lightning.content import check_state, check_training_state, keep_trainable, trainable
-from mpt_lightning.errors import own_error
-from mpt_lightning.files import one_line
+from mpt_lightning.checkpoint import KEY, PromptCheckpoint, read_checkpoint
+from mpt_lightning.checkpoint.format import close_finished_epoch, metadata, parse_checkpoint
+from mpt_lightning.checkpoint.io import CheckedCheckpointIO
+from mpt_lightning.checkpoint.validation import check_state, check_training_state, keep_trainable, trainable
+from mpt_lightning.distributed.preemption import ReleaseOnException, SaveOnTermination
+from mpt_lightning.distributed.strategy import ShardedStrategy, check_strategy, share_random_numbers
+from mpt_lightning.errors import MPTError, find_error
+from mpt_lightning.io import one_line
 from mpt_lightning.modules import evaluation
 from mpt_lightning.modules.options import OptimizerName, ScheduleName, check_options
 from mpt_lightning.modules.resume import ResumedRun
-from mpt_lightning.modules.termination import ReleaseOnException, SaveOnTermination
 from mpt_lightning.prompts import Prompt
-from mpt_lightning.strategies import ShardedStrategy, check_strategy, share_random_numbers
 
 
 class BuiltModule(L.LightningModule, ABC):
@@ -81,6 +82,7 @@ class BuiltModule(L.LightningModule, ABC):
         self.register_buffer("_row_of_task", None, persistent=False)
         self._cards: dict[str, Any] = {}
         self._resumed: ResumedRun | None = None  # what this fit resumes from
+        self.restores = False  # whether a fit is being restored from a checkpoint, up to its first step
         self.register_state_dict_post_hook(keep_trainable)
 
     @property
@@ -126,7 +128,7 @@ class BuiltModule(L.LightningModule, ABC):
         if not self.tasks:
             self.tasks = list(getattr(self._datamodule(), "tasks", []))
         if not self.tasks:
-            raise ValueError(
+            raise MPTError(
                 "The tasks have no names: the data has no `tasks`. Give the DataModule an attribute `tasks`, or set "
                 "the module's `tasks` (--model.tasks): names in the order of the batches' task_ids."
             )
@@ -166,7 +168,7 @@ class BuiltModule(L.LightningModule, ABC):
         longest, limit = getattr(self._datamodule(), "max_input_length", None), backbone.max_positions
         if limit is not None and longest is not None and prompt.length + longest > limit:
             before = f"A prompt of {prompt.length} tokens and inputs" if prompt.length else "Inputs"
-            raise ValueError(
+            raise MPTError(
                 f"{before} of up to {longest} need {prompt.length + longest} "
                 f"positions, and {backbone.name} has {limit}. Lower --data.max_input_length to "
                 f"{max(1, limit - prompt.length)} (less where answers are long)"
@@ -178,14 +180,14 @@ class BuiltModule(L.LightningModule, ABC):
         names = self._data_tasks()
         unknown = [name for name in names if name not in self.tasks]
         if unknown:
-            raise ValueError(
+            raise MPTError(
                 f"The data has the task{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}, and the prompt has "
                 f"{', '.join(self.tasks)}. Train the prompt on these tasks, or leave them out of the data."
             )
         if self.prompt is not None:
             for name, count in getattr(module, "prompt_slots", {}).items():
                 if count != self.prompt.length:
-                    raise ValueError(
+                    raise MPTError(
                         f"The inputs of {name} have places for {count} prompt tokens, and the prompt has "
                         f"{self.prompt.length}. Set --model.prompt_length to {count}, or change the [prompt*N] of "
                         "--data.card.input and --data.answer_prefix."
@@ -218,15 +220,15 @@ class BuiltModule(L.LightningModule, ABC):
         return dict(arguments)
 
     @classmethod
-    def check_stage(cls, checkpoint: ckpt.PromptCheckpoint) -> None:
+    def check_stage(cls, checkpoint: PromptCheckpoint) -> None:
         """Refuse to go on from another class's checkpoint.
 
         Raises:
-            ValueError: the checkpoint is of another stage; names the argument that takes it.
+            MPTError: the checkpoint is of another stage; names the argument that takes it.
         """
         if checkpoint.stage != cls.__name__:
             hint = HAND_OVER.get((checkpoint.stage, cls.__name__), "")
-            raise ValueError(
+            raise MPTError(
                 f"--ckpt_path {checkpoint.path} was saved by {checkpoint.stage}, and this run is {cls.__name__}. "
                 f"--ckpt_path only takes a checkpoint of the same class.{hint}"
             )
@@ -236,18 +238,18 @@ class BuiltModule(L.LightningModule, ABC):
         """Load a trained module; see Lightning's method of the same name.
 
         Raises:
-            ValueError: there is no such file, it is damaged, or another class saved it.
+            MPTError: there is no such file, it is damaged, or another class saved it.
         """
         if isinstance(checkpoint_path, str | PathLike):
-            cls.check_stage(ckpt.read_checkpoint(str(checkpoint_path), "checkpoint_path"))
+            cls.check_stage(read_checkpoint(str(checkpoint_path), "checkpoint_path"))
         kwargs["weights_only"] = True
         try:
             return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
         except Exception as error:  # arguments of any kind go into a class that expects the right ones
-            cause = own_error(error)
+            cause = find_error(error)
             if cause is error:
                 raise
-            raise ValueError(
+            raise MPTError(
                 f"{cls.__name__} cannot be made of the arguments in {checkpoint_path}, which is damaged or of another "
                 f"version, and of those given here. The cause: {one_line(cause or repr(error))}"
             ) from error
@@ -257,21 +259,21 @@ class BuiltModule(L.LightningModule, ABC):
         backbone, prompt = self.parts()
         damaged = [name for name, value in trainable(self).items() if not value.isfinite().all()]
         if damaged:
-            raise ValueError(
+            raise MPTError(
                 f"{', '.join(damaged)} has values that are not finite at step {self.global_step}, so no checkpoint is "
                 "written; those written before are whole. Lower the learning rate, raise --model.warmup_steps, or set "
                 "--trainer.gradient_clip_val 1."
             )
         cards = {name: evaluation.plain_card(card) for name, card in self.cards.items() if name in prompt.tasks}
-        checkpoint[ckpt.KEY] = ckpt.metadata(type(self).__name__, backbone.name, backbone.fingerprint, prompt, cards)
+        checkpoint[KEY] = metadata(type(self).__name__, backbone.name, backbone.fingerprint, prompt, cards)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint fits, and make a prompt of its shape."""
-        found = ckpt.parse_checkpoint(checkpoint, str(getattr(self._trainer, "ckpt_path", None) or "the checkpoint"))
+        found = parse_checkpoint(checkpoint, str(getattr(self._trainer, "ckpt_path", None) or "the checkpoint"))
         self.check_stage(found)
         if self._fits():
             check_training_state(checkpoint, found.path)
-            self._resumed = ResumedRun(self, checkpoint, found)
+            self._resumed, self.restores = ResumedRun(self, checkpoint, found), True
         self.configure_model()
         if self.backbone is not None:
             found.check_backbone(self.backbone.name, self.backbone.fingerprint, "--ckpt_path")
@@ -284,7 +286,7 @@ class BuiltModule(L.LightningModule, ABC):
             self.prompt.attach(self.backbone.embeddings)
         self.tasks = found.tasks
         self._cards = evaluation.read_cards(found.cards)
-        ckpt.close_finished_epoch(checkpoint)
+        close_finished_epoch(checkpoint)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load the trained tensors: every one and none else, whatever `strict` says of the frozen ones."""

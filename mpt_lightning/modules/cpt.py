@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mpt_lightning import objectives
 from mpt_lightning.backbones import Backbone, CausalBackbone
+from mpt_lightning.errors import MPTError
 from mpt_lightning.modules.base import PromptModule
 from mpt_lightning.modules.batch import Batch
 from mpt_lightning.modules.options import Method
@@ -48,7 +49,7 @@ class CPT(PromptModule):
         **kwargs: see `BuiltModule`.
 
     Raises:
-        ValueError: an argument has an impossible value.
+        MPTError: an argument has an impossible value.
     """
 
     def __init__(
@@ -84,29 +85,29 @@ class CPT(PromptModule):
         super().setup(stage)
         names = self._data_tasks()
         if len(names) > 1:
-            raise ValueError(
+            raise MPTError(
                 f"CPT has the context of one task, and the data has {len(names)} ({', '.join(names)}). "
                 "Run it once per task, with --data.class_path TaskDataModule."
             )
         if self.hparams["method"] == "icl":
             if stage == "fit":
-                raise ValueError(
+                raise MPTError(
                     "method='icl' trains nothing: run `mpt validate` or `mpt test` (in Python trainer.validate or "
                     "trainer.test), or choose another --model.method."
                 )
             self.tasks = names
         if self._fits() and getattr(self._datamodule(), "context", None) is None:
-            raise ValueError(NO_CONTEXT)
+            raise MPTError(NO_CONTEXT)
 
     def build_prompt(self, backbone: Backbone) -> ContextPrompt:
         """Make the prompt from the data's context, with an instruction before it where there is one.
 
         Raises:
-            ValueError: the backbone is an encoder-decoder.
+            MPTError: the backbone is an encoder-decoder.
         """
         options = self.hparams
         if not isinstance(backbone, CausalBackbone):
-            raise ValueError(
+            raise MPTError(
                 f"CPT trains on the labels in its context, and the encoder of {backbone.name} does not predict them. "
                 "Set --model.backbone to a decoder-only model, or use PromptTuning or MPTTarget."
             )
@@ -120,7 +121,7 @@ class CPT(PromptModule):
             options["template_epsilon"], options["epsilon_scale"],
         )  # fmt: skip
         if self.trains_on_context and not len(prompt.label_ids):
-            raise ValueError("The context has no label tokens to train on (types 4, 8, ...); set --model.context_loss.")
+            raise MPTError("The context has no label tokens to train on (types 4, 8, ...); set --model.context_loss.")
         prompt.attach(backbone.embeddings)
         bounded = prompt.radius.isfinite() & (prompt.moves > 0 if options["method"] == "cpt" else prompt.radius > 0)
         if bounded.any():
@@ -138,7 +139,7 @@ class CPT(PromptModule):
             return vocabulary_ids(len(backbone.embeddings), length, exclude=tokenizer.all_special_ids)
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         if not ids:
-            raise ValueError(f"instruction_text={text!r} has no tokens; give at least one word.")
+            raise MPTError(f"instruction_text={text!r} has no tokens; give at least one word.")
         return ids
 
     def _check_positions(self, backbone: Backbone, prompt: Any) -> None:
@@ -148,7 +149,7 @@ class CPT(PromptModule):
             return
         each = prompt.length / max(1, prompt.num_examples)
         fits = max(0, int((limit - (longest or 1)) / each))
-        raise ValueError(
+        raise MPTError(
             f"The context has {prompt.length} tokens ({prompt.num_examples} examples); with inputs of up to "
             f"{longest or 1} that is more than the {limit} positions of {backbone.name}. About {fits} such examples "
             "fit: lower --data.context_shots or --data.max_input_length."
@@ -162,7 +163,7 @@ class CPT(PromptModule):
         context: Any = data.context
         start = sum(kind == INSTRUCTION for kind in prompt.token_types)
         if context is None or list(context.token_ids) != prompt.token_ids[start:]:
-            raise ValueError(
+            raise MPTError(
                 "The data's context is not the one that the prompt was trained with, so that rows would be laid out "
                 "differently. Use the training run's data: the same card, seed, context_shots, context_per, "
                 "separator, answer_prefix and max_input_length."
@@ -204,7 +205,7 @@ class CPT(PromptModule):
 
     def _own_examples(self, batch: Batch) -> Tensor:
         if "context_examples" not in batch:
-            raise ValueError(
+            raise MPTError(
                 "leave_one_out needs to know which context example each row is: the batch has no `context_examples` "
                 "[B] (-1 for none). Use TaskDataModule(context_shots=...), or set leave_one_out=False."
             )

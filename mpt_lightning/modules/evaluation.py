@@ -11,6 +11,7 @@ from torchmetrics import MeanMetric
 
 from mpt_lightning.backbones import Backbone
 from mpt_lightning.data.card import TaskCard
+from mpt_lightning.errors import MPTError
 from mpt_lightning.metrics import TaskMetrics, average
 from mpt_lightning.objectives import IGNORE
 
@@ -39,7 +40,7 @@ class Evaluator(nn.Module):
         if not isinstance(metrics, TaskMetrics):
             return
         if "references" not in batch:
-            raise ValueError(
+            raise MPTError(
                 f"Task '{task}': got batches without `references`, expected the accepted answers of each row, because "
                 "its card has metrics. Add them to the batches, or leave the card out of the DataModule's `cards`."
             )

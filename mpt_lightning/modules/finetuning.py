@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from mpt_lightning.backbones import Backbone
+from mpt_lightning.errors import MPTError
 from mpt_lightning.modules.adapted import AdaptedModule
 from mpt_lightning.modules.options import Trained
 
@@ -22,14 +23,14 @@ class FineTuning(AdaptedModule):
         **kwargs: see `BuiltModule`.
 
     Raises:
-        ValueError: an argument has an impossible value, or the weights would be trained in a precision too low.
+        MPTError: an argument has an impossible value, or the weights would be trained in a precision too low.
     """
 
     def __init__(self, backbone: str, train: Trained = "all", lr: float = 1e-4, **kwargs: Any) -> None:
         super().__init__(backbone=backbone, **kwargs)
         for argument, only in (("backbone_dtype", "float32"), ("backbone_quantization", None)):
             if self.hparams[argument] != only:
-                raise ValueError(
+                raise MPTError(
                     f"FineTuning trains the backbone's weights, and with {argument}={self.hparams[argument]!r} small "
                     f"updates would be lost. Leave {argument} at {only}; --trainer.precision bf16-mixed saves memory."
                 )
@@ -45,7 +46,7 @@ class FineTuning(AdaptedModule):
             return
         head = backbone.model.get_output_embeddings()
         if head is None:
-            raise ValueError(
+            raise MPTError(
                 f"{type(backbone.model).__name__} ({backbone.name}) has no output layer to train. Set train='all'."
             )
         if head.weight is backbone.embeddings:

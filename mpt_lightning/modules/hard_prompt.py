@@ -3,6 +3,7 @@
 from typing import Any
 
 from mpt_lightning.backbones import Backbone
+from mpt_lightning.errors import MPTError
 from mpt_lightning.modules.base import PromptModule
 from mpt_lightning.prompts import EmptyPrompt
 
@@ -34,11 +35,11 @@ class HardPrompt(PromptModule):
         """Take the data's tasks.
 
         Raises:
-            ValueError: this is a training run.
+            MPTError: this is a training run.
         """
         super().setup(stage)
         if stage == "fit":
-            raise ValueError(
+            raise MPTError(
                 "HardPrompt trains nothing: run `mpt validate` or `mpt test` (in Python trainer.validate or "
                 "trainer.test), or train with FineTuning(train='head'), PromptTuning or another method."
             )

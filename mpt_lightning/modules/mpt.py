@@ -9,10 +9,11 @@ from torch import Tensor
 from mpt_lightning import objectives
 from mpt_lightning.backbones import Backbone
 from mpt_lightning.checkpoint import PromptCheckpoint, read_checkpoint
+from mpt_lightning.errors import MPTError
 from mpt_lightning.modules.base import PromptModule
 from mpt_lightning.modules.batch import Batch
+from mpt_lightning.modules.initialization import check_length, checkpoint_prompts, class_words, initial_prompt
 from mpt_lightning.modules.options import PromptInit
-from mpt_lightning.modules.start import check_length, checkpoint_prompts, class_words, initial_prompt
 from mpt_lightning.modules.teachers import Teachers, read_teachers
 from mpt_lightning.prompts import MultitaskPrompt
 
@@ -95,10 +96,10 @@ class MPTSource(_MultitaskModule):
     ) -> None:
         super().__init__(backbone=backbone, **kwargs)
         if not temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}.")
+            raise MPTError(f"temperature must be above 0, got {temperature}.")
         self.distils = logits_weight > 0 or hidden_weight > 0
         if teacher_cache is not None and self.hparams["backbone_dropout"]:
-            raise ValueError(
+            raise MPTError(
                 "backbone_dropout=True makes each pass of the teachers another one, so there is nothing to keep in "
                 "teacher_cache. Set --model.backbone_dropout to false, or --model.teacher_cache to null."
             )
@@ -110,7 +111,7 @@ class MPTSource(_MultitaskModule):
         super().setup(stage)
         if stage == "fit" and self.distils:
             if not self.hparams["teachers"]:
-                raise ValueError(
+                raise MPTError(
                     "MPTSource distils from teachers, and there are none: set --model.teachers to a checkpoint of a "
                     "PromptTuning run over the same tasks, or set logits_weight and hidden_weight to 0."
                 )
@@ -251,7 +252,7 @@ class MPTTarget(_MultitaskModule):
     def _source(self) -> PromptCheckpoint:
         source = read_checkpoint(self.hparams["source"], "--model.source", folder=True, backbone=self.backbone)
         if source.prompt_class != "MultitaskPrompt":
-            raise ValueError(
+            raise MPTError(
                 f"--model.source {source.path} was saved by {source.stage}, which has no shared prompt. "
                 "Give a checkpoint of MPTSource."
             )
@@ -259,7 +260,7 @@ class MPTTarget(_MultitaskModule):
             check_length(source.path, source.prompt_config["length"], self.hparams["prompt_length"], "--model.source")
         start = self.hparams["start"]
         if start not in ("average", "shared", *source.tasks):
-            raise ValueError(
+            raise MPTError(
                 f"start must be 'average', 'shared' or a source task ({', '.join(source.tasks)}), got {start!r}."
             )
         return source

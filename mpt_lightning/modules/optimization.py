@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 from transformers.optimization import Adafactor
 
+from mpt_lightning.errors import MPTError
 from mpt_lightning.modules.options import OptimizerName, ScheduleName
 
 _SCHEDULES = {"linear": "linear", "constant": "constant_with_warmup", "cosine": "cosine"}
@@ -47,10 +48,10 @@ def make_schedule(name: ScheduleName, optimizer: Optimizer, warmup_steps: int, t
         total_steps: steps of the whole run, None if unknown.
 
     Raises:
-        ValueError: the schedule depends on the number of steps, and it is unknown.
+        MPTError: the schedule depends on the number of steps, and it is unknown.
     """
     if total_steps is None and name != "constant":
-        raise ValueError(
+        raise MPTError(
             f"schedule={name!r} needs the number of the run's steps, which max_time, max_epochs=-1 or an iterable data "
             "set leave open. Set --trainer.max_steps, or --model.schedule constant."
         )

@@ -4,8 +4,9 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from mpt_lightning.backbones.adapters import Places
+from mpt_lightning.backbones.bottleneck import Places
 from mpt_lightning.backbones.quantization import Quantization, check_quantization
+from mpt_lightning.errors import MPTError
 from mpt_lightning.objectives import Layers, Normalize, Positions, Stacks
 from mpt_lightning.prompts.context import EpsilonScale
 
@@ -22,7 +23,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     """Check arguments that the command line's types do not, or that come from Python.
 
     Raises:
-        ValueError: one has an impossible value.
+        MPTError: one has an impossible value.
     """
     allowed = {
         "backbone_dtype": ("float32", "bfloat16"),
@@ -43,7 +44,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     }
     for name, choices in allowed.items():
         if name in options and options[name] not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {options[name]!r}.")
+            raise MPTError(f"{name} must be one of {', '.join(map(str, choices))}, got {options[name]!r}.")
     for name in (
         "lr",
         "shared_lr",
@@ -55,14 +56,14 @@ def check_options(options: Mapping[str, Any]) -> None:
         "hidden_weight",
     ):
         if name in options and not (_is_number(options[name]) and options[name] >= 0):
-            raise ValueError(f"{name} must be 0 or more, got {options[name]!r}.")
+            raise MPTError(f"{name} must be 0 or more, got {options[name]!r}.")
     if options.get("backbone_quantization"):
         check_quantization(options["backbone_quantization"])
     for name in ("epsilon", "template_epsilon"):
         if options.get(name) is not None and not (_is_number(options[name]) and options[name] > 0):
-            raise ValueError(f"{name} must be above 0, or null for no bound; got {options[name]!r}.")
+            raise MPTError(f"{name} must be above 0, or null for no bound; got {options[name]!r}.")
     if "decay" in options and not (_is_number(options["decay"]) and 0 < options["decay"] <= 1):
-        raise ValueError(f"decay must be above 0 and at most 1 (1 weighs all examples alike), got {options['decay']}.")
+        raise MPTError(f"decay must be above 0 and at most 1 (1 weighs all examples alike), got {options['decay']}.")
     for name in (
         "prompt_length",
         "rank",
@@ -76,10 +77,10 @@ def check_options(options: Mapping[str, Any]) -> None:
         "teacher_top_k",
     ):
         if options.get(name) is not None and not (isinstance(options[name], int) and options[name] >= 1):
-            raise ValueError(f"{name} must be 1 or more, got {options[name]!r}.")
+            raise MPTError(f"{name} must be 1 or more, got {options[name]!r}.")
     for name, kind in (("tasks", list), ("backbone", str)):
         if options.get(name) is not None and not isinstance(options[name], kind):
-            raise ValueError(f"{name} must be a {'list of names' if kind is list else 'text'}, got {options[name]!r}.")
+            raise MPTError(f"{name} must be a {'list of names' if kind is list else 'text'}, got {options[name]!r}.")
 
 
 def _is_number(value: object) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mpt_lightning.backbones import Backbone
 from mpt_lightning.checkpoint import PromptCheckpoint
+from mpt_lightning.errors import MPTError
 from mpt_lightning.modules import peft_config as configs
 from mpt_lightning.modules.adapted import ADAPTATION, AdaptedModule
 from mpt_lightning.modules.batch import Batch
@@ -36,7 +37,7 @@ class PEFTModule(AdaptedModule):
         **kwargs: see `BuiltModule`.
 
     Raises:
-        ValueError: the config is of a type that trains prompts, or PEFT refuses it.
+        MPTError: the config is of a type that trains prompts, or PEFT refuses it.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class PEFTModule(AdaptedModule):
         config = checkpoint.hyper_parameters.get("peft_config")
         module = str(config.get("class_path")).rpartition(".")[0] if isinstance(config, Mapping) else ""
         if module not in sys.modules:
-            raise ValueError(
+            raise MPTError(
                 f"{checkpoint.path} is damaged: peft_config is {config!r}. Expected a config of PEFT; import the "
                 "module that has its class, if it is one of your own."
             )
@@ -122,19 +123,19 @@ class PEFTModule(AdaptedModule):
         if configs.needs_total_step(self.config):
             steps = total_steps(self.trainer)
             if steps is None:
-                raise ValueError(
+                raise MPTError(
                     "AdaLoRA lowers its ranks over the run's steps, whose number max_time, max_epochs=-1 or an "
                     "iterable data set leave open. Set --trainer.max_steps or --model.peft_config.total_step."
                 )
             config.total_step = steps
         if config.tinit + config.tfinal >= config.total_step:
-            raise ValueError(
+            raise MPTError(
                 f"AdaLoRA lowers its ranks between step tinit={config.tinit} and tfinal={config.tfinal} steps before "
                 f"the end, and the run has {config.total_step}. Lower --model.peft_config.tinit or .tfinal, or train "
                 "longer."
             )
         if config.init_r <= config.target_r:
-            raise ValueError(
+            raise MPTError(
                 f"AdaLoRA lowers its ranks from init_r={config.init_r} to target_r={config.target_r}, which must be "
                 "less. Raise --model.peft_config.init_r, or lower --model.peft_config.target_r."
             )

@@ -10,6 +10,8 @@ from typing import Any
 import peft
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig, PeftType, PromptLearningConfig
 
+from mpt_lightning.errors import MPTError
+
 OURS = {
     "PROMPT_TUNING": "use mpt_lightning.PromptTuning",
     "P_TUNING": "use mpt_lightning.PromptTuning with reparameterization mlp or lstm",
@@ -37,7 +39,7 @@ def plain_config(given: PeftConfig | Callable[[], PeftConfig] | Mapping[str, Any
         `{"class_path": "peft.LoraConfig", "init_args": {"r": 4}}`, plain values only.
 
     Raises:
-        ValueError: it is none of these, has an unknown argument, or is of a type that is trained otherwise.
+        MPTError: it is none of these, has an unknown argument, or is of a type that is trained otherwise.
     """
     if callable(given):
         given = given()
@@ -49,16 +51,14 @@ def plain_config(given: PeftConfig | Callable[[], PeftConfig] | Mapping[str, Any
     elif isinstance(given, Mapping) and given.get("peft_type") in set(PeftType):
         kind, values = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(given["peft_type"])], dict(given)
     else:
-        raise ValueError(
+        raise MPTError(
             f"peft_config must be a config of PEFT such as peft.LoraConfig(r=8), or a mapping with its `peft_type`; "
             f"got {given!r}."
         )
     _check_type(kind)
     known = {item.name: item for item in fields(kind)}
     if unknown := sorted(values.keys() - known.keys()):
-        raise ValueError(
-            f"peft_config: {kind.__name__} has no {', '.join(unknown)}. It has: {', '.join(sorted(known))}."
-        )
+        raise MPTError(f"peft_config: {kind.__name__} has no {', '.join(unknown)}. It has: {', '.join(sorted(known))}.")
     defaults = {name: _plain(_default(item), name) for name, item in known.items()}
     plain = {name: _plain(value, name) for name, value in values.items() if name not in _BOOKKEEPING}
     if plain.get("init_lora_weights", True) != "loftq":
@@ -77,7 +77,7 @@ def make_config(plain: Config, **more: Any) -> PeftConfig:
         **more: further arguments.
 
     Raises:
-        ValueError: PEFT refuses the arguments.
+        MPTError: PEFT refuses the arguments.
     """
     kind = _find(plain["class_path"])
     arguments = {**plain["init_args"], **more}
@@ -87,7 +87,7 @@ def make_config(plain: Config, **more: Any) -> PeftConfig:
     try:
         return kind(**arguments)
     except (ValueError, TypeError, AssertionError, ImportError) as error:
-        raise ValueError(f"peft_config: {kind.__name__} refuses its arguments: {error}") from error
+        raise MPTError(f"peft_config: {kind.__name__} refuses its arguments: {error}") from error
 
 
 def needs_total_step(plain: Config) -> bool:
@@ -118,7 +118,7 @@ def make_tuner(config: PeftConfig, model: Any) -> Any:
         model: changed in place.
 
     Raises:
-        ValueError: PEFT finds no module to adapt.
+        MPTError: PEFT finds no module to adapt.
     """
     with warnings.catch_warnings():
         # GPT-2 keeps its weights transposed; PEFT sees that itself, and says so.
@@ -126,7 +126,7 @@ def make_tuner(config: PeftConfig, model: Any) -> Any:
         try:
             return PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)](model, config, "default")
         except (ValueError, TypeError, NotImplementedError) as error:
-            raise ValueError(
+            raise MPTError(
                 f"peft_config: {type(config).__name__} does not fit {type(model).__name__}. Change its arguments "
                 f"(target_modules names the layers), or the type. The cause: {error}"
             ) from error
@@ -135,16 +135,16 @@ def make_tuner(config: PeftConfig, model: Any) -> Any:
 def _check_type(config: type[PeftConfig]) -> None:
     types = [item for item, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if cls is config]
     if not types:
-        raise ValueError(f"peft_config: {config.__name__} is no method. Give one such as peft.LoraConfig.")
+        raise MPTError(f"peft_config: {config.__name__} is no method. Give one such as peft.LoraConfig.")
     kind = types[0].value
     if kind in OURS or issubclass(config, PromptLearningConfig):
         instead = OURS.get(kind, "use one of mpt_lightning's classes")
-        raise ValueError(
+        raise MPTError(
             f"peft_config is of the type {kind}, which trains prompts. PEFTModule is for the types that change "
             f"weights, such as LORA; {instead} instead."
         )
     if kind in OWN_FORWARD or types[0] not in PEFT_TYPE_TO_TUNER_MAPPING:
-        raise ValueError(
+        raise MPTError(
             f"peft_config is of the type {kind}, which needs PEFT's own forward pass and cannot be put into a "
             "backbone. Use another type, such as LORA, ADALORA or IA3."
         )
@@ -155,9 +155,9 @@ def _find(path: str) -> type[PeftConfig]:
     try:
         kind = getattr(import_module(module or "peft"), name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"peft_config: there is no class {path!r}. Give one such as peft.LoraConfig.") from error
+        raise MPTError(f"peft_config: there is no class {path!r}. Give one such as peft.LoraConfig.") from error
     if not (isinstance(kind, type) and issubclass(kind, PeftConfig)):
-        raise ValueError(f"peft_config: {path!r} is no config of PEFT. Give one such as peft.LoraConfig.")
+        raise MPTError(f"peft_config: {path!r} is no config of PEFT. Give one such as peft.LoraConfig.")
     return kind
 
 
@@ -181,4 +181,4 @@ def _plain(value: Any, name: str) -> Any:
         return [_plain(item, name) for item in value]
     if isinstance(value, Mapping):
         return {key: _plain(item, name) for key, item in value.items()}
-    raise ValueError(f"peft_config: {name}={value!r} is no plain value, so that a checkpoint could not hold it.")
+    raise MPTError(f"peft_config: {name}={value!r} is no plain value, so that a checkpoint could not hold it.")

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 
 from mpt_lightning.backbones import Backbone, CausalBackbone
+from mpt_lightning.errors import MPTError
 from mpt_lightning.modules.base import PromptModule
+from mpt_lightning.modules.initialization import initial_prompt
 from mpt_lightning.modules.options import PrefixInit, PromptInit
-from mpt_lightning.modules.start import initial_prompt
 from mpt_lightning.prompts.prefix import PrefixPrompt
 
 
@@ -43,11 +44,11 @@ class PrefixTuning(PromptModule):
         """Make the prefix.
 
         Raises:
-            ValueError: the backbone is an encoder-decoder.
+            MPTError: the backbone is an encoder-decoder.
         """
         options, length = self.hparams, self.hparams["prompt_length"]
         if not isinstance(backbone, CausalBackbone):
-            raise ValueError(
+            raise MPTError(
                 f"PrefixTuning is for decoder-only models, and {backbone.name} is an encoder-decoder, whose encoder "
                 "keeps no keys and values. Set --model.backbone to a decoder-only model, or use PromptTuning."
             )

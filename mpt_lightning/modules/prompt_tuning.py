@@ -4,8 +4,8 @@ from typing import Any
 
 from mpt_lightning.backbones import Backbone
 from mpt_lightning.modules.base import PromptModule
+from mpt_lightning.modules.initialization import checkpoint_prompts, initial_prompts
 from mpt_lightning.modules.options import PromptInit, Reparameterization
-from mpt_lightning.modules.start import checkpoint_prompts, initial_prompts
 from mpt_lightning.prompts import EncodedPrompt, Prompt, SoftPrompt, SuperposedPrompt
 from mpt_lightning.prompts.init import vocabulary_ids
 

@@ -12,7 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim.lr_scheduler import LambdaLR
 
 from mpt_lightning.checkpoint import PromptCheckpoint
-from mpt_lightning.files import one_line
+from mpt_lightning.errors import MPTError
+from mpt_lightning.io import one_line
 
 CHECKPOINT, RUN = "the checkpoint's", "this run's"
 # Arguments that decide what is trained, and how: the checkpoint's tensors fit no other value.
@@ -69,14 +70,14 @@ class ResumedRun:
             trainer: Of the run.
 
         Raises:
-            ValueError: The checkpoint does not fit an argument of this run.
+            MPTError: The checkpoint does not fit an argument of this run.
         """
         found = list(self._found)
         with suppress(AttributeError, IndexError, KeyError, TypeError, ValueError):
             # A damaged state has any content; Lightning fails to restore it right after this, with a message.
             found += [*self._of_optimizers(trainer), *self._of_schedules(trainer)]
         if unfit := [difference for difference in found if difference.counts is None]:
-            raise ValueError(
+            raise MPTError(
                 f"{self.path} cannot be resumed with other arguments than it was trained with: "
                 f"{'; '.join(map(str, unfit))}. Set the checkpoint's values, or start a new run without --ckpt_path."
             )

@@ -14,6 +14,8 @@ from filelock import FileLock
 from safetensors.torch import load, save
 from torch import Tensor
 
+from mpt_lightning.errors import MPTError
+
 FORMAT = 1
 """Part of what a file is named after: raise it when the same row would be stored in another way."""
 
@@ -46,8 +48,8 @@ class TeacherCache:
         """Give the rows that are there.
 
         Raises:
-            ValueError: the file is damaged, or another program's.
-            OSError: it cannot be opened or read.
+            MPTError: the file is damaged, or another program's.
+            MPTError: it cannot be opened or read.
         """
         found = {}
         with self._told():
@@ -65,8 +67,8 @@ class TeacherCache:
         """Add rows, all or none of them; a row that is there already stays.
 
         Raises:
-            ValueError: the file is damaged, or another program's.
-            OSError: it cannot be written: no space, no permission.
+            MPTError: the file is damaged, or another program's.
+            MPTError: it cannot be written: no space, no permission.
         """
         entries = [(key, _checksum(key, value), value) for key, value in ((k, save(row)) for k, row in rows.items())]
         with self._told(), self._open() as transaction:
@@ -125,13 +127,13 @@ class TeacherCache:
         try:
             yield
         except (sqlite3.OperationalError, OSError) as error:
-            raise OSError(
+            raise MPTError(
                 f"The teachers' cache {self.path} cannot be used: {error}. Make room on its disk if that is full, or "
                 "set --model.teacher_cache to another folder on a disk of this machine that can be written, or to "
                 "null. Checkpoints written before are whole."
             ) from error
         except sqlite3.DatabaseError as error:
-            raise ValueError(
+            raise MPTError(
                 f"The teachers' cache {self.path} is damaged, or is none: {error}. Remove the file (with those of the "
                 "same name and -wal, -shm); it is made anew. Or set --model.teacher_cache to another folder."
             ) from error

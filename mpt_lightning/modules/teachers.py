@@ -13,8 +13,9 @@ from torch import Tensor
 from mpt_lightning import objectives
 from mpt_lightning.backbones import Backbone, BackboneOutput, Segment
 from mpt_lightning.checkpoint import PromptCheckpoint, read_checkpoint
+from mpt_lightning.errors import MPTError
 from mpt_lightning.modules.batch import Batch
-from mpt_lightning.modules.start import check_length
+from mpt_lightning.modules.initialization import check_length
 from mpt_lightning.modules.teacher_cache import Row, TeacherCache, row_key
 
 States = dict[str, tuple[Tensor, ...]]
@@ -265,14 +266,14 @@ def read_teachers(
         backbone: the backbone in use, where it is loaded.
 
     Raises:
-        ValueError: a task has none, or its prompt is not of embeddings alone or of another length.
+        MPTError: a task has none, or its prompt is not of embeddings alone or of another length.
     """
     paths = {task: given for task in tasks} if isinstance(given, str) else given
     read: dict[str, PromptCheckpoint] = {}
     teachers = {}
     for task in tasks:
         if task not in paths:
-            raise ValueError(f"The task {task!r} has no teacher: --model.teachers names {', '.join(paths)}. Add it.")
+            raise MPTError(f"The task {task!r} has no teacher: --model.teachers names {', '.join(paths)}. Add it.")
         path = paths[task]
         teacher = read[path] = read.get(path) or read_checkpoint(
             path, "--model.teachers", folder=True, backbone=backbone
@@ -281,7 +282,7 @@ def read_teachers(
             # PEFT does not name its tasks; the argument does.
             teacher = replace(teacher, prompt_config=teacher.prompt_config | {"tasks": [task]})
         if task not in teacher.tasks:
-            raise ValueError(
+            raise MPTError(
                 f"The task {task!r} has no teacher: --model.teachers {path} has {', '.join(teacher.tasks)}. "
                 "Train PromptTuning on it too, or leave the task out."
             )

@@ -8,9 +8,9 @@ from mpt_lightning.prompts.base import Prompt
 from mpt_lightning.prompts.context import ContextPrompt
 from mpt_lightning.prompts.decomposed import DecomposedPrompt
 from mpt_lightning.prompts.empty import EmptyPrompt
-from mpt_lightning.prompts.encoded import EncodedPrompt, SuperposedPrompt
 from mpt_lightning.prompts.multitask import MultitaskPrompt
 from mpt_lightning.prompts.prefix import PrefixPrompt
+from mpt_lightning.prompts.reparameterized import EncodedPrompt, SuperposedPrompt
 from mpt_lightning.prompts.soft import SoftPrompt
 
 __all__ = [

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpt_lightning.errors import MPTError
+
 
 class Prompt(nn.Module, ABC):
     """Prompt embeddings of one or many named tasks.
@@ -18,7 +20,7 @@ class Prompt(nn.Module, ABC):
         tasks: [T] names of the rows; "0", "1", ... by default.
 
     Raises:
-        ValueError: a size is below 1, or names are missing or repeated.
+        MPTError: a size is below 1, or names are missing or repeated.
     """
 
     least_length = 1
@@ -29,11 +31,11 @@ class Prompt(nn.Module, ABC):
         super().__init__()
         for name, size, least in (("num_tasks", num_tasks, 1), ("length", length, self.least_length), ("dim", dim, 1)):
             if size < least:
-                raise ValueError(f"{name} must be at least {least}, got {size}.")
+                raise MPTError(f"{name} must be at least {least}, got {size}.")
         self.length, self.dim = length, dim
         self.tasks = [str(row) for row in range(num_tasks)] if tasks is None else list(tasks)
         if len(self.tasks) != num_tasks or len(set(self.tasks)) != num_tasks:
-            raise ValueError(f"tasks must be {num_tasks} different names, got {self.tasks}.")
+            raise MPTError(f"tasks must be {num_tasks} different names, got {self.tasks}.")
 
     @property
     def num_tasks(self) -> int:
@@ -66,10 +68,10 @@ class Prompt(nn.Module, ABC):
         """Give the row of a task.
 
         Raises:
-            ValueError: there is no such task.
+            MPTError: there is no such task.
         """
         if task not in self.tasks:
-            raise ValueError(f"Unknown task {task!r}. This prompt has: {', '.join(self.tasks)}.")
+            raise MPTError(f"Unknown task {task!r}. This prompt has: {', '.join(self.tasks)}.")
         return self.tasks.index(task)
 
     def fold(self, task: str) -> Tensor:
@@ -86,10 +88,10 @@ class Prompt(nn.Module, ABC):
             like: the task whose row is copied; by default the new row is the mean of all rows.
 
         Raises:
-            ValueError: the name is taken, or `like` is unknown.
+            MPTError: the name is taken, or `like` is unknown.
         """
         if task in self.tasks:
-            raise ValueError(f"The task {task!r} exists already. Choose another name, or rename_task() first.")
+            raise MPTError(f"The task {task!r} exists already. Choose another name, or rename_task() first.")
         source = None if like is None else self.index(like)
         for name in self.task_parameters():
             rows: Tensor = getattr(self, name).data
@@ -101,11 +103,11 @@ class Prompt(nn.Module, ABC):
         """Remove a task from a trained prompt; make optimizers afterwards.
 
         Raises:
-            ValueError: the task is unknown, or the last one.
+            MPTError: the task is unknown, or the last one.
         """
         row = self.index(task)
         if self.num_tasks == 1:
-            raise ValueError(f"{task!r} is the only task; a prompt needs at least one.")
+            raise MPTError(f"{task!r} is the only task; a prompt needs at least one.")
         for name in self.task_parameters():
             rows: Tensor = getattr(self, name).data
             self._replace(name, torch.cat([rows[:row], rows[row + 1 :]]))
@@ -115,11 +117,11 @@ class Prompt(nn.Module, ABC):
         """Rename a task.
 
         Raises:
-            ValueError: the task is unknown, or the new name is taken.
+            MPTError: the task is unknown, or the new name is taken.
         """
         row = self.index(task)
         if new in self.tasks and new != task:
-            raise ValueError(f"Cannot rename {task!r} to {new!r}: that name is taken.")
+            raise MPTError(f"Cannot rename {task!r} to {new!r}: that name is taken.")
         self.tasks[row] = new
 
     def _replace(self, name: str, value: Tensor) -> None:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mpt_lightning.errors import MPTError
 from mpt_lightning.prompts.base import Prompt
 
 Trained = Literal["inputs", "all", "instruction", "nothing"]
@@ -40,7 +41,7 @@ class ContextPrompt(Prompt):
         epsilon_scale: "width" as above; "embedding" takes the epsilons as shares of the token's embedding's norm.
 
     Raises:
-        ValueError: no tokens, lengths that differ, a type below -1, a label that nothing precedes, an epsilon that is
+        MPTError: no tokens, lengths that differ, a type below -1, a label that nothing precedes, an epsilon that is
             not above 0.
 
     Example:
@@ -73,7 +74,7 @@ class ContextPrompt(Prompt):
         check_types(token_ids, token_types)
         for name, value in (("epsilon", epsilon), ("template_epsilon", template_epsilon)):
             if value is not None and not (isinstance(value, int | float) and value > 0):
-                raise ValueError(f"{name} must be above 0, or none for no bound; got {value}.")
+                raise MPTError(f"{name} must be above 0, or none for no bound; got {value}.")
         self.token_ids, self.token_types = list(token_ids), list(token_types)
         self.trained, self.epsilon_scale = trained, epsilon_scale
         self.epsilon, self.template_epsilon = epsilon, template_epsilon
@@ -111,10 +112,10 @@ class ContextPrompt(Prompt):
         """Take the context's embeddings from the backbone's table `[V, H]`: the centre of the balls.
 
         Raises:
-            ValueError: the table is of another width, or has too few rows.
+            MPTError: the table is of another width, or has too few rows.
         """
         if embeddings.shape[1] != self.dim or len(embeddings) <= max(self.token_ids):
-            raise ValueError(
+            raise MPTError(
                 f"The context has token ids up to {max(self.token_ids)} of width {self.dim}, and the backbone's "
                 f"embeddings are {list(embeddings.shape)}. Use the backbone that the context was made for."
             )
@@ -168,9 +169,9 @@ class ContextPrompt(Prompt):
         """Refuse: a context belongs to one task.
 
         Raises:
-            ValueError: always.
+            MPTError: always.
         """
-        raise ValueError(f"A context belongs to one task ({self.tasks[0]}); train another one for {task!r}.")
+        raise MPTError(f"A context belongs to one task ({self.tasks[0]}); train another one for {task!r}.")
 
     def config(self) -> dict[str, Any]:
         """Give the constructor's arguments."""
@@ -190,15 +191,13 @@ def check_types(token_ids: Sequence[int], token_types: Sequence[int]) -> None:
     """Check a context's token types.
 
     Raises:
-        ValueError: they cannot be those of a context.
+        MPTError: they cannot be those of a context.
     """
     if any(type(value) is not int for value in (*token_ids, *token_types)) or min(token_ids, default=0) < 0:
-        raise ValueError("Token ids must be whole numbers, 0 or above, and token types whole numbers.")
+        raise MPTError("Token ids must be whole numbers, 0 or above, and token types whole numbers.")
     if len(token_types) != len(token_ids):
-        raise ValueError(f"A context needs one type per token: got {len(token_ids)} ids, {len(token_types)} types.")
+        raise MPTError(f"A context needs one type per token: got {len(token_ids)} ids, {len(token_types)} types.")
     if min(token_types) < INSTRUCTION:
-        raise ValueError(f"Token types are {INSTRUCTION}, 0 or above; got {min(token_types)}.")
+        raise MPTError(f"Token types are {INSTRUCTION}, 0 or above; got {min(token_types)}.")
     if token_types[0] > 0 and token_types[0] % 4 == 0:
-        raise ValueError(
-            "The context begins with a label, which nothing can predict; begin with an input or a template."
-        )
+        raise MPTError("The context begins with a label, which nothing can predict; begin with an input or a template.")

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpt_lightning.errors import MPTError
 from mpt_lightning.prompts.base import Prompt
 from mpt_lightning.prompts.init import random_uniform
 
@@ -22,7 +23,7 @@ class DecomposedPrompt(Prompt):
         tasks: [T] names of the rows.
 
     Raises:
-        ValueError: a size is below 1.
+        MPTError: a size is below 1.
 
     Example:
         >>> prompt = DecomposedPrompt(num_tasks=1, length=2, dim=8, text_length=5, rank=3)
@@ -38,7 +39,7 @@ class DecomposedPrompt(Prompt):
     ) -> None:
         super().__init__(num_tasks, length, dim, tasks)
         if min(text_length, rank) < 1:
-            raise ValueError(f"text_length and rank must be at least 1, got {text_length} and {rank}.")
+            raise MPTError(f"text_length and rank must be at least 1, got {text_length} and {rank}.")
         self.text_length, self.rank = text_length, rank
         self.prompt_embeddings = nn.Parameter(random_uniform(num_tasks, length, dim))
         # B is zero, so that texts begin as they are.
@@ -62,9 +63,9 @@ class DecomposedPrompt(Prompt):
         """Refuse: the shift of the text's embeddings is no part of a `[P, H]` matrix.
 
         Raises:
-            ValueError: always.
+            MPTError: always.
         """
-        raise ValueError("DePT changes the text's embeddings too: it is no matrix of embeddings to fold into.")
+        raise MPTError("DePT changes the text's embeddings too: it is no matrix of embeddings to fold into.")
 
     def task_parameters(self) -> list[str]:
         """Give the names of the parameters: all have one row per task."""

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Generator, Tensor
 
+from mpt_lightning.errors import MPTError
+
 
 def random_uniform(*shape: int, bound: float = 0.5, generator: Generator | None = None) -> Tensor:
     """Give uniform numbers in [-bound, bound], the original prompt tuning's random start."""
@@ -37,7 +39,7 @@ def sampled_vocabulary(
         [P, H], a copy on the CPU, so that a start is the same on every device.
 
     Raises:
-        ValueError: fewer than `length` tokens to draw from.
+        MPTError: fewer than `length` tokens to draw from.
 
     Example:
         >>> sampled_vocabulary(torch.eye(6), length=3, exclude=[0]).shape
@@ -59,12 +61,12 @@ def vocabulary_ids(
         generator: the source of randomness.
 
     Raises:
-        ValueError: fewer than `length` tokens to draw from.
+        MPTError: fewer than `length` tokens to draw from.
     """
     banned = set(exclude)
     ids = [token for token in range(min(top, size)) if token not in banned]
     if len(ids) < length:
-        raise ValueError(f"A prompt of {length} distinct tokens needs as many to draw from; there are {len(ids)}.")
+        raise MPTError(f"A prompt of {length} distinct tokens needs as many to draw from; there are {len(ids)}.")
     return torch.tensor(ids)[torch.randperm(len(ids), generator=generator)[:length]].tolist()
 
 
@@ -80,10 +82,10 @@ def from_token_ids(embeddings: Tensor, token_ids: Sequence[int], length: int) ->
         [P, H], a copy on the CPU, so that a start is the same on every device.
 
     Raises:
-        ValueError: no token.
+        MPTError: no token.
     """
     if not token_ids:
-        raise ValueError("The text to start a prompt from has no tokens; give at least one word.")
+        raise MPTError("The text to start a prompt from has no tokens; give at least one word.")
     return _rows(embeddings, [token_ids[position % len(token_ids)] for position in range(length)])
 
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mpt_lightning.errors import MPTError
 from mpt_lightning.prompts.base import Prompt
 from mpt_lightning.prompts.init import random_uniform
 
@@ -42,9 +43,9 @@ class MultitaskPrompt(Prompt):
     ) -> None:
         super().__init__(num_tasks, length, dim, tasks)
         if rank < 1:
-            raise ValueError(f"rank must be at least 1, got {rank}.")
+            raise MPTError(f"rank must be at least 1, got {rank}.")
         if factor_init not in ("ones", "normal"):
-            raise ValueError(f"factor_init must be 'ones' or 'normal', got {factor_init!r}.")
+            raise MPTError(f"factor_init must be 'ones' or 'normal', got {factor_init!r}.")
         self.rank = rank
         self.prompt_embeddings = nn.Parameter(random_uniform(length, dim))
         # With u = v = 1/sqrt(R) the sum over ranks is one; the noise tells tasks and ranks apart.
@@ -97,7 +98,7 @@ class MultitaskPrompt(Prompt):
             A prompt of `len(tasks)` tasks, independent of `source`.
 
         Raises:
-            ValueError: `start` is no task of the source.
+            MPTError: `start` is no task of the source.
         """
         prompt = cls(len(tasks), source.length, source.dim, source.rank, tasks)
         with torch.no_grad():

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpt_lightning.errors import MPTError
 from mpt_lightning.prompts.base import Prompt, through_networks
 
 Layers = tuple[tuple[Tensor, Tensor], ...]
@@ -25,7 +26,7 @@ class PrefixPrompt(Prompt):
             that makes them from P embeddings of the size heads * D (the paper's section 4.3).
 
     Raises:
-        ValueError: a size is below 1.
+        MPTError: a size is below 1.
 
     Example:
         >>> prefix = PrefixPrompt(num_tasks=1, length=4, layers=2, heads=3, width=5)
@@ -48,7 +49,7 @@ class PrefixPrompt(Prompt):
     ) -> None:
         super().__init__(num_tasks, length, heads * width, tasks)
         if min(layers, heads, width) < 1 or (projection is not None and projection < 1):
-            raise ValueError(f"Sizes must be at least 1: {layers=}, {heads=}, {width=}, {projection=}.")
+            raise MPTError(f"Sizes must be at least 1: {layers=}, {heads=}, {width=}, {projection=}.")
         self.layers, self.heads, self.width, self.projection = layers, heads, width, projection
         inner = 2 * layers * self.dim if projection is None else self.dim
         self.prefix = nn.Parameter(torch.randn(num_tasks, length, inner))
@@ -76,10 +77,10 @@ class PrefixPrompt(Prompt):
             layers: per layer `[1, heads, P, D]` each.
 
         Raises:
-            ValueError: this prefix comes out of a network.
+            MPTError: this prefix comes out of a network.
         """
         if self.projection is not None:
-            raise ValueError("A prefix that comes out of a network cannot start from given keys and values.")
+            raise MPTError("A prefix that comes out of a network cannot start from given keys and values.")
         stacked = torch.stack([torch.stack([states[0] for states in pair]) for pair in layers])
         with torch.no_grad():  # [layers, 2, heads, P, D] to [P, layers, 2, heads, D]
             self.prefix.copy_(stacked.permute(3, 0, 1, 2, 4).flatten(1))
@@ -88,9 +89,9 @@ class PrefixPrompt(Prompt):
         """Refuse: a prefix is no `[P, H]` matrix of embeddings.
 
         Raises:
-            ValueError: always.
+            MPTError: always.
         """
-        raise ValueError("A prefix has keys and values for every layer: it is no matrix of embeddings to fold into.")
+        raise MPTError("A prefix has keys and values for every layer: it is no matrix of embeddings to fold into.")
 
     def task_parameters(self) -> list[str]:
         """Give the names of the parameters with one row per task; networks are kept beside them."""

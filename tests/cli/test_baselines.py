@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpt_lightning.cli import main, packaged_names
+from mpt_lightning.cli.main import main
+from mpt_lightning.resources import packaged_names
 
 QUIET = [
     *("--config", "trainer/cpu", "--data.cache_dir", "cache", "--data.max_eval_rows", "20"),

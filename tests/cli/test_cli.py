@@ -14,7 +14,8 @@ import yaml
 from tokenizers import trainers
 
 import mpt_lightning
-from mpt_lightning.cli import main, packaged, packaged_names
+from mpt_lightning.cli.main import main
+from mpt_lightning.resources import packaged, packaged_names
 from tests.conftest import build_model, build_tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "data" / "fixtures"
@@ -48,7 +49,7 @@ def error(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 @pytest.mark.parametrize("words", [["--help"], ["tasks"], ["configs"], ["--version"]])
 def test_light_commands_do_not_import_torch(words: list[str]) -> None:
-    code = f"import sys; from mpt_lightning.cli import main\ntry: main({words})\nexcept SystemExit: pass\n"
+    code = f"import sys; from mpt_lightning.cli.main import main\ntry: main({words})\nexcept SystemExit: pass\n"
     code += "heavy = {'torch', 'lightning', 'transformers', 'datasets'} & set(sys.modules); assert not heavy, heavy"
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mpt_lightning.cli import main, packaged
+from mpt_lightning.cli.main import main
+from mpt_lightning.resources import packaged
 
 
 @pytest.fixture(autouse=True)

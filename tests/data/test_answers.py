@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from mpt_lightning.data import TaskDataModule, build_context
-from mpt_lightning.data.encode import Encoder
 from mpt_lightning.data.examples import Example
+from mpt_lightning.data.tokenize import Encoder
 
 WORDS = "it was a good film and the bad film was not very good so I am happy to see the sad end of it , again !".split()
 ANSWERS = ["good", "bad", "not good", "the end", "so happy", "xyz", "3.4"]

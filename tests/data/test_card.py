@@ -78,7 +78,7 @@ def test_unknown_name_suggests_near_ones():
 
 
 def test_missing_file_is_not_taken_for_a_name():
-    with pytest.raises(FileNotFoundError, match=r"'nowhere/x.yaml', which does not exist"):
+    with pytest.raises(ValueError, match=r"'nowhere/x.yaml', which does not exist"):
         load_card("nowhere/x.yaml")
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mpt_lightning.data import Context, MultitaskDataModule, TaskDataModule, build_context, load_task
-from mpt_lightning.data.encode import Encoder
 from mpt_lightning.data.examples import Example
+from mpt_lightning.data.tokenize import Encoder
 
 
 @pytest.fixture

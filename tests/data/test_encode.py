@@ -3,9 +3,9 @@ from dataclasses import replace
 import pytest
 
 from mpt_lightning.data.cache import encoded_split
-from mpt_lightning.data.encode import Encoder, render
 from mpt_lightning.data.examples import Example
 from mpt_lightning.data.rows import Draw
+from mpt_lightning.data.tokenize import Encoder, render
 
 DRAW = Draw()
 

@@ -69,7 +69,7 @@ def test_a_wrong_pattern_is_told_by_the_card(patterns: object, message: str) -> 
 def test_the_demo_models_vocabulary_has_every_word_of_its_patterns() -> None:
     from transformers import AutoTokenizer
 
-    from mpt_lightning.demo import backbone_path
+    from mpt_lightning.resources import backbone_path
 
     known = AutoTokenizer.from_pretrained(backbone_path("mpt_lightning/demo/t5")).get_vocab()
     cards = {name: card for name, card in list_cards().items() if card.patterns}

@@ -9,11 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mpt_lightning import CPT, load_task
-from mpt_lightning.demo import CAUSAL_BACKBONE, backbone_path, world
-from mpt_lightning.demo.episodes import POOL, TARGET_WORDS, judgement
-from mpt_lightning.demo.pretrain_causal import evaluate, make_tokenizer
+from mpt_lightning.resources import LLAMA, backbone_path
+from tools import world
+from tools.episodes import POOL, TARGET_WORDS, judgement
+from tools.pretrain_llama import evaluate, make_tokenizer
 
-MODEL = backbone_path(CAUSAL_BACKBONE)
+MODEL = backbone_path(LLAMA)
 
 
 def test_the_tokenizer_is_the_one_the_script_makes() -> None:
@@ -43,7 +44,7 @@ def test_a_target_tasks_words_never_name_its_own_distinction(task: str) -> None:
 def test_the_module_reads_the_context_as_the_model_was_trained_to(tmp_path: Path) -> None:
     """The DataModule's context and rows are, token by token, an episode of the pretraining."""
     data = load_task(
-        "demo/advice", backbone=CAUSAL_BACKBONE, context_shots=1, answer_prefix="label :", separator="",
+        "demo/advice", backbone=LLAMA, context_shots=1, answer_prefix="label :", separator="",
         cache_dir=str(tmp_path), max_eval_rows=100,
     )  # fmt: skip
     data.setup("validate")
@@ -52,6 +53,6 @@ def test_the_module_reads_the_context_as_the_model_was_trained_to(tmp_path: Path
     assert text.count(" label : ") == text.count("</s>") == 2
     assert text.endswith("</s>")
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
-    (scores,) = trainer.validate(CPT(CAUSAL_BACKBONE, method="icl"), datamodule=data, verbose=False)
+    (scores,) = trainer.validate(CPT(LLAMA, method="icl"), datamodule=data, verbose=False)
     assert scores["val/demo/advice/accuracy"] >= 0.85
     assert torch.isfinite(torch.tensor(scores["val/loss"]))

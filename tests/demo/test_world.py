@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from mpt_lightning.data.card import load_card
-from mpt_lightning.demo import pretrain
-from mpt_lightning.demo.world import SOURCES, TARGETS, TASKS, make_rows, write_world
+from tools import pretrain_t5
+from tools.world import SOURCES, TARGETS, TASKS, make_rows, write_world
 
 MODEL = str(resources.files("mpt_lightning.demo") / "t5")
 COUNTS = {"train": 240, "validation": 48, "test": 48}
@@ -82,17 +82,17 @@ def test_every_word_is_in_the_shipped_vocabulary(
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_instructions_never_answer_with_a_target_tasks_words(target: str) -> None:
-    answers = {word for skill in pretrain.SKILLS for word in skill.answers}
-    answers |= {word for code in pretrain.CODES.values() for word in code} | {"yes", "no"}
+    answers = {word for skill in pretrain_t5.SKILLS for word in skill.answers}
+    answers |= {word for code in pretrain_t5.CODES.values() for word in code} | {"yes", "no"}
     assert not answers & set(TARGETS[target].choices)
-    assert set(TARGETS[target].choices) <= set(pretrain.SAYABLE)  # but plain text says them
+    assert set(TARGETS[target].choices) <= set(pretrain_t5.SAYABLE)  # but plain text says them
 
 
 def test_tokenizer_is_the_one_the_script_makes_and_round_trips(tokenizer: PreTrainedTokenizerBase) -> None:
     text = "the red cup was found by the dog , in the park ."
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
     assert tokenizer("The DOG found it.")["input_ids"][-2:] == tokenizer(".")["input_ids"]
-    assert pretrain.make_tokenizer(0).get_vocab() == tokenizer.get_vocab()
+    assert pretrain_t5.make_tokenizer(0).get_vocab() == tokenizer.get_vocab()
 
 
 def test_shipped_model_is_small_and_does_what_its_readme_says(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -232,7 +232,7 @@ def test_slurm_requeues_a_job_that_goes_on(whole: Path, machines: list[Machine])
 
 def resume(folder: str) -> None:
     """One of two machines that do not share their checkpoints: the first one alone has one."""
-    cli.PATIENCE = 0
+    exit.PATIENCE = 0
     words = ["fit", "--config", recipe(Path(folder, os.environ["RANK"])), "--config", "trainer/cpu"]
     printed = io.StringIO()
     with pytest.raises(SystemExit), contextlib.redirect_stderr(printed):

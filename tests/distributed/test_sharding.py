@@ -33,7 +33,7 @@ from mpt_lightning.callbacks import PEFTExport, PredictionWriter
 from mpt_lightning.checkpoint import read_checkpoint
 from mpt_lightning.data.card import TaskCard
 from mpt_lightning.data.sampling import EvalSampler
-from mpt_lightning.strategies import check_strategy
+from mpt_lightning.distributed.strategy import check_strategy
 
 STAGES = ["source", "cached", "cpt", "checkpointed", "prefix"]
 QUIET = {"limit_val_batches": 0, "enable_checkpointing": False}

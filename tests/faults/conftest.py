@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from mpt_lightning.checkpoint import read_checkpoint
-from mpt_lightning.cli import main
-from mpt_lightning.errors import own_error
+from mpt_lightning.cli.main import main
+from mpt_lightning.errors import MPTError
 from mpt_lightning.modules import CPT, MPTSource, PromptTuning
 
 STAGES = {"PromptTuning": PromptTuning, "MPTSource": MPTSource, "CPT": CPT}
@@ -111,7 +110,6 @@ class Sprung:
         return (open, (str(self.path), "w"))
 
 
-CLEAR = (ValueError, FileNotFoundError, MisconfigurationException)
 Outcome = Callable[[Callable[[], object]], str | None]
 
 
@@ -128,9 +126,7 @@ def outcome(capsys: pytest.CaptureFixture[str]) -> Outcome:
             if leaving.code != 2 or len(lines) != 1:
                 raise
             message = lines[0]
-        except CLEAR as error:
-            if type(error) not in CLEAR or own_error(error) is not error:
-                raise
+        except MPTError as error:
             message = str(error)
         else:
             return None

@@ -19,7 +19,7 @@ from safetensors.torch import save
 
 from mpt_lightning import MPTSource, MPTTarget, Predictor, PromptTuning
 from mpt_lightning.checkpoint import KEY, read_checkpoint
-from mpt_lightning.cli import main
+from mpt_lightning.cli.main import main
 from tests.faults.conftest import STAGES, Outcome, Sprung, World
 from tests.faults.damage import Change, Damage, drop, flip, put, saved, zipped
 from tests.modules.conftest import AnyData

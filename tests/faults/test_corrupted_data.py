@@ -13,7 +13,7 @@ import pytest
 from pyarrow import parquet
 
 from mpt_lightning import Predictor, TaskDataModule
-from mpt_lightning.cli import main
+from mpt_lightning.cli.main import main
 from mpt_lightning.data.card import load_card
 from mpt_lightning.predictor import predict_file
 from tests.faults.conftest import CARD, ROWS, Outcome, World

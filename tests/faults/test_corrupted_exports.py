@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mpt_lightning import MPTSource, MPTTarget, Predictor, PromptTuning, export_peft, import_peft, load_backbone
-from mpt_lightning.cli import main
+from mpt_lightning.checkpoint.folder import content_digest, digest
+from mpt_lightning.cli.main import main
 from mpt_lightning.interop import export_prompt_embeds
-from mpt_lightning.interop.folder import _own_digest, digest
 from tests.faults.conftest import Outcome, Sprung, World
 from tests.faults.damage import Change, Damage, drop, flip, put
 from tests.modules.conftest import AnyData
@@ -167,7 +167,7 @@ def test_a_wrong_description_with_a_right_digest(
     def sign(content: Any) -> None:
         change(content)
         content.pop("sha256")
-        content["sha256"] = _own_digest(content)
+        content["sha256"] = content_digest(content)
 
     change_json(folder / OURS, sign)
     refused(folder, 1, world, outcome)
@@ -187,7 +187,7 @@ def test_values_that_are_not_finite(
     if (folder / OURS).is_file():
         content = json.loads((folder / OURS).read_text())
         content["files"][file.name] = digest(file)
-        content["sha256"] = _own_digest({name: value for name, value in content.items() if name != "sha256"})
+        content["sha256"] = content_digest({name: value for name, value in content.items() if name != "sha256"})
         (folder / OURS).write_text(json.dumps(content))
     message = outcome(lambda: import_peft(folder))
     assert message is not None

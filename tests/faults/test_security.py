@@ -18,13 +18,13 @@ from mpt_lightning import PEFTModule, Predictor, PromptTuning, SoftPrompt, expor
 from mpt_lightning.backbones.load import load_config
 from mpt_lightning.backbones.tokenizer import load_tokenizer
 from mpt_lightning.checkpoint import KEY, PromptCheckpoint, read_checkpoint
-from mpt_lightning.cli import main
+from mpt_lightning.cli.main import main
 from mpt_lightning.data.card import card_names, load_card
-from mpt_lightning.data.encode import Encoder
 from mpt_lightning.data.source import import_preprocess
-from mpt_lightning.files import can_be_path
+from mpt_lightning.data.tokenize import Encoder
 from mpt_lightning.interop import export_prompt_embeds, import_peft, model_card
 from mpt_lightning.interop.folder import task_paths
+from mpt_lightning.io import can_be_path
 from tests.faults.conftest import CARD, Outcome, Sprung, World
 from tests.modules.conftest import AnyData
 

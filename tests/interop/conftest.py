@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from mpt_lightning import ContextPrompt, MultitaskPrompt, SoftPrompt, load_backbone
 from mpt_lightning.backbones import Backbone
-from mpt_lightning.checkpoint import KEY, metadata
+from mpt_lightning.checkpoint import KEY
+from mpt_lightning.checkpoint.format import metadata
 from mpt_lightning.prompts import EmptyPrompt, EncodedPrompt, Prompt, SuperposedPrompt
 
 TASKS = ["glue/one", "two"]

@@ -7,7 +7,6 @@ from pathlib import Path
 import lightning.pytorch as L
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 
@@ -15,7 +14,7 @@ from mpt_lightning import PromptTuning, import_peft
 from mpt_lightning.backbones import Backbone
 from mpt_lightning.callbacks import PEFTExport
 from mpt_lightning.checkpoint import read_checkpoint
-from mpt_lightning.cli import main
+from mpt_lightning.cli.main import main
 from tests.interop.conftest import TASKS
 from tests.modules.conftest import AnyData
 
@@ -110,10 +109,10 @@ def test_an_export_needs_something_to_export(
     backbones: Give, trainer: MakeTrainer, tmp_path: Path, model_folder: Callable[[str], str]
 ) -> None:
     module = PromptTuning(backbones("t5").name, prompt_length=4)
-    with pytest.raises(MisconfigurationException, match="add a ModelCheckpoint"):
+    with pytest.raises(ValueError, match="add a ModelCheckpoint"):
         trainer(callbacks=[PEFTExport()]).fit(module, datamodule=AnyData())
     callbacks = [PEFTExport(), ModelCheckpoint(tmp_path)]
-    with pytest.raises(MisconfigurationException, match="exports prompt modules, and this is BoringModel"):
+    with pytest.raises(ValueError, match="exports prompt modules, and this is BoringModel"):
         trainer(callbacks=callbacks, enable_checkpointing=True).fit(BoringModel(), datamodule=AnyData())
     (tmp_path / "runs/peft").mkdir(parents=True)
     (tmp_path / "runs/peft/mine").write_text("mine")

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from mpt_lightning import export_peft, import_peft
 from mpt_lightning.backbones import Backbone
 from mpt_lightning.checkpoint import PromptCheckpoint, read_checkpoint
-from mpt_lightning.checkpoint_io import CheckedCheckpointIO
+from mpt_lightning.checkpoint.folder import content_digest
+from mpt_lightning.checkpoint.io import CheckedCheckpointIO
 from mpt_lightning.interop import export_prompt_embeds
-from mpt_lightning.interop.folder import _own_digest
 from tests.conftest import KINDS
 from tests.interop.conftest import STAGES, TASKS, assert_same_model, make_prompt, with_peft
 
@@ -174,7 +174,7 @@ def test_nothing_is_left_of_an_export_that_fails(
 
     monkeypatch.setattr("mpt_lightning.interop.peft.model_card", fail)
     for dest, replace in (("new", False), ("kept", True)):
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(ValueError, match="disk full"):
             export_peft(source, tmp_path / dest, replace=replace)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "source"]
     assert (kept / "adapter_model.safetensors").read_bytes() == before
@@ -184,7 +184,7 @@ def test_a_file_that_is_written_wrongly_is_told(
     checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mpt_lightning.interop.folder.load_file", lambda _: {"prompt_embeddings": torch.zeros(5, 32)})
-    with pytest.raises(OSError, match="was not written as it should be"):
+    with pytest.raises(ValueError, match="was not written as it should be"):
         export_peft(checkpoint("t5", "PromptTuning"), tmp_path / "export", "two")
     assert not (tmp_path / "export").exists()
 
@@ -243,7 +243,7 @@ def describe(folder: Path, **values: object) -> None:
     file = folder / "mpt_lightning.json"
     content = json.loads(file.read_text()) | values
     del content["sha256"]
-    file.write_text(json.dumps(content | {"sha256": _own_digest(content)}))
+    file.write_text(json.dumps(content | {"sha256": content_digest(content)}))
 
 
 @pytest.mark.parametrize("case", OWN)

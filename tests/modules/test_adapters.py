@@ -10,7 +10,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from mpt_lightning import Adapters, load_backbone
 from mpt_lightning.backbones import CausalBackbone
-from mpt_lightning.backbones.adapters import Bottleneck, add_adapters
+from mpt_lightning.backbones.bottleneck import Bottleneck, add_adapters
 from tests.conftest import KINDS
 from tests.modules.adapted import loads_equal, resumes_exactly
 from tests.modules.conftest import AnyData

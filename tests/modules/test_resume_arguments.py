@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
 from mpt_lightning import MPTSource, MPTTarget, PromptTuning
-from mpt_lightning.cli import main
+from mpt_lightning.cli.main import main
 from mpt_lightning.modules import PromptModule
 from tests.modules.conftest import TASKS, AnyData
 

@@ -1,0 +1,1 @@
+"""`mpt`: the command line."""

@@ -1,0 +1,302 @@
+"""What TaskDataModule and MultitaskDataModule share: loading, caching, evaluation loaders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, Literal, get_args
+
+import lightning.pytorch as L
+import numpy as np
+import torch
+from datasets.arrow_dataset import Dataset
+from datasets.combine import concatenate_datasets
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from mpt_lightning.data.cache import encoded_split
+from mpt_lightning.data.card import TaskCard
+from mpt_lightning.data.collate import PromptCollator
+from mpt_lightning.data.context import Context
+from mpt_lightning.data.loader import ResumableLoader
+from mpt_lightning.data.rows import SPLIT_SEED, Draw, ShotsPer, Split
+from mpt_lightning.data.sampling import EvalSampler, GlobalBatchSampler
+from mpt_lightning.data.slots import count_slots
+from mpt_lightning.data.template import apply_pattern
+from mpt_lightning.data.tokenize import Encoder
+from mpt_lightning.data.vocabulary import check_choices, check_targets, warn_of_unknown_inputs
+from mpt_lightning.errors import MPTError
+
+_TRAIN_COLUMNS = ["input_ids", "labels", "task_ids", "row_id"]
+
+
+class PromptDataModule(L.LightningDataModule):
+    """One or more tasks as batches of token ids.
+
+    Args:
+        cards: The tasks, in the order of their ids.
+        backbone: Hub id or local folder of the model whose tokenizer is used. Unset: the module's `backbone`.
+        data_root: Folder that stands in for the Hub: `<data_root>/<last part of path>[/<subset>]/<split>.parquet` (or
+            .jsonl, .json, .csv). Unset: the environment variable MPT_DATA_ROOT, else the Hub.
+        batch_size: Training rows per device and batch.
+        eval_batch_size: Evaluation rows per device and batch. Unset: `batch_size`.
+        max_input_length: Most tokens of an input; the card names the column that is cut to fit.
+        answer_prefix: Words between the input and the answer, such as `label:`; joined with one space, never cut. An
+            encoder-decoder reads them at the end of the encoder's input.
+        pattern: Which of the cards' `patterns` is the input, from 0. Unset: the card's `input`.
+        k_shot: Train on so many rows, drawn with `seed`. Unset: all rows.
+        shots_per: Count `k_shot` per `class` or per `task`; `balanced` is per task, evenly over its classes. A task
+            without classes counts per task.
+        max_train_rows: Most training rows per task, drawn with `seed`. Unset: all.
+        max_eval_rows: Most validation, test and prediction rows per task, the same for every seed. Unset: all.
+        seed: Seed of draws and of the order of training rows.
+        group_by_length: Put rows of like length into one batch (single task only).
+        predict_split: Split that `predict` reads: `train`, `validation` or `test`.
+        cache_dir: Folder for cached data. Unset: the default of `datasets`.
+        num_workers: Processes that load batches; 0 is the main process.
+
+    Raises:
+        MPTError: If an option has an impossible value.
+    """
+
+    def __init__(
+        self,
+        cards: Sequence[TaskCard],
+        *,
+        backbone: str | None = None,
+        data_root: str | None = None,
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        max_input_length: int = 256,
+        answer_prefix: str = "",
+        pattern: int | None = None,
+        k_shot: int | None = None,
+        shots_per: ShotsPer = "class",
+        max_train_rows: int | None = None,
+        max_eval_rows: int | None = None,
+        seed: int = 42,
+        group_by_length: bool = False,
+        predict_split: Literal["train", "validation", "test"] = "test",
+        cache_dir: str | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        # With fewer evaluation rows than devices some device has none.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        check_counts(
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            max_input_length=max_input_length,
+            k_shot=k_shot,
+            max_train_rows=max_train_rows,
+            max_eval_rows=max_eval_rows,
+        )
+        check_allowed("shots_per", shots_per, get_args(ShotsPer))
+        check_allowed("predict_split", predict_split, get_args(Split))
+        if not (names := [card.name for card in cards]) or len(set(names)) < len(names):
+            raise MPTError(f"Got tasks {names}, expected one or more different names; change `tasks`.")
+        if pattern is not None:
+            cards = [apply_pattern(card, pattern) for card in cards]
+        self.cards = {card.name: card for card in cards}
+        self.backbone = backbone
+        self.data_root = data_root
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.max_input_length = max_input_length
+        self.answer_prefix = answer_prefix
+        self.group_by_length = group_by_length
+        self.predict_split: Split = predict_split
+        self.seed = seed
+        self.cache_dir = cache_dir
+        self.num_workers = num_workers
+        self._train_draw = Draw(k_shot, shots_per, max_train_rows, seed)
+        # The same evaluation rows for every seed: a deviation over seeds is then the training's alone.
+        self._eval_draw = Draw(max_rows=max_eval_rows, seed=SPLIT_SEED)
+        self._has_context = False
+        self._encoder: Encoder | None = None
+        self._splits: dict[Split, list[Dataset]] = {}
+        self._warned: set[str] = set()
+
+    def _save_options(self, name: str, cards: Any, options: dict[str, Any]) -> None:
+        """Save the arguments as primitives; unlogged, since the module may have arguments of the same name."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, list):
+                return [plain(item) for item in value]
+            return asdict(value) if isinstance(value, TaskCard) else value
+
+        # With the environment's folder: a model card names a Hub data set only if the rows came from the Hub.
+        root = self.data_root or os.environ.get("MPT_DATA_ROOT") or None
+        self.save_hyperparameters({name: plain(cards), **options, "data_root": root}, logger=False)
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks; a task's place in the list is its id."""
+        return list(self.cards)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Tokenizer of the backbone."""
+        return self.encoder.tokenizer
+
+    @property
+    def context(self) -> Context | None:
+        """Examples that come before every row; None where the DataModule has no such thing."""
+        return None
+
+    @property
+    def prompt_slots(self) -> dict[str, int]:
+        """How many of a prompt's tokens stand among the inputs (`[prompt*4]`), by task, where they do."""
+        counts = {name: count_slots(card.input + self.answer_prefix) for name, card in self.cards.items()}
+        return {name: count for name, count in counts.items() if count}
+
+    @property
+    def encoder(self) -> Encoder:
+        """How the backbone reads and writes text."""
+        if self._encoder is None:
+            module = self.trainer.lightning_module if self.trainer is not None else None
+            backbone = self.backbone or getattr(module, "hparams", {}).get("backbone")
+            if not backbone:
+                raise MPTError(
+                    "Got no backbone to take the tokenizer from, expected a Hub id or a folder; set `backbone` of the "
+                    "DataModule, or use a module with a hyperparameter `backbone`."
+                )
+            self._encoder = Encoder.from_backbone(
+                str(backbone), self.max_input_length, answer_prefix=self.answer_prefix, with_bos=not self._has_context
+            )
+        return self._encoder
+
+    @property
+    def num_train_rows(self) -> int:
+        """Training rows of all tasks together, after `setup`."""
+        return sum(len(rows) for rows in self._rows("train"))
+
+    def prepare_data(self) -> None:
+        """Download and tokenise, once per node."""
+        for split in self._needed(None):
+            self._load(split)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the tokenised rows, from the cache where they are there.
+
+        Args:
+            stage: `fit`, `validate`, `test` or `predict`. Unset: as for `fit`.
+        """
+        for split in self._needed(stage):
+            self._load(split)
+
+    def _needed(self, stage: str | None) -> list[Split]:
+        trainer = self.trainer
+        if stage is None and trainer is not None and trainer.state.fn is not None:
+            stage = trainer.state.fn.value
+        if stage == TrainerFn.VALIDATING.value:
+            return ["validation"]
+        if stage == TrainerFn.TESTING.value:
+            return ["test"]
+        if stage == TrainerFn.PREDICTING.value:
+            return [self.predict_split]
+        return ["train"] if trainer is not None and trainer.limit_val_batches == 0 else ["train", "validation"]
+
+    def _load(self, split: Split) -> None:
+        if split in self._splits:
+            return
+        draw = self._train_draw if split == "train" else self._eval_draw
+        tables = []
+        for card in self.cards.values():
+            check_choices(card, self.tokenizer, self.encoder.is_encoder_decoder)
+        for task_id, card in enumerate(self.cards.values()):
+            rows = encoded_split(card, split, self.encoder, draw, self.data_root, self.cache_dir)
+            check_targets(card, rows, split, self.encoder)
+            if card.name not in self._warned and warn_of_unknown_inputs(card, rows, split, self.encoder):
+                self._warned.add(card.name)
+            if cut := int(rows.data.column("cut").to_numpy().sum()):
+                rank_zero_info(
+                    f"{card.name}: {cut:,} of {len(rows):,} {split} rows were cut to "
+                    f"max_input_length={self.max_input_length} tokens."
+                )
+            tables.append(rows.add_column("task_ids", np.full(len(rows), task_id)))
+        self._splits[split] = tables
+
+    def _rows(self, split: Split) -> list[Dataset]:
+        if split not in self._splits:
+            raise MPTError(f"Got no '{split}' rows, expected them to be loaded; call `setup` first.")
+        return self._splits[split]
+
+    def _ranks(self) -> tuple[int, int]:
+        trainer = self.trainer
+        return (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
+
+    def _train_rows(self) -> Dataset:
+        return concatenate_datasets(self._rows("train")).select_columns(_TRAIN_COLUMNS)
+
+    def _train_loader(self, sampler: GlobalBatchSampler) -> DataLoader[Any]:
+        rows: Any = self._train_rows()
+        options = self._loading(self.batch_size, PromptCollator(self.encoder.pad_id))
+        if getattr(self.trainer, "overfit_batches", 0) > 0:
+            # Lightning would put a sequential sampler in place of ours, which shows the first task only.
+            return DataLoader(rows.select(list(sampler)), **options)
+        return ResumableLoader(rows, sampler=sampler, **options)
+
+    def _eval_loaders(self, split: Split) -> list[DataLoader[Any]]:
+        loaders: list[DataLoader[Any]] = []
+        in_step = getattr(self.trainer and self.trainer.strategy, "ranks_in_step", False)
+        tables: list[Any] = self._rows(split)
+        for card, rows in zip(self.cards.values(), tables, strict=True):
+            # A decoder-only model's rows bring their own choices.
+            choices = self.encoder.targets(card.choices or []) if self.encoder.is_encoder_decoder else None
+            options = self._loading(self.eval_batch_size, PromptCollator(self.encoder.pad_id, choices or None))
+            sampler = EvalSampler(rows, *self._ranks(), even=in_step)
+            loaders.append(DataLoader(rows, sampler=sampler, **options))
+        return loaders
+
+    def _loading(self, batch_size: int, collate: PromptCollator) -> dict[str, Any]:
+        return {
+            "batch_size": batch_size,
+            "collate_fn": collate,
+            "num_workers": self.num_workers,
+            "pin_memory": torch.cuda.is_available(),
+        }
+
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        """One loader per task, in the order of `tasks`."""
+        return self._eval_loaders("validation")
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        """One loader per task, in the order of `tasks`."""
+        return self._eval_loaders("test")
+
+    def predict_dataloader(self) -> list[DataLoader[Any]]:
+        """One loader per task over `predict_split`, in the order of `tasks`."""
+        return self._eval_loaders(self.predict_split)
+
+
+def check_counts(**options: int | None) -> None:
+    """Check options that count something.
+
+    Args:
+        **options: Values by the option's name; None is unset.
+
+    Raises:
+        MPTError: If one is below 1.
+    """
+    for option, value in options.items():
+        if value is not None and value < 1:
+            raise MPTError(f"Got {option}={value}, expected 1 or more; change `{option}`.")
+
+
+def check_allowed(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Check an option that is one of some words.
+
+    Args:
+        option: Its name.
+        value: Its value.
+        allowed: The words.
+
+    Raises:
+        MPTError: If it is none of them.
+    """
+    if value not in allowed:
+        raise MPTError(f"Got {option}={value!r}, expected one of {', '.join(allowed)}; change `{option}`.")

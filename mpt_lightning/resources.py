@@ -1,0 +1,54 @@
+"""What is shipped with the package, by name: task cards, recipes, the embedded models and their tasks' rows."""
+
+import os
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+Kind = Literal["tasks", "configs"]
+
+# The Hub id that the embedded tasks have in their cards, and that begins the embedded models' names.
+EMBEDDED = "mpt_lightning/demo"
+T5 = f"{EMBEDDED}/t5"
+LLAMA = f"{EMBEDDED}/llama"
+
+
+def packaged(kind: Kind, name: str) -> Path | None:
+    """Find a shipped YAML file by name.
+
+    Args:
+        kind: "tasks" for cards, "configs" for recipes.
+        name: "glue/sst2", "mpt/source"; with or without ".yaml".
+
+    Returns:
+        The file, or None if none of this name is shipped.
+    """
+    root = Path(str(resources.files(f"mpt_lightning.{kind}")))
+    file = (root / (name if name.endswith(".yaml") else f"{name}.yaml")).resolve()
+    return file if file.is_file() and root.resolve() in file.parents else None
+
+
+def packaged_names(kind: Kind) -> list[str]:
+    """List the shipped YAML files by name."""
+    root = Path(str(resources.files(f"mpt_lightning.{kind}")))
+    return sorted(str(file.relative_to(root).with_suffix("")).replace(os.sep, "/") for file in root.rglob("*.yaml"))
+
+
+def backbone_path(name: str) -> str:
+    """Return the folder of an embedded model; any other name or folder is returned as it is, with `~` resolved."""
+    if name in (T5, LLAMA):
+        return str(_embedded() / name.rpartition("/")[2])
+    return str(Path(name).expanduser()) if name.startswith("~") else name
+
+
+def embedded_data(path: str) -> Path | None:
+    """Return the folder that stands in for the Hub for an embedded task, or None for any other.
+
+    Args:
+        path: The `path` of a task's card.
+    """
+    return _embedded() / "data" if path == EMBEDDED else None
+
+
+def _embedded() -> Path:
+    return Path(str(resources.files("mpt_lightning"))) / "demo"
