@@ -46,7 +46,7 @@ def against_peft(length: int, repeats: int) -> Line:
     cards = {
         name: TaskCard(name=name, path="none", input="{text}", metrics=["accuracy"], choices=WORDS) for name in TASKS
     }
-    predictor = Predictor(backbone, prompt, cards, Encoder(backbone.tokenizer, False, 256))
+    predictor = Predictor(backbone, prompt, cards, Encoder(backbone.tokenizer, "causal", 256))
     # Answers end with the end-of-text token in a checkpoint's tasks; PEFT's users compare the words' first tokens.
     predictor.encoder.choices = lambda placed, choices: [[[100], [101]] for _ in placed]
     config = MultitaskPromptTuningConfig(

@@ -75,10 +75,9 @@ class Predictor:
             raise MPTError(f"batch_size must be 1 or more, got {batch_size}.")
         self.backbone, self.prompt = backbone.eval(), prompt.eval()
         self.cards, self.batch_size = dict(cards or {}), batch_size
-        kind = bool(backbone.model.config.is_encoder_decoder)
-        self.encoder = encoder or Encoder(backbone.tokenizer, kind, max_input_length=256)
+        self.encoder = encoder or Encoder(backbone.tokenizer, backbone.family, max_input_length=256)
         for card in self.cards.values():
-            check_choices(card, self.encoder.tokenizer, kind)
+            check_choices(card, self.encoder.tokenizer, backbone.family)
         prompt.attach(backbone.embeddings)
         with torch.no_grad():
             self._encoded = backbone.encode_prompts(prompt(torch.arange(prompt.num_tasks, device=self.device)))
@@ -110,7 +109,7 @@ class Predictor:
         options = found.data
         encoder = Encoder(
             model.tokenizer,
-            bool(model.model.config.is_encoder_decoder),
+            model.family,
             options.get("max_input_length", 256),  # the DataModules' default
             options.get("answer_prefix", ""),
             options.get("context_shots") is None,

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mpt_lightning.backbones.compilation import compile_parts
+from mpt_lightning.backbones.family import Family
 from mpt_lightning.backbones.fingerprint import fingerprint
 from mpt_lightning.backbones.tokenizer import load_tokenizer
 from mpt_lightning.errors import MPTError
@@ -66,6 +67,8 @@ class Backbone(nn.Module, ABC):
     Raises:
         MPTError: the model cannot checkpoint gradients, or has nothing to compile.
     """
+
+    family: ClassVar[Family]
 
     def __init__(
         self,

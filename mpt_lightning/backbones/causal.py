@@ -41,6 +41,8 @@ class CausalBackbone(Backbone):
         MPTError: the model has layers other than attention, whose state a prefix cannot be split off from.
     """
 
+    family = "causal"
+
     def __init__(self, model: PreTrainedModel, name: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, name, *args, **kwargs)
         config = model.config.get_text_config(decoder=True)

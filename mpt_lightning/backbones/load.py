@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import (
 from mpt_lightning.backbones.base import Backbone
 from mpt_lightning.backbones.causal import CausalBackbone
 from mpt_lightning.backbones.compilation import check_compiler
+from mpt_lightning.backbones.family import Family, family_of
 from mpt_lightning.backbones.probe import check_backbone
 from mpt_lightning.backbones.quantization import Quantization, keep_differentiable, quantized
 from mpt_lightning.backbones.seq2seq import Seq2SeqBackbone
@@ -22,6 +23,8 @@ from mpt_lightning.io import one_line
 from mpt_lightning.resources import backbone_path
 
 DType = Literal["float32", "bfloat16"]
+AUTO_MODELS: dict[Family, Any] = {"seq2seq": AutoModelForSeq2SeqLM, "causal": AutoModelForCausalLM}
+BACKBONES: dict[Family, type[Backbone]] = {"seq2seq": Seq2SeqBackbone, "causal": CausalBackbone}
 
 
 def load_config(name_or_path: str) -> PreTrainedConfig:
@@ -85,7 +88,7 @@ def load_backbone(
     if quantization is not None:
         options |= quantized(quantization, options["dtype"], device)
     check_kind(config, name_or_path)
-    auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    auto: Any = AUTO_MODELS[family_of(config)]
     model, loading = auto.from_pretrained(path, trust_remote_code=False, output_loading_info=True, **options)
     if absent := sorted(loading["missing_keys"]):
         raise MPTError(
@@ -112,7 +115,7 @@ def wrap_model(
         MPTError: the model is neither an encoder-decoder nor decoder-only, or gives wrong results with prompts.
     """
     check_kind(model.config, name)
-    kind = Seq2SeqBackbone if model.config.is_encoder_decoder else CausalBackbone
+    kind = BACKBONES[family_of(model.config)]
     backbone = kind(model, name, dropout, gradient_checkpointing, compiled)
     if check:
         check_backbone(backbone)

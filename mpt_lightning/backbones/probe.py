@@ -134,7 +134,7 @@ class _Probe:
         model, logits = self.backbone.model, []
         for row, size in enumerate(TEXTS):
             before, answer = torch.cat([self.prompt, self.ids[row, :size]])[None], self.answers[row : row + 1]
-            if model.config.is_encoder_decoder:
+            if self.backbone.family == "seq2seq":
                 decoded = model.prepare_decoder_input_ids_from_labels(answer)
                 found = model(**inputs(before), decoder_input_ids=decoded, use_cache=False).logits
             else:

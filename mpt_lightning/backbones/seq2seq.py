@@ -18,6 +18,8 @@ class Seq2SeqBackbone(Backbone):
         MPTError: the model cannot make its decoder's inputs of labels.
     """
 
+    family = "seq2seq"
+
     def __init__(self, model: PreTrainedModel, name: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, name, *args, **kwargs)
         if not hasattr(model, "prepare_decoder_input_ids_from_labels"):

@@ -178,7 +178,7 @@ def _tell_of_the_decoder_half(folder: Path, config: dict[str, Any]) -> None:
 
 def _check_backbone(folder: Path, config: dict[str, Any], base: str, dim: int, backbone: Backbone) -> None:
     """Refuse a model that cannot be the folder's."""
-    kind = "SEQ_2_SEQ_LM" if backbone.model.config.is_encoder_decoder else "CAUSAL_LM"
+    kind = "SEQ_2_SEQ_LM" if backbone.family == "seq2seq" else "CAUSAL_LM"
     if dim != backbone.dim or config["task_type"] not in (None, kind):
         raise MPTError(
             f"{folder} was made for {base or 'an unnamed model'!r} ({config['task_type'] or 'any kind'}, embeddings of "

@@ -27,7 +27,7 @@ _HOMES = {
     "PromptCollator": "collate",
     "Context": "context",
     "build_context": "context",
-    "PromptDataModule": "base",
+    "PromptDataModule": "datamodule",
     "TaskDataModule": "task",
     "load_task": "task",
     "MultitaskDataModule": "multitask",

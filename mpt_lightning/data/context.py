@@ -65,7 +65,7 @@ def build_context(
         )
     between = _written(encoder, separator, "`separator`", 'set `separator` to another text, or to "" for none')
     _written(encoder, encoder.answer_prefix, "`answer_prefix`", "change `answer_prefix`")
-    check_choices(card, encoder.tokenizer, encoder.is_encoder_decoder)
+    check_choices(card, encoder.tokenizer, encoder.family)
     inside = replace(encoder, with_bos=False)
     ids = encoder.opening
     types, ends = [0] * len(ids), []
@@ -87,7 +87,7 @@ def build_context(
 
 
 def _check_backbone(encoder: Encoder) -> None:
-    if encoder.is_encoder_decoder:
+    if encoder.family == "seq2seq":
         raise MPTError(
             "Got an encoder-decoder backbone, expected a decoder-only one: context-aware prompt tuning trains on the "
             "answers in the context, which an encoder does not predict; change `backbone`, or leave `context_shots` "

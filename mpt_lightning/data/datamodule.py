@@ -206,7 +206,7 @@ class PromptDataModule(L.LightningDataModule):
         draw = self._train_draw if split == "train" else self._eval_draw
         tables = []
         for card in self.cards.values():
-            check_choices(card, self.tokenizer, self.encoder.is_encoder_decoder)
+            check_choices(card, self.tokenizer, self.encoder.family)
         for task_id, card in enumerate(self.cards.values()):
             rows = encoded_split(card, split, self.encoder, draw, self.data_root, self.cache_dir)
             check_targets(card, rows, split, self.encoder)
@@ -246,7 +246,7 @@ class PromptDataModule(L.LightningDataModule):
         tables: list[Any] = self._rows(split)
         for card, rows in zip(self.cards.values(), tables, strict=True):
             # A decoder-only model's rows bring their own choices.
-            choices = self.encoder.targets(card.choices or []) if self.encoder.is_encoder_decoder else None
+            choices = self.encoder.targets(card.choices or []) if self.encoder.family == "seq2seq" else None
             options = self._loading(self.eval_batch_size, PromptCollator(self.encoder.pad_id, choices or None))
             sampler = EvalSampler(rows, *self._ranks(), even=in_step)
             loaders.append(DataLoader(rows, sampler=sampler, **options))

@@ -11,6 +11,7 @@ from typing import Any
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
+from mpt_lightning.backbones.family import Family, family_of
 from mpt_lightning.backbones.load import load_config
 from mpt_lightning.backbones.tokenizer import load_tokenizer
 from mpt_lightning.data.answers import Joiner, Placed
@@ -29,9 +30,8 @@ class Encoder:
 
     Args:
         tokenizer: Its tokenizer.
-        is_encoder_decoder: Whether it has an encoder; if so, the tokenizer closes inputs and targets as it was
-            pretrained. Otherwise the input stays open and the target is what the answer adds to it, then the end of
-            sequence; see `Joiner`.
+        family: The backbone's. For "seq2seq" the tokenizer closes inputs and targets as it was pretrained. For "causal"
+            the input stays open and the target is what the answer adds to it, then the end of sequence; see `Joiner`.
         max_input_length: Most tokens of an input.
         answer_prefix: Words at the end of every input, joined with one space where there is no whitespace yet.
         with_bos: Whether inputs begin with what the tokenizer puts before a text; off where a context, which begins
@@ -39,7 +39,7 @@ class Encoder:
     """
 
     tokenizer: PreTrainedTokenizerBase
-    is_encoder_decoder: bool
+    family: Family
     max_input_length: int
     answer_prefix: str = ""
     with_bos: bool = True
@@ -58,7 +58,7 @@ class Encoder:
 
     @classmethod
     def from_backbone(cls, backbone: str, max_input_length: int, **options: Any) -> Encoder:
-        """Load the tokenizer and kind of a backbone.
+        """Load the tokenizer and family of a backbone.
 
         Args:
             backbone: Hub id or local folder.
@@ -68,8 +68,8 @@ class Encoder:
         Returns:
             The encoder.
         """
-        kind = load_config(backbone).is_encoder_decoder
-        return cls(load_tokenizer(backbone), bool(kind), max_input_length, **options)
+        family = family_of(load_config(backbone))
+        return cls(load_tokenizer(backbone), family, max_input_length, **options)
 
     @property
     def pad_id(self) -> int:
@@ -82,7 +82,7 @@ class Encoder:
         """Hash of all that decides which ids a text becomes."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         state = backend.to_str() if backend is not None else sorted(self.tokenizer.get_vocab().items())
-        kind = (self.tokenizer.eos_token_id, self.is_encoder_decoder, self.max_input_length)
+        kind = (self.tokenizer.eos_token_id, self.family, self.max_input_length)
         return str(Hasher.hash([type(self.tokenizer).__name__, state, kind, self.answer_prefix, self.with_bos]))
 
     @property
@@ -123,7 +123,7 @@ class Encoder:
         """
         if any(count_slots(text) for text in texts):
             return [self._with_slots(text) for text in texts]
-        if self.is_encoder_decoder:
+        if self.family == "seq2seq":
             return self._ids(texts)
         eos = self.tokenizer.eos_token_id
         ids = self._ids(texts, add_special_tokens=self.with_bos)
@@ -144,7 +144,7 @@ class Encoder:
         Returns:
             B texts with their ids.
         """
-        if self.is_encoder_decoder:
+        if self.family == "seq2seq":
             return [Placed(text, ids) for text, ids in zip(texts, self.inputs(texts), strict=True)]
         return self._joiner.place(texts, choices or [""])
 
@@ -159,7 +159,7 @@ class Encoder:
             B lists of ids. Decoder-only models: where the ids of a text are not a prefix of those of text and answer
             together, the ids of `targets`.
         """
-        if self.is_encoder_decoder:
+        if self.family == "seq2seq":
             return self.targets(answers)
         joined = self._joiner.added(placed, answers)
         apart = self.targets([answer for answer, ids in zip(answers, joined, strict=True) if ids is None])
@@ -175,7 +175,7 @@ class Encoder:
         """Return the token ids of B target texts on their own, closed by the end of sequence."""
         if not texts:
             return []
-        if self.is_encoder_decoder:
+        if self.family == "seq2seq":
             encoded = self.tokenizer(text_target=texts, verbose=False)["input_ids"]
             return [list(row) for row in encoded]
         return [[*row, self.tokenizer.eos_token_id] for row in self.plain([f" {text}" for text in texts])]
@@ -187,7 +187,7 @@ class Encoder:
     def _with_slots(self, text: str) -> list[int]:
         before, after = self._around
         ids = with_slots(text, lambda piece: self.plain([piece])[0])
-        if self.is_encoder_decoder:
+        if self.family == "seq2seq":
             return [*before, *ids, *after]
         return [*before, *ids] if self.with_bos else ids
 
@@ -267,7 +267,7 @@ class Encoder:
             fitted = self.fit_all(card, chunk)
             placed = [place for _, place in fitted]
             targets = self.answers(placed, [example.target for example in chunk])
-            choices = self.choices(placed, None if self.is_encoder_decoder else card.choices)
+            choices = self.choices(placed, None if self.family == "seq2seq" else card.choices)
             for whole, (example, place), target, own in zip(chunk, fitted, targets, choices, strict=True):
                 if split == "train" and card.max_target_length and len(target) > card.max_target_length:
                     raise MPTError(

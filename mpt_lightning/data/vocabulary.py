@@ -7,6 +7,7 @@ from datasets.arrow_dataset import Dataset
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
+from mpt_lightning.backbones.family import Family
 from mpt_lightning.data.card import TaskCard
 from mpt_lightning.data.rows import Split
 from mpt_lightning.data.tokenize import Encoder
@@ -22,19 +23,19 @@ def unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return None if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id) else unknown
 
 
-def check_choices(card: TaskCard, tokenizer: PreTrainedTokenizerBase, is_encoder_decoder: bool) -> None:
+def check_choices(card: TaskCard, tokenizer: PreTrainedTokenizerBase, family: Family) -> None:
     """Check that a task's choices can be told apart by their tokens.
 
     Args:
         card: The task.
         tokenizer: The backbone's tokenizer.
-        is_encoder_decoder: Whether the backbone has an encoder; otherwise a choice follows a space.
+        family: The backbone's; for "causal" a choice follows a space.
 
     Raises:
         MPTError: If a choice has no tokens or an unknown one, or if two have the same.
     """
     words = card.choices or []
-    texts = words if is_encoder_decoder else [f" {word}" for word in words]
+    texts = words if family == "seq2seq" else [f" {word}" for word in words]
     rows = [tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in texts]
     space = tokenizer(" ", add_special_tokens=False, verbose=False)["input_ids"]
     unknown = unknown_id(tokenizer)
@@ -69,7 +70,7 @@ def check_targets(card: TaskCard, rows: Dataset, split: Split, encoder: Encoder)
     if card.choices is not None:
         return
     tokenizer = encoder.tokenizer
-    closing = len(encoder.targets([""])[0]) if encoder.is_encoder_decoder else 1
+    closing = len(encoder.targets([""])[0]) if encoder.family == "seq2seq" else 1
     lengths, unknown = _counts(rows, "labels", unknown_id(tokenizer))
     empty = unknown >= lengths - closing
     if split == "train" and empty.any():

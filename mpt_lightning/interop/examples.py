@@ -3,18 +3,19 @@
 from collections.abc import Iterator
 from typing import Literal
 
+from mpt_lightning.backbones.family import Family
 from mpt_lightning.checkpoint import PromptCheckpoint
 from mpt_lightning.resources import EMBEDDED
 
 Layout = Literal["task", "group", "folders", "prompt_embeds"]
 
 
-def loading_code(checkpoint: PromptCheckpoint, layout: Layout, is_encoder_decoder: bool) -> Iterator[str]:
+def loading_code(checkpoint: PromptCheckpoint, layout: Layout, family: Family) -> Iterator[str]:
     """Give the card's sections on how to load the folder; see `model_card`."""
     if layout == "prompt_embeds":
-        yield from _with_transformers(checkpoint, is_encoder_decoder)
+        yield from _with_transformers(checkpoint, family)
     else:
-        yield from _with_peft(checkpoint, layout, is_encoder_decoder)
+        yield from _with_peft(checkpoint, layout, family)
         yield from _with_this_package(checkpoint)
 
 
@@ -22,8 +23,8 @@ def _block(*lines: str) -> str:
     return "\n".join(["```python", *filter(None, lines), "```"])
 
 
-def _model_class(is_encoder_decoder: bool) -> str:
-    return "AutoModelForSeq2SeqLM" if is_encoder_decoder else "AutoModelForCausalLM"
+def _model_class(family: Family) -> str:
+    return "AutoModelForSeq2SeqLM" if family == "seq2seq" else "AutoModelForCausalLM"
 
 
 def _base(checkpoint: PromptCheckpoint) -> tuple[str, str]:
@@ -33,21 +34,21 @@ def _base(checkpoint: PromptCheckpoint) -> tuple[str, str]:
     return "", f"base = {checkpoint.backbone!r}"
 
 
-def _token_ids(checkpoint: PromptCheckpoint, is_encoder_decoder: bool) -> list[str]:
+def _token_ids(checkpoint: PromptCheckpoint, family: Family) -> list[str]:
     """Give the lines that turn a text into token ids as in training."""
     card = checkpoint.cards.get(checkpoint.tasks[0])
     text = f"{card['input']} {checkpoint.data.get('answer_prefix') or ''}".strip() if card else "a good film"
     bare = ", add_special_tokens=False" if checkpoint.prompt_class == "ContextPrompt" else ""
     line = f'ids = tokenizer({text!r}, return_tensors="pt"{bare})["input_ids"]'
     line += "  # fill the columns in" if card else ""
-    if is_encoder_decoder or bare:
+    if family == "seq2seq" or bare:
         return [line]
     return [line, "ids = ids[:, : -1 if ids[0, -1] == tokenizer.eos_token_id else None]  # the text goes on"]
 
 
-def _with_peft(checkpoint: PromptCheckpoint, layout: Layout, is_encoder_decoder: bool) -> Iterator[str]:
+def _with_peft(checkpoint: PromptCheckpoint, layout: Layout, family: Family) -> Iterator[str]:
     base_import, base = _base(checkpoint)
-    model_class, task = _model_class(is_encoder_decoder), checkpoint.tasks[0]
+    model_class, task = _model_class(family), checkpoint.tasks[0]
     group = layout == "group"
     number = f", task_ids=torch.tensor([tasks[{task!r}]])" if group else ""
     yield "## Load in PEFT"
@@ -62,7 +63,7 @@ def _with_peft(checkpoint: PromptCheckpoint, layout: Layout, is_encoder_decoder:
         "tokenizer = AutoTokenizer.from_pretrained(base)",
         f"model = PeftModel.from_pretrained({model_class}.from_pretrained(base), folder)",
         'tasks = json.loads(Path("tasks.json").read_text())' if group else "",
-        *_token_ids(checkpoint, is_encoder_decoder),
+        *_token_ids(checkpoint, family),
         "options = {'attention_mask': torch.ones_like(ids), 'max_new_tokens': 8, 'do_sample': False}",
         f"tokens = model.generate(input_ids=ids{number}, **options)",
         "print(tokenizer.decode(tokens[0], skip_special_tokens=True))",
@@ -84,9 +85,9 @@ def _with_this_package(checkpoint: PromptCheckpoint) -> Iterator[str]:
         yield "As a start: `mpt fit ... --model.prompt_init checkpoint --model.init_checkpoint FOLDER`."
 
 
-def _with_transformers(checkpoint: PromptCheckpoint, is_encoder_decoder: bool) -> Iterator[str]:
+def _with_transformers(checkpoint: PromptCheckpoint, family: Family) -> Iterator[str]:
     base_import, base = _base(checkpoint)
-    model_class = _model_class(is_encoder_decoder)
+    model_class = _model_class(family)
     yield "## Use the embeddings"
     yield (
         "`prompt_embeds.json` says for each task which file holds its prompt `[P, H]`, and how its inputs are written. "
@@ -100,14 +101,14 @@ def _with_transformers(checkpoint: PromptCheckpoint, is_encoder_decoder: bool) -
         base,
         f'task = json.loads(Path("prompt_embeds.json").read_text())["tasks"][{checkpoint.tasks[0]!r}]',
         f"tokenizer, model = AutoTokenizer.from_pretrained(base), {model_class}.from_pretrained(base)",
-        *_token_ids(checkpoint, is_encoder_decoder),
+        *_token_ids(checkpoint, family),
         'prompt = load_file(task["file"])["prompt_embeds"].to(model.dtype)',
         "embeds = torch.cat([prompt, model.get_input_embeddings()(ids[0])])[None]  # [1, P + L, H]",
         "mask = torch.ones(embeds.shape[:2], dtype=torch.long)",
         "tokens = model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=8, do_sample=False)",
         "print(tokenizer.decode(tokens[0], skip_special_tokens=True))",
     )
-    if not is_encoder_decoder:
+    if family == "causal":
         yield (
             "vLLM takes the same tensor: `LLM(base, enable_prompt_embeds=True)`, then "
             '`llm.generate({"prompt_embeds": embeds[0]})`.'

@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCardData
 
+from mpt_lightning.backbones.family import Family, family_of
 from mpt_lightning.backbones.load import load_config
 from mpt_lightning.checkpoint import PromptCheckpoint
 from mpt_lightning.errors import MPTError
@@ -32,16 +33,14 @@ METHODS = {
 }  # fmt: skip
 
 
-def model_card(
-    checkpoint: PromptCheckpoint, layout: Layout | None = None, *, is_encoder_decoder: bool | None = None
-) -> str:
+def model_card(checkpoint: PromptCheckpoint, layout: Layout | None = None, *, family: Family | None = None) -> str:
     """Write the README of an export: YAML for the Hub, what was trained, and code that loads it.
 
     Args:
         checkpoint: what was exported.
         layout: what the folder is: "task", one task's prompt for PEFT; "group", a multitask prompt for PEFT; "folders",
             one PEFT folder per task; "prompt_embeds", embeddings. By default what `export_peft` makes of it.
-        is_encoder_decoder: the backbone's kind; by default read from its configuration.
+        family: the backbone's; by default read from its configuration.
 
     Raises:
         MPTError: the backbone's configuration is needed and cannot be reached.
@@ -50,14 +49,14 @@ def model_card(
         layout = "folders" if len(checkpoint.tasks) > 1 else "task"
         if checkpoint.prompt_class == "MultitaskPrompt":
             layout = "group"
-    if is_encoder_decoder is None:
-        is_encoder_decoder = bool(load_config(checkpoint.backbone).is_encoder_decoder)
+    if family is None:
+        family = family_of(load_config(checkpoint.backbone))
     sections = [
         f"---\n{_front_matter(checkpoint)}\n---",
         *_description(checkpoint),
         *_tasks(checkpoint),
         *_scores(checkpoint),
-        *loading_code(checkpoint, layout, is_encoder_decoder),
+        *loading_code(checkpoint, layout, family),
     ]
     return "\n\n".join(sections) + "\n"
 

@@ -11,6 +11,7 @@ from peft import MultitaskPromptTuningConfig, PromptTuningConfig, TaskType
 from torch import Tensor
 
 from mpt_lightning.backbones import Backbone
+from mpt_lightning.backbones.family import family_of
 from mpt_lightning.backbones.load import load_config
 from mpt_lightning.checkpoint import PromptCheckpoint
 from mpt_lightning.checkpoint.folder import STATE
@@ -100,7 +101,7 @@ def _write_group(folder: Path, checkpoint: PromptCheckpoint, prompt: MultitaskPr
 
 def _shared_options(checkpoint: PromptCheckpoint, prompt: Prompt, config: Any) -> dict[str, Any]:
     return {
-        "task_type": TaskType.SEQ_2_SEQ_LM if config.is_encoder_decoder else TaskType.CAUSAL_LM,
+        "task_type": TaskType.SEQ_2_SEQ_LM if family_of(config) == "seq2seq" else TaskType.CAUSAL_LM,
         "base_model_name_or_path": checkpoint.backbone,
         "inference_mode": True,
         "num_virtual_tokens": prompt.length,
@@ -122,7 +123,7 @@ def _finish(
     if STATE in files:
         write_tensors(folder / STATE, _own_names(checkpoint.state_dict))
     write_description(folder, checkpoint, files)
-    card = model_card(checkpoint, layout, is_encoder_decoder=bool(config.is_encoder_decoder))
+    card = model_card(checkpoint, layout, family=family_of(config))
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mpt_lightning.backbones import Backbone
+from mpt_lightning.backbones.family import family_of
 from mpt_lightning.backbones.load import load_config
 from mpt_lightning.checkpoint import PromptCheckpoint
 from mpt_lightning.checkpoint.folder import digest
@@ -52,7 +53,7 @@ def export_prompt_embeds(
     if task is not None:
         found = only(found, prompt, task)
     config = backbone.model.config if backbone is not None else load_config(found.backbone)
-    special = "all" if config.is_encoder_decoder else "none" if found.prompt_class == "ContextPrompt" else "first"
+    special = "all" if family_of(config) == "seq2seq" else "none" if found.prompt_class == "ContextPrompt" else "first"
     files = {name: f"{path}.safetensors" for name, path in task_paths(prompt.tasks).items()}
     with new_folder(dest) as folder:
         for name, file in files.items():
@@ -63,7 +64,7 @@ def export_prompt_embeds(
             "backbone": found.backbone,
             "fingerprint": found.fingerprint,
             "tokenizer": found.backbone,
-            "is_encoder_decoder": bool(config.is_encoder_decoder),
+            "is_encoder_decoder": config.is_encoder_decoder,
             "dtype": "float32",
             "length": prompt.length,
             "width": prompt.dim,
@@ -78,7 +79,7 @@ def export_prompt_embeds(
             },
         }
         write_json(folder / INDEX, index)
-        card = model_card(found, "prompt_embeds", is_encoder_decoder=bool(config.is_encoder_decoder))
+        card = model_card(found, "prompt_embeds", family=family_of(config))
         (folder / CARD).write_text(card, encoding="utf-8")
     return Path(dest).expanduser()
 

@@ -152,7 +152,7 @@ class PromptModule(BuiltModule):
         """Check the choices of cards that come with the data, whoever made the DataModule."""
         backbone, _ = self.parts()
         for card in (card for name, card in self.cards.items() if name in self._data_tasks() and card.choices):
-            check_choices(card, backbone.tokenizer, bool(backbone.model.config.is_encoder_decoder))
+            check_choices(card, backbone.tokenizer, backbone.family)
 
     def _begin_evaluation(self) -> None:
         if self.prompt is None:

@@ -42,7 +42,7 @@ def initial_prompt(kind: PromptInit, backbone: Backbone, length: int, text: str 
         if not words:
             raise MPTError("prompt_init='labels' needs tasks with choices; use 'vocabulary' for the others.")
         # A decoder-only model reads an answer behind a space, which can make it other tokens.
-        space = "" if backbone.model.config.is_encoder_decoder else " "
+        space = " " if backbone.family == "causal" else ""
         ids = [tokenizer(space + word, add_special_tokens=False)["input_ids"] for word in words]
         return init.from_class_labels(table, ids, length)
     return init.sampled_vocabulary(table, length, exclude=tokenizer.all_special_ids)

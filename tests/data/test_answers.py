@@ -56,7 +56,7 @@ def build(kind: str) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def encoders() -> dict[str, Encoder]:
-    return {kind: Encoder(build(kind), False, 40) for kind in KINDS}
+    return {kind: Encoder(build(kind), "causal", 40) for kind in KINDS}
 
 
 def ids_of(encoder: Encoder, text: str) -> list[int]:

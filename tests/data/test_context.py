@@ -119,7 +119,7 @@ def test_an_encoder_with_bos_gives_the_same_context(make_card, words):
 
 def test_no_bos_where_the_tokenizer_adds_none(make_card, backbones):
     encoder = Encoder.from_backbone(backbones["seq2seq"], 20)  # it only appends </s>, which the input drops
-    encoder.is_encoder_decoder = False
+    encoder.family = "causal"
     context = build_context(make_card(input="{text}"), [example(text="a film")], encoder, "", None)
     assert pairs(context, encoder) == [("a", 2), ("film", 2), ("good", 4), ("</s>", 4)]
 

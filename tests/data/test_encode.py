@@ -29,12 +29,12 @@ def test_inputs_and_targets(encoder):
     (inputs,), (target,) = encoder.inputs(["a good film"]), encoder.targets(["good"])
     assert target == ids(["good", "</s>"])
     plain = ids(["a", "good", "film"])
-    assert inputs == ([*plain, 1] if encoder.is_encoder_decoder else [3, *plain])
+    assert inputs == ([*plain, 1] if encoder.family == "seq2seq" else [3, *plain])
 
 
 def test_trailing_end_of_sequence_of_a_causal_input_goes(backbones):
     encoder = Encoder.from_backbone(backbones["seq2seq"], 12)
-    encoder.is_encoder_decoder = False
+    encoder.family = "causal"
     assert encoder.inputs(["a film"]) == [encoder.tokenizer.convert_tokens_to_ids(["a", "film"])]
     assert encoder.targets(["good"])[0][-2:] == encoder.tokenizer.convert_tokens_to_ids(["good", "</s>"])
 
@@ -94,7 +94,7 @@ def test_answer_prefix_is_never_cut(make_card, encoder):
 @pytest.mark.parametrize(("kind", "bos"), [("causal", [3]), ("bytes", [2]), ("seq2seq", [])])
 def test_inputs_without_what_the_tokenizer_puts_first(backbones, kind, bos):
     encoder = Encoder.from_backbone(backbones[kind], 12)
-    encoder.is_encoder_decoder = False
+    encoder.family = "causal"
     assert encoder.opening == bos
     (ids,) = replace(encoder, with_bos=False).inputs(["a film"])
     assert [*bos, *ids] == encoder.inputs(["a film"])[0]
@@ -130,7 +130,7 @@ def test_target_limit_is_for_training_only(make_card, seq2seq):
 
 def test_input_without_tokens(make_card, backbones):
     encoder = Encoder.from_backbone(backbones["seq2seq"], 12)
-    encoder.is_encoder_decoder = False
+    encoder.family = "causal"
     with pytest.raises(ValueError, match="row 0: got an input without tokens"):
         list(encoder.encode(make_card(input="{text}", empty_text="keep"), iter([example(text="")]), "train"))
 
@@ -143,7 +143,7 @@ def test_tokenizer_without_end_of_sequence(backbones):
     encoder = Encoder.from_backbone(backbones["seq2seq"], 12)
     encoder.tokenizer.eos_token = None
     with pytest.raises(ValueError, match=r"got no end-of-sequence token, expected one"):
-        Encoder(encoder.tokenizer, True, 12)
+        Encoder(encoder.tokenizer, "seq2seq", 12)
 
 
 # The cache

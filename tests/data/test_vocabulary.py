@@ -19,7 +19,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
 
 
-@pytest.mark.parametrize("is_encoder_decoder", [True, False])
+@pytest.mark.parametrize("family", ["seq2seq", "causal"])
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
@@ -28,13 +28,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
         (["bad", "xbad"], r"choices 'bad', which becomes \['▁', 'b', 'a', 'd'\] like 'xbad'; 'xbad', which becomes"),
     ],
 )
-def test_choices_that_cannot_be_told_apart(make_card, tokenizer, is_encoder_decoder, choices, message):
+def test_choices_that_cannot_be_told_apart(make_card, tokenizer, family, choices, message):
     card = make_card(name="x", choices=choices)
     if message is None:
-        check_choices(card, tokenizer, is_encoder_decoder)
+        check_choices(card, tokenizer, family)
     else:
         with pytest.raises(ValueError, match=message):
-            check_choices(card, tokenizer, is_encoder_decoder)
+            check_choices(card, tokenizer, family)
 
 
 @pytest.mark.parametrize("kind", ["seq2seq", "causal"])

@@ -13,7 +13,7 @@ from mpt_lightning.data.card import load_card
 from tools import pretrain_t5
 from tools.world import SOURCES, TARGETS, TASKS, make_rows, write_world
 
-MODEL = str(resources.files("mpt_lightning.demo") / "t5")
+MODEL = str(resources.files("mpt_lightning") / "demo" / "t5")
 COUNTS = {"train": 240, "validation": 48, "test": 48}
 
 

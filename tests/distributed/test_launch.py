@@ -19,7 +19,8 @@ import yaml
 from machines import Machine, family, free_port, kill, two_machines
 from ranks import launch
 
-from mpt_lightning import cli
+from mpt_lightning.cli import exit as leaving
+from mpt_lightning.cli.main import main
 
 DOCS = Path(__file__).parents[2] / "docs"
 ROWS, BATCH, EPOCHS = 64, 8, 8
@@ -131,7 +132,7 @@ def whole(machines: list[Machine], tmp_path_factory: pytest.TempPathFactory) -> 
 
 def test_two_machines_train_as_one_process(whole: Path, machines: list[Machine]) -> None:
     alone = whole.parent / "alone"
-    cli.main(["fit", "--config", recipe(alone, BATCH), "--config", "trainer/cpu"])
+    main(["fit", "--config", recipe(alone, BATCH), "--config", "trainer/cpu"])
     one, first, second = recorded(alone), recorded(whole), recorded(whole, 1)
     assert [line["step"] for line in one] == [*range(1, STEPS + 1)]
     for line, *parts in zip(one, first, second, strict=True):
@@ -232,11 +233,11 @@ def test_slurm_requeues_a_job_that_goes_on(whole: Path, machines: list[Machine])
 
 def resume(folder: str) -> None:
     """One of two machines that do not share their checkpoints: the first one alone has one."""
-    exit.PATIENCE = 0
+    leaving.PATIENCE = 0
     words = ["fit", "--config", recipe(Path(folder, os.environ["RANK"])), "--config", "trainer/cpu"]
     printed = io.StringIO()
     with pytest.raises(SystemExit), contextlib.redirect_stderr(printed):
-        cli.main([*words, "--trainer.devices", "2", "--trainer.strategy", "ddp", "--ckpt_path", "last"])
+        main([*words, "--trainer.devices", "2", "--trainer.strategy", "ddp", "--ckpt_path", "last"])
     assert f"Rank 0 goes on from step {STEPS}, and rank 1 from the beginning" in printed.getvalue()
 
 

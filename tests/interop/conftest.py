@@ -99,7 +99,7 @@ def checkpoint(backbones: Callable[[str], Backbone], tmp_path: Path) -> Callable
 
 def with_peft(backbone: Backbone, folder: Path) -> PeftModel:
     """The folder in a fresh copy of the model, as a user of PEFT loads it."""
-    cls = AutoModelForSeq2SeqLM if backbone.model.config.is_encoder_decoder else AutoModelForCausalLM
+    cls = AutoModelForSeq2SeqLM if backbone.family == "seq2seq" else AutoModelForCausalLM
     return PeftModel.from_pretrained(cls.from_pretrained(backbone.name), str(folder)).eval()
 
 
@@ -113,7 +113,7 @@ def assert_same_model(backbone: Backbone, prompt: torch.Tensor, peft: PeftModel,
     generation = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
     with torch.no_grad():
         ours = backbone(prompt[None], rows, ROWS, mask, labels).logits
-        if backbone.model.config.is_encoder_decoder:
+        if backbone.family == "seq2seq":
             theirs = peft(input_ids=ROWS, attention_mask=mask, labels=labels, **options).logits
         else:
             whole = torch.cat([ROWS, labels], dim=1)
@@ -124,6 +124,6 @@ def assert_same_model(backbone: Backbone, prompt: torch.Tensor, peft: PeftModel,
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Position ids are not supported")  # PEFT's, at each step
             answers = peft.generate(input_ids=ROWS, attention_mask=mask, **options, **generation)
-    skip = 1 if backbone.model.config.is_encoder_decoder else ROWS.shape[1]
+    skip = 1 if backbone.family == "seq2seq" else ROWS.shape[1]
     assert made.tolist() == answers[:, skip:].tolist()
     assert len(set(map(tuple, made.tolist()))) > 1

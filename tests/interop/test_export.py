@@ -183,7 +183,9 @@ def test_nothing_is_left_of_an_export_that_fails(
 def test_a_file_that_is_written_wrongly_is_told(
     checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mpt_lightning.interop.folder.load_file", lambda _: {"prompt_embeddings": torch.zeros(5, 32)})
+    monkeypatch.setattr(
+        "mpt_lightning.checkpoint.folder.load_file", lambda _: {"prompt_embeddings": torch.zeros(5, 32)}
+    )
     with pytest.raises(ValueError, match="was not written as it should be"):
         export_peft(checkpoint("t5", "PromptTuning"), tmp_path / "export", "two")
     assert not (tmp_path / "export").exists()

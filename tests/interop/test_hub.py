@@ -119,7 +119,7 @@ def test_a_card_names_models_of_the_hub_and_embedded_ones(checkpoint: Make) -> N
     for name, base in (("google-t5/t5-base", "google-t5/t5-base"), ("mpt_lightning/demo/t5", None)):
         content["mpt_lightning"]["backbone"] = name
         torch.save(content, source)
-        text = model_card(read_checkpoint(str(source)), is_encoder_decoder=True)
+        text = model_card(read_checkpoint(str(source)), family="seq2seq")
         assert yaml.safe_load(text.split("---\n")[1]).get("base_model") == base
         assert ("backbone_path('mpt_lightning/demo/t5')" in text) == (base is None)
     assert "/secret" not in text

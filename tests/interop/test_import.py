@@ -33,7 +33,7 @@ def save_with_peft(
     backbone: Backbone, kind: str, folder: Path, safe: bool = True, submodules: int | None = 1
 ) -> PeftModel:
     """A trained adapter, saved by PEFT itself."""
-    seq2seq = backbone.model.config.is_encoder_decoder
+    seq2seq = backbone.family == "seq2seq"
     common = {
         "task_type": TaskType.SEQ_2_SEQ_LM if seq2seq else TaskType.CAUSAL_LM,
         "num_virtual_tokens": 4,
