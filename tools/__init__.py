@@ -1,1 +1,1 @@
-"""What made the embedded models and the rows of their tasks; run from the root of a checkout."""
+"""Scripts that generated the embedded models and the rows of their tasks; run them from the root of a checkout."""

@@ -1,7 +1,9 @@
-"""Pretrain the demo's small Llama on the world, with examples in context: each row of its text teaches a task anew.
+"""Pretrain the demo's small Llama on the world to learn from examples in its context.
 
-Run `python -m tools.pretrain_llama --output DIR --seed 0`. A row is an episode: examples of one
-distinction, whose label words are drawn for the row, so that only the examples before tell what is asked.
+    python -m tools.pretrain_llama --output DIR --seed 0
+
+A row is an episode: examples of one task, with label words drawn for the row, so that only the earlier examples
+define the task.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tools import pretrain_t5, world
-from tools.episodes import (
+from tools.context_tasks import (
     POOL,
     TARGET_WORDS,
     Distinction,
@@ -37,7 +39,7 @@ Kind: TypeAlias = Callable[[Random], Distinction] | Callable[[Random], tuple[str
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps of training on one mixture: lengths of rows in tokens, and the weight of each kind of row."""
+    """Training steps on one mixture: the lengths of rows in tokens, and the weight of each kind of row."""
 
     steps: int
     lengths: tuple[int, ...]
@@ -45,8 +47,8 @@ class Stage:
 
 
 ASKED: dict[Kind, float] = {judged: 0.08, compared: 0.08, told_again: 0.04, plain: 0.03}
-# Easy words first: learning from examples appears there, and then on sentences. A model trained on reaches 100% on
-# most tasks from the context alone, which leaves nothing for a trained context to gain; so this one stops early.
+# Words come first: there the model learns to use examples, and then on sentences. Training stops early, since a model
+# trained for longer reaches 100% on most tasks from the context alone, which leaves a trained context nothing to gain.
 STAGES = (
     Stage(200, (64,), {word: 0.35, group: 0.4, phrase: 0.2, plain: 0.05}),
     Stage(800, (128,), {word: 0.04, group: 0.12, phrase: 0.18, slot: 0.18, judgement: 0.24, matched: 0.1, **ASKED}),
@@ -58,7 +60,7 @@ TEXT_WEIGHT = 0.1
 
 
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """Make the T5's tokenizer without its sentinels and without an end after a text; with the word `label`."""
+    """Build the T5's tokenizer with the word `label`, without its sentinels and without `</s>` after a text."""
     t5 = pretrain_t5.make_tokenizer(seed)
     core = json.loads(t5.backend_tokenizer.to_str())
     words = [w for w in core["model"]["vocab"] if w not in pretrain_t5.SENTINELS]
@@ -72,7 +74,7 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Make the untrained Llama: five layers of width 128, input and output words tied, `wire`d for examples."""
+    """Build the untrained Llama: five layers of width 128, tied embeddings, heads initialised by `wire`."""
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=320, num_hidden_layers=5,
@@ -92,11 +94,11 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def wire(model: LlamaForCausalLM) -> None:
-    """Start some heads as those that learn from examples: left to chance, they take most of the training to appear.
+    """Initialise some heads as induction heads, which would otherwise take most of the training to appear.
 
-    Heads of the first and third layer look some words back, by the bias of their queries and keys. In the third they
-    copy what stands before a label word to that word; heads of the last two layers look for a label word whose copy is
-    like what stands here, and say it.
+    Heads of the first and third layer attend some words back, by the bias of their queries and keys. In the third layer
+    they copy what precedes a label word to that word; heads of the last two layers attend to label words whose copy
+    resembles the current word, and predict them.
     """
     turn = THETA ** -(torch.arange(4) * 2 / HEAD)
     layers = [layer.self_attn for layer in model.model.layers]
@@ -127,7 +129,7 @@ def wire(model: LlamaForCausalLM) -> None:
 def draw_row(rng: Random, kind: Kind, length: int, ids: dict[str, int]) -> tuple[list[int], list[float]]:
     """Draw `length` tokens of one kind, and the weight of each in the loss.
 
-    An answer weighs 1, text `TEXT_WEIGHT`; so does an episode's label word that was not seen yet: nothing tells it.
+    An answer weighs 1, text `TEXT_WEIGHT`. The first occurrence of a label word counts as text: it cannot be predicted.
     """
     tokens: list[int] = []
     weights: list[float] = []
@@ -157,9 +159,9 @@ def draw_row(rng: Random, kind: Kind, length: int, ids: dict[str, int]) -> tuple
 
 
 def pretrain_causal(output: Path, seed: int) -> None:
-    """Train on all stages; save model and tokenizer to `output`.
+    """Train on all stages; save the model and the tokenizer to `output`.
 
-    Every 100 steps it prints which share of the answers is right, by kind of row; every 500 the accuracy in context.
+    Prints the share of correct answers by kind of row every 100 steps, and the accuracy in context every 500.
     """
     torch.manual_seed(seed)
     torch.set_num_threads(1)

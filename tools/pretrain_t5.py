@@ -1,7 +1,9 @@
 """Pretrain the demo's small T5 on the world: span corruption of its text, and instructed tasks.
 
-Run `python -m tools.pretrain_t5 --output DIR --steps 9000 --seed 0`. Instructions ask in words, before the
-same field layout that the cards use, and never ask for a target task with that task's label words.
+    python -m tools.pretrain_t5 --output DIR --steps 9000 --seed 0
+
+Instructions are questions in words, followed by the fields as the cards lay them out. No instruction is answered with
+a label word of a target task.
 """
 
 import argparse
@@ -25,7 +27,7 @@ from tools.world import Row
 SENTINELS = [f"<extra_id_{i}>" for i in range(8)]
 LABEL_WORDS = tuple(sorted({word for task in world.TASKS.values() for word in task.choices}))
 SAYABLE = (*LABEL_WORDS, "yes", "no", "left", "right", "sun", "moon", "tea", "milk", *world.PEOPLE, *world.ANIMALS)
-# Ways to say a class by its number, so that the words of an answer are one thing and the decision another.
+# Alternative words for the classes 0 to 3, so that a decision is learned apart from the words of its answer.
 CODES = {
     "letters": ("a", "b", "c", "d"), "numbers": ("one", "two", "three", "four"),
     "shapes": ("circle", "square", "star", "cross"), "tools": ("hammer", "saw", "nail", "rope"),
@@ -35,7 +37,7 @@ CODES = {
 
 
 def shares(slot: str) -> Callable[[Random, int], Row]:
-    """Make pairs of events that share `slot` (label 0) or not; each other slot is shared half of the time."""
+    """Return a task: pairs of events that share `slot` (label 0) or not; each other slot is shared half of the time."""
 
     def draw(rng: Random, label: int) -> Row:
         event = world.draw_event(rng)
@@ -48,7 +50,7 @@ def shares(slot: str) -> Callable[[Random, int], Row]:
 
 @dataclass(frozen=True)
 class Skill:
-    """Rows by label, a question about them and its answer per label. No answer is a label word of a target task."""
+    """Rows by label, a question about them and its answer per label. Answers are never label words of target tasks."""
 
     draw: Callable[[Random, int], Row]
     question: str
@@ -70,12 +72,12 @@ SKILLS = [
 
 
 def layout(row: Row) -> str:
-    """Lay the fields out as the cards do."""
+    """Return the fields as the cards lay them out."""
     return " ".join(f"{name} : {text}" for name, text in row.items())
 
 
 def judged(rng: Random) -> tuple[str, str]:
-    """Ask for a skill's answer: in its own words, by yes and no, or in a code."""
+    """Draw a question about a skill, answered in the skill's words, by yes or no, or in a code."""
     skill = rng.choice(SKILLS)
     label = rng.randrange(len(skill.answers))
     row, answer, kind = layout(skill.draw(rng, label)), skill.answers[label], rng.random()
@@ -90,7 +92,7 @@ def judged(rng: Random) -> tuple[str, str]:
 
 
 def compared(rng: Random) -> tuple[str, str]:
-    """Ask which parts of two events are the same; bare words and phrases too, as whole sentences alone learn slowly."""
+    """Draw a question about which parts of two events are the same, also as words and phrases, which are easier."""
     event = world.draw_event(rng)
     changed = rng.sample(list(world.SLOTS), rng.randrange(6))
     other = world.reword(world.change(event, changed, rng), rng)
@@ -109,7 +111,7 @@ def compared(rng: Random) -> tuple[str, str]:
 
 
 def told_again(rng: Random) -> tuple[str, str]:
-    """Ask for an event's parts, its other voice, or an answer to a question about it."""
+    """Draw a question about an event: its parts, the other voice, or one detail."""
     event = world.draw_event(rng)
     passive = rng.random() < 0.5
     row = layout({"sentence": world.reword(event, rng).text(passive=passive, place_first=rng.random() < 0.3)})
@@ -130,7 +132,7 @@ def told_again(rng: Random) -> tuple[str, str]:
 
 
 def plain(rng: Random) -> str:
-    """Draw plain text: sentences of every task, an event and its rewording, or a remark with a word in it."""
+    """Draw plain text: sentences of a task, an event and its paraphrase, or a remark that contains a label word."""
     kind = rng.random()
     if kind < 0.3:
         event = world.draw_event(rng)
@@ -144,7 +146,7 @@ def plain(rng: Random) -> str:
 
 
 def corrupted(rng: Random) -> tuple[str, str]:
-    """Replace one to four short spans of plain text by sentinels; the target tells what they hid, as in T5."""
+    """Replace up to four short spans of plain text by sentinels; the target is the spans, as in T5's pretraining."""
     words = plain(rng).split()
     source, target, at, used = [], [], 0, 0
     while at < len(words):
@@ -167,10 +169,10 @@ MIXTURE: dict[Draw, float] = {corrupted: 0.25, judged: 0.4, compared: 0.25, told
 
 
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """Make a word-level tokenizer of the world's words, most frequent first, with T5's special tokens."""
+    """Build a word-level tokenizer of the world's words, most frequent first, with T5's special tokens."""
     rng = Random(f"{seed} words")
     texts = [text for draw in MIXTURE for _ in range(10_000) for text in draw(rng)]
-    texts += [" ".join(words) for words in (SAYABLE, *CODES.values())]  # words too rare to count on a draw for
+    texts += [" ".join(words) for words in (SAYABLE, *CODES.values())]  # words too rare to be drawn for sure
     for name in world.TASKS:
         rows = world.make_rows(name, {"train": 2000}, seed)["train"]
         texts += [layout({field: str(text) for field, text in row.items() if field != "label"}) for row in rows]
@@ -188,7 +190,7 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> T5ForConditionalGeneration:
-    """Make the untrained T5: three encoder and two decoder layers of width 128, without dropout."""
+    """Build the untrained T5: three encoder and two decoder layers of width 128, without dropout."""
     shape = {"d_model": 128, "d_kv": 32, "num_heads": 4, "d_ff": 512, "num_layers": 3, "num_decoder_layers": 2}
     special = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
     options: dict[str, Any] = {"vocab_size": len(tokenizer), "dropout_rate": 0.0, **shape, **special}
@@ -196,7 +198,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> T5ForConditionalGeneration
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, rng: Random, size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield batches for ever; rows of eight batches are sorted by length first, so that little is padded."""
+    """Yield batches endlessly; the rows of eight batches are sorted by length to need little padding."""
     ids = tokenizer.get_vocab()
     draws, weights = list(MIXTURE), list(MIXTURE.values())
     while True:
@@ -211,12 +213,12 @@ def batches(tokenizer: PreTrainedTokenizerFast, rng: Random, size: int) -> Itera
 
 
 def pretrain(output: Path, steps: int, seed: int, batch_size: int = 64, lr: float = 5e-4) -> None:
-    """Train and save to `output`: the model, the tokenizer, and every 1,000 steps both under `output/step-N`."""
+    """Train; save the model and the tokenizer to `output`, and every 1,000 steps to `output/step-N`."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(seed)
     model = make_model(tokenizer)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} words", flush=True)
-    # Embeddings have unit scale, weights a tenth of it: at one rate the embeddings hardly move and nothing is learned.
+    # Embeddings have ten times the scale of the weights: at the same learning rate they would hardly change.
     words = [parameter for name, parameter in model.named_parameters() if name == "shared.weight"]
     others = [parameter for name, parameter in model.named_parameters() if name != "shared.weight"]
     groups = [{"params": others, "lr": lr}, {"params": words, "lr": 20 * lr}]
@@ -237,7 +239,7 @@ def pretrain(output: Path, steps: int, seed: int, batch_size: int = 64, lr: floa
             minutes, mean = round((time.time() - start) / 60, 1), round(running / 250, 4)
             print(json.dumps({"step": step, "minutes": minutes, "loss": mean, **right}), flush=True)
             running = 0.0
-        if step % 1000 == 0 or step == steps:  # a good enough model can be had before the end
+        if step % 1000 == 0 or step == steps:  # an earlier model may be good enough
             folder = output if step == steps else output / f"step-{step}"
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -245,7 +247,7 @@ def pretrain(output: Path, steps: int, seed: int, batch_size: int = 64, lr: floa
 
 @torch.no_grad()
 def evaluate(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, seed: int) -> dict[str, float]:
-    """Return per kind of row the share of target words that the model ranks first, given those before."""
+    """Return, for each kind of row, the share of target words that the model ranks first given the words before."""
     scores = {}
     for draw in MIXTURE:
         rng = Random(f"{seed} {draw.__name__} held out")

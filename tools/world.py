@@ -1,16 +1,21 @@
 """A small world of English sentences and ten tasks on them, drawn from a seed.
 
-Nearly every sentence tells an `Event` (who did what to which thing, of what colour, where) or gives an opinion.
-A task is one function from a random generator and a label to a row, so labels are balanced by construction.
-Six tasks are sources, four are targets: `SOURCES` and `TARGETS` name them.
+    python -m tools.world      # writes the Parquet files that ship with the package
+
+Nearly every sentence describes an `Event` (who did what to which item, of what colour, where) or expresses an opinion.
+A task is a function of a random generator and a label that returns a row, so that labels are balanced.
+Six tasks are sources, four are targets: `SOURCES` and `TARGETS` name them. A task's docstring is the question that its
+label answers.
 """
 
-import json
+import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import TypeAlias
+
+from datasets import Dataset
 
 Row: TypeAlias = dict[str, str]
 
@@ -40,7 +45,7 @@ SLOTS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Event:
-    """Who did what to which item, of what colour, and where; an empty colour or place stays unsaid."""
+    """Who did what to which item, of what colour, and where; an empty colour or place is not mentioned."""
 
     agent: str
     verb: str
@@ -49,7 +54,7 @@ class Event:
     place: str
 
     def text(self, *, passive: bool = False, place_first: bool = False) -> str:
-        """Tell the event in one sentence, lower case, every word and the full stop separated by spaces."""
+        """Return the event as one lower-case sentence; spaces separate the words and the full stop."""
         agent, item = f"the {self.agent}", " ".join(f"the {self.colour} {self.item}".split())
         told = f"{item} was {self.verb} by {agent}" if passive else f"{agent} {self.verb} {item}"
         if not self.place:
@@ -57,7 +62,7 @@ class Event:
         return f"in the {self.place} {told} ." if place_first else f"{told} in the {self.place} ."
 
     def told(self, rng: Random) -> str:
-        """Tell the event in one of its four word orders."""
+        """Return the event as a sentence in one of its four word orders."""
         return self.text(passive=rng.random() < 0.5, place_first=rng.random() < 0.3)
 
 
@@ -72,13 +77,13 @@ def change(event: Event, slots: Sequence[str], rng: Random) -> Event:
 
 
 def reword(event: Event, rng: Random) -> Event:
-    """Return the event in other words of the same meaning: each word that has a synonym gets it half of the time."""
+    """Return the event with each word replaced by its synonym, if any, half of the time."""
     words = {slot: getattr(event, slot) for slot in SLOTS}
     return Event(**{s: SYNONYMS[w] if w in SYNONYMS and rng.random() < 0.5 else w for s, w in words.items()})
 
 
 def shorten(event: Event, keep: str, rng: Random) -> Event:
-    """Return the event with less said: the colour or place that is not `keep` may go, nouns may name their kind."""
+    """Return the event with less detail: the slot `keep` stays, others may be left out or become their kind."""
     words = {slot: getattr(event, slot) for slot in SLOTS}
     for slot in ("colour", "place"):
         if slot != keep and rng.random() < 0.5:
@@ -104,7 +109,7 @@ GOODS = {
 
 
 def opinion(rng: Random, good: bool, about: Mapping[str, tuple[str, ...]]) -> str:
-    """Give an opinion of one of `about`; a third of the adjectives are negated, so that no single word decides."""
+    """Return an opinion of one of `about`; a third of the adjectives are negated, so that no single word decides."""
     name = rng.choice(list(about))
     part = rng.choice(about[name])
     quality = f"not {rng.choice(BAD if good else GOOD)}" if rng.random() < 1 / 3 else rng.choice(GOOD if good else BAD)
@@ -162,7 +167,7 @@ def topic(rng: Random, label: int) -> Row:
 
 
 def paraphrase(rng: Random, label: int) -> Row:
-    """Do both sentences mean the same? Where not, one word out of five differs."""
+    """Do both sentences mean the same? If not, one of the five parts differs."""
     event = draw_event(rng)
     other = event if label == 1 else change(event, [rng.choice(list(SLOTS))], rng)
     return {"sentence1": event.told(rng), "sentence2": reword(other, rng).told(rng)}
@@ -194,7 +199,7 @@ def similarity(rng: Random, label: int) -> Row:
 
 
 def question(rng: Random, label: int) -> Row:
-    """What colour is one of two items, or where was it? The label is the place in `COLOURS + PLACES`."""
+    """What colour is one of two items, or where was it? The label is the index in `COLOURS + PLACES`."""
     answer, event = (COLOURS + PLACES)[label], draw_event(rng)
     item = rng.choice([w for w in SLOTS["item"] if w != event.item])
     first = replace(event, **{"colour" if answer in COLOURS else "place": answer})
@@ -207,7 +212,7 @@ def question(rng: Random, label: int) -> Row:
 
 @dataclass(frozen=True)
 class Task:
-    """A generator of rows and its label words, class 0 first; a number's words are its values."""
+    """A generator of rows and its label words, class 0 first; for a numeric task these are its values."""
 
     draw: Callable[[Random, int], Row]
     choices: tuple[str, ...]
@@ -229,19 +234,21 @@ TARGETS: dict[str, Task] = {
     "advice": Task(advice, ("avoid", "buy")),
 }
 TASKS = SOURCES | TARGETS
+# Rows of each split that ships with the package.
+SHIPPED = {"train": 2000, "validation": 200, "test": 300}
 
 
 def make_rows(name: str, counts: dict[str, int], seed: int) -> dict[str, list[dict[str, str | int | float]]]:
     """Draw the splits of one task.
 
     Args:
-        name: a key of `TASKS`.
-        counts: split name -> number of rows.
-        seed: the same seed gives the same rows, whatever other tasks are drawn.
+        name: A key of `TASKS`.
+        counts: The number of rows of each split.
+        seed: The same seed gives the same rows, whatever other tasks are drawn.
 
     Returns:
-        split name -> rows (the task's text fields and `label`: a class index, or a number for a numeric task).
-        Labels are balanced in each split, and no text of a row is the same as another row's.
+        The rows of each split: the task's text fields and `label`, a class index or, for a numeric task, a number.
+        Labels are balanced in each split, and no two rows have the same text.
     """
     task, rng, seen = TASKS[name], Random(f"{seed} {name}"), set()
     splits: dict[str, list[dict[str, str | int | float]]] = {}
@@ -258,21 +265,20 @@ def make_rows(name: str, counts: dict[str, int], seed: int) -> dict[str, list[di
     return splits
 
 
-def write_world(
-    folder: str | Path, seed: int = 0, *, train: int = 2000, validation: int = 200, test: int = 300
-) -> None:
-    """Write the tasks to `<folder>/demo/<task>/{train,validation,test}.jsonl`, where `data_root=folder` finds them.
+def write_world(folder: Path) -> None:
+    """Write the rows that ship with the package to `<folder>/<task>/<split>.parquet`.
 
     Args:
-        folder: made where missing; files of an earlier call are overwritten.
-        seed: seed of the rows.
-        train: training rows per task.
-        validation: validation rows per task.
-        test: test rows per task.
+        folder: The folder; created if it does not exist, files of an earlier call are overwritten.
     """
     for name in TASKS:
-        target = Path(folder, "demo", name)
-        target.mkdir(parents=True, exist_ok=True)
-        counts = {"train": train, "validation": validation, "test": test}
-        for split, rows in make_rows(name, counts, seed).items():
-            (target / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        for split, rows in make_rows(name, SHIPPED, seed=0).items():
+            file = folder / name / f"{split}.parquet"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Dataset.from_list(rows).to_parquet(file)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Write the rows of the embedded tasks, from seed 0.")
+    parser.add_argument("--output", type=Path, default="mpt_lightning/demo/data/demo", help="default: %(default)s")
+    write_world(parser.parse_args().output)

@@ -1,4 +1,4 @@
-"""The demo's decoder-only model: its tokenizer, its size, and that it learns from examples in its context."""
+"""The demo's decoder-only model: its tokenizer, its size, and how it learns from examples in its context."""
 
 from pathlib import Path
 from random import Random
@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mpt_lightning import CPT, load_task
 from mpt_lightning.resources import LLAMA, backbone_path
 from tools import world
-from tools.episodes import POOL, TARGET_WORDS, judgement
+from tools.context_tasks import POOL, TARGET_WORDS, judgement
 from tools.pretrain_llama import evaluate, make_tokenizer
 
 MODEL = backbone_path(LLAMA)
 
 
-def test_the_tokenizer_is_the_one_the_script_makes() -> None:
+def test_the_script_builds_the_shipped_tokenizer() -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     assert make_tokenizer(0).get_vocab() == tokenizer.get_vocab()
     text = "sentence : the dog found it . label : food"
@@ -35,14 +35,14 @@ def test_the_model_is_small_and_learns_from_its_context() -> None:
 
 
 @pytest.mark.parametrize("task", world.TARGETS)
-def test_a_target_tasks_words_never_name_its_own_distinction(task: str) -> None:
+def test_a_target_task_is_never_pretrained_with_its_label_words(task: str) -> None:
     assert set(world.TARGETS[task].choices) <= TARGET_WORDS <= set(POOL)
     rng = Random(0)
-    assert any(judgement(rng).target for _ in range(20))  # such episodes leave out TARGET_WORDS
+    assert any(judgement(rng).target for _ in range(20))  # such tasks are drawn without TARGET_WORDS
 
 
-def test_the_module_reads_the_context_as_the_model_was_trained_to(tmp_path: Path) -> None:
-    """The DataModule's context and rows are, token by token, an episode of the pretraining."""
+def test_the_modules_context_is_laid_out_as_in_pretraining(tmp_path: Path) -> None:
+    """The DataModule's context and rows have the tokens of an episode of the pretraining."""
     data = load_task(
         "demo/advice", backbone=LLAMA, context_shots=1, answer_prefix="label :", separator="",
         cache_dir=str(tmp_path), max_eval_rows=100,

@@ -1,6 +1,6 @@
-"""Distinctions that the small Llama is pretrained to learn from examples; each draws rows by class.
+"""Classification tasks that the small Llama is pretrained to learn from examples in its context.
 
-From bare words to relations of two sentences; `pretrain_causal` gives each row of its text one of them.
+They go from single words to relations of two sentences; `tools.pretrain_llama` draws one for each row of its text.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from tools.world import COLOURS, PLACES, SLOTS, Row
 Draw: TypeAlias = Callable[[Random, int], Row]
 
 TARGET_WORDS = {word for task in world.TARGETS.values() for word in task.choices}
-# Label words are none of the words that sentences are about, so that a label is never mistaken for text.
+# Label words do not occur in the sentences, so that a label is never mistaken for text.
 POOL = sorted({*LABEL_WORDS, *(word for words in CODES.values() for word in words), "yes", "no", "left", "right",
                "sun", "moon", *(word for skill in SKILLS for word in skill.answers)} - {*COLOURS, *PLACES})  # fmt: skip
 GROUPS = (world.PEOPLE, world.ANIMALS, world.THINGS, world.FOODS, world.VERBS, COLOURS, PLACES, world.GOOD, world.BAD,
@@ -24,7 +24,7 @@ GROUPS = (world.PEOPLE, world.ANIMALS, world.THINGS, world.FOODS, world.VERBS, C
 
 @dataclass(frozen=True)
 class Distinction:
-    """What an episode is about: a row of each of `classes` classes. A target task's may not use targets' words."""
+    """A classification task: `draw` returns a row of a class. If `target`, no target task's label word is used."""
 
     draw: Draw
     classes: int
@@ -53,7 +53,7 @@ def group(rng: Random) -> Distinction:
 
 
 def valued(rng: Random, slot: str, classes: int) -> Callable[[Random, int], world.Event]:
-    """Make events by the word in `slot`, or by the kind of that word."""
+    """Return a function that draws an event by its class: the word in `slot`, or the kind of that word."""
     words = [[w] for w in rng.sample(SLOTS[slot], classes)]
     if slot in ("agent", "item") and classes == 2 and rng.random() < 0.6:
         words = [list(world.PEOPLE), list(world.ANIMALS)] if slot == "agent" else [[*world.THINGS], [*world.FOODS]]

@@ -1,31 +1,24 @@
-"""The demo's world, its cards, its tokenizer and the model that ships with it."""
+"""The demo's world, its cards, its tokenizer and the T5 that ships with it."""
 
-import json
 from collections import Counter
-from importlib import resources
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from mpt_lightning.data.card import load_card
+from mpt_lightning.resources import EMBEDDED, T5, backbone_path, embedded_data
 from tools import pretrain_t5
-from tools.world import SOURCES, TARGETS, TASKS, make_rows, write_world
+from tools.world import SHIPPED, SOURCES, TARGETS, TASKS, make_rows, write_world
 
-MODEL = str(resources.files("mpt_lightning") / "demo" / "t5")
-COUNTS = {"train": 240, "validation": 48, "test": 48}
-
-
-def read(path: Path) -> list[dict[str, str | int | float]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+MODEL = backbone_path(T5)
+DATA = embedded_data(EMBEDDED) / "demo"
 
 
-@pytest.fixture(scope="module")
-def world_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    write_world(folder, seed=3)
-    return folder / "demo"
+def read(file: Path) -> list[dict[str, str | int | float]]:
+    return pd.read_parquet(file).to_dict("records")
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +30,24 @@ def test_six_sources_and_four_targets() -> None:
     assert (len(SOURCES), len(TARGETS), len(TASKS)) == (6, 4, 10)
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_rows_depend_on_the_seed_alone(task: str) -> None:
-    assert make_rows(task, COUNTS, seed=1) == make_rows(task, COUNTS, seed=1)
-    assert make_rows(task, COUNTS, seed=1) != make_rows(task, COUNTS, seed=2)
+def test_rows_depend_on_the_seed() -> None:
+    counts = {"train": 240, "validation": 48, "test": 48}
+    assert make_rows("voice", counts, seed=1) == make_rows("voice", counts, seed=1)
+    assert make_rows("voice", counts, seed=1) != make_rows("voice", counts, seed=2)
+
+
+def test_write_world_reproduces_the_shipped_files(tmp_path: Path) -> None:
+    write_world(tmp_path)
+    files = sorted(file.relative_to(tmp_path) for file in tmp_path.rglob("*.parquet"))
+    assert files == sorted(file.relative_to(DATA) for file in DATA.rglob("*.parquet"))
+    for file in files:
+        assert read(tmp_path / file) == read(DATA / file) == make_rows(file.parts[0], SHIPPED, seed=0)[file.stem]
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_written_rows_are_balanced_and_never_shared_by_two_splits(task: str, world_folder: Path) -> None:
-    splits = {split: read(world_folder / task / f"{split}.jsonl") for split in ("train", "validation", "test")}
-    assert {split: len(rows) for split, rows in splits.items()} == {"train": 2000, "validation": 200, "test": 300}
+def test_shipped_rows_are_balanced_and_in_one_split(task: str) -> None:
+    splits = {split: read(DATA / task / f"{split}.parquet") for split in SHIPPED}
+    assert {split: len(rows) for split, rows in splits.items()} == SHIPPED
     texts = [tuple(v for k, v in row.items() if k != "label") for rows in splits.values() for row in rows]
     assert len(set(texts)) == len(texts)
     for rows in splits.values():
@@ -56,9 +57,9 @@ def test_written_rows_are_balanced_and_never_shared_by_two_splits(task: str, wor
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_card_names_the_labels_and_the_columns(task: str, world_folder: Path) -> None:
+def test_card_names_the_labels_and_the_columns(task: str) -> None:
     card = load_card(f"demo/{task}")
-    row = read(world_folder / task / "test.jsonl")[0]
+    row = read(DATA / task / "test.parquet")[0]
     assert (card.path, card.subset) == ("mpt_lightning/demo", task)
     assert card.input == " ".join(f"{field} : {{{field}}}" for field in row if field != "label")
     if TASKS[task].numeric:
@@ -69,11 +70,9 @@ def test_card_names_the_labels_and_the_columns(task: str, world_folder: Path) ->
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_word_is_in_the_shipped_vocabulary(
-    task: str, world_folder: Path, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_every_word_is_in_the_shipped_vocabulary(task: str, tokenizer: PreTrainedTokenizerBase) -> None:
     card, unknown = load_card(f"demo/{task}"), tokenizer.unk_token_id
-    texts = [card.input.format(**row) for row in read(world_folder / task / "train.jsonl")]
+    texts = [card.input.format(**row) for row in read(DATA / task / "train.parquet")]
     assert not [text for text in texts if unknown in tokenizer(text)["input_ids"]]
     for word in TASKS[task].choices:  # a label is one word, so ranking compares like with like
         assert len(tokenizer(word)["input_ids"]) == 2
@@ -81,21 +80,21 @@ def test_every_word_is_in_the_shipped_vocabulary(
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_instructions_never_answer_with_a_target_tasks_words(target: str) -> None:
+def test_instructions_avoid_the_label_words_of_targets(target: str) -> None:
     answers = {word for skill in pretrain_t5.SKILLS for word in skill.answers}
     answers |= {word for code in pretrain_t5.CODES.values() for word in code} | {"yes", "no"}
     assert not answers & set(TARGETS[target].choices)
-    assert set(TARGETS[target].choices) <= set(pretrain_t5.SAYABLE)  # but plain text says them
+    assert set(TARGETS[target].choices) <= set(pretrain_t5.SAYABLE)  # but plain text contains them
 
 
-def test_tokenizer_is_the_one_the_script_makes_and_round_trips(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_script_builds_the_shipped_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     text = "the red cup was found by the dog , in the park ."
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
     assert tokenizer("The DOG found it.")["input_ids"][-2:] == tokenizer(".")["input_ids"]
     assert pretrain_t5.make_tokenizer(0).get_vocab() == tokenizer.get_vocab()
 
 
-def test_shipped_model_is_small_and_does_what_its_readme_says(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_shipped_model_is_small_and_answers_questions(tokenizer: PreTrainedTokenizerBase) -> None:
     model = AutoModelForSeq2SeqLM.from_pretrained(MODEL).eval()
     assert 1e6 < model.num_parameters() < 4e6
     assert (Path(MODEL) / "model.safetensors").stat().st_size < 8 * 2**20
