@@ -1,0 +1,100 @@
+"""Types of arguments that have a range, and checking a class's arguments against its signature.
+
+jsonargparse's own restricted types (`PositiveInt`, ...) make numbers of classes of their own, which a checkpoint cannot
+hold that is loaded with `weights_only=True`. These are plain numbers to jsonargparse and to type checkers.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
+
+from mpt_lightning.errors import MPTError
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a number may have, for `Annotated`; infinite and undefined ones are outside of every range.
+
+    Attributes:
+        least: The lower bound.
+        most: The upper bound.
+        above: Whether the lower bound itself is outside.
+        below: Whether the upper bound itself is outside.
+    """
+
+    least: float
+    most: float = math.inf
+    above: bool = False
+    below: bool = False
+
+    def __repr__(self) -> str:
+        """Return the range in words."""
+        words = f"{'above' if self.above else 'at least'} {self.least:g}"
+        return words if self.most == math.inf else f"{words} and {'below' if self.below else 'at most'} {self.most:g}"
+
+    def __contains__(self, value: float) -> bool:
+        """Return whether a number is in the range."""
+        low = value > self.least if self.above else value >= self.least
+        return low and math.isfinite(value) and (value < self.most if self.below else value <= self.most)
+
+
+PositiveInt: TypeAlias = Annotated[int, Range(1)]
+NonNegativeInt: TypeAlias = Annotated[int, Range(0)]
+PositiveFloat: TypeAlias = Annotated[float, Range(0, above=True)]
+NonNegativeFloat: TypeAlias = Annotated[float, Range(0)]
+
+
+def check_arguments(cls: type, values: Mapping[str, Any]) -> None:
+    """Raise if an argument is not of the type that a class's signature gives it.
+
+    Choices (`Literal`), ranges (`Annotated` with a `Range`), strings and lists are checked. The command line checks
+    types, but no ranges; from Python any value may come.
+
+    Args:
+        cls: The class, whose `__init__` and those of its bases name the types.
+        values: The arguments by name.
+
+    Raises:
+        MPTError: If one has an impossible value.
+    """
+    for base in reversed(cls.__mro__):
+        if "__init__" in vars(base) and base.__module__.split(".")[0] != "torch":
+            for name, kind in _types(base).items():
+                if name in values:
+                    _check(name, values[name], kind)
+
+
+def _types(cls: Any) -> dict[str, Any]:
+    try:
+        return get_type_hints(cls.__init__, include_extras=True)
+    except NameError:  # a class within a function may name types that only the function knows
+        return dict(cls.__init__.__annotations__)
+
+
+def _check(name: str, value: Any, kind: Any) -> None:
+    alternatives = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    expected = []
+    for kind in alternatives:
+        origin, arguments = get_origin(kind), get_args(kind)
+        plain = origin or kind
+        if kind is type(None):
+            matches, words = value is None, "null"
+        elif origin is Literal:
+            matches, words = value in arguments, f"one of {', '.join(map(str, arguments))}"
+        elif origin is Annotated and isinstance(arguments[1], Range):
+            number, allowed = arguments[:2]
+            numeric = isinstance(value, number if number is int else int | float) and not isinstance(value, bool)
+            matches, words = (
+                numeric and value in allowed,
+                f"{'a whole number' if number is int else 'a number'} {allowed!r}",
+            )
+        elif plain in (str, list):
+            matches, words = isinstance(value, plain), "a string" if plain is str else "a list"
+        else:
+            return
+        if matches:
+            return
+        expected.append(words)
+    raise MPTError(f"{name}: got {value!r}, expected {' or '.join(expected)}.")
