@@ -1,6 +1,6 @@
 """Multitask and context-aware prompt tuning of one frozen language model, as PyTorch Lightning modules.
 
-Everything public is importable from here and loaded on first use, so that `import mpt_lightning` costs nothing.
+Public names are loaded on first use, so that `import mpt_lightning` does not import torch.
 """
 
 from importlib import import_module
@@ -8,78 +8,49 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
-    from mpt_lightning.backbones import load_backbone
-    from mpt_lightning.data import MultitaskDataModule, TaskDataModule, load_task
-    from mpt_lightning.distributed.strategy import ShardedStrategy
-    from mpt_lightning.interop import export_peft, import_peft
-    from mpt_lightning.modules import (
-        CPT,
-        Adapters,
-        DePT,
-        FineTuning,
-        HardPrompt,
-        MPTSource,
-        MPTTarget,
-        PEFTModule,
-        PrefixTuning,
-        PromptTuning,
-    )
-    from mpt_lightning.predictor import Predictor
-    from mpt_lightning.prompts import ContextPrompt, MultitaskPrompt, SoftPrompt
-
+# The public names by the module that defines them.
 _HOMES = {
-    "SoftPrompt": "mpt_lightning.prompts",
-    "MultitaskPrompt": "mpt_lightning.prompts",
-    "ContextPrompt": "mpt_lightning.prompts",
-    "load_backbone": "mpt_lightning.backbones",
-    "PromptTuning": "mpt_lightning.modules",
-    "MPTSource": "mpt_lightning.modules",
-    "MPTTarget": "mpt_lightning.modules",
-    "CPT": "mpt_lightning.modules",
-    "PrefixTuning": "mpt_lightning.modules",
-    "DePT": "mpt_lightning.modules",
-    "PEFTModule": "mpt_lightning.modules",
-    "Adapters": "mpt_lightning.modules",
-    "FineTuning": "mpt_lightning.modules",
-    "HardPrompt": "mpt_lightning.modules",
-    "TaskDataModule": "mpt_lightning.data",
-    "MultitaskDataModule": "mpt_lightning.data",
-    "load_task": "mpt_lightning.data",
-    "Predictor": "mpt_lightning.predictor",
-    "ShardedStrategy": "mpt_lightning.distributed.strategy",
-    "export_peft": "mpt_lightning.interop",
-    "import_peft": "mpt_lightning.interop",
+    name: f"{__name__}.{home}"
+    for home, names in {
+        "prompts": "SoftPrompt MultitaskPrompt ContextPrompt",
+        "backbones": "load_backbone",
+        "modules": "PromptTuning MPTSource MPTTarget CPT PrefixTuning DePT PEFTModule Adapters FineTuning HardPrompt",
+        "data": "TaskDataModule MultitaskDataModule load_task",
+        "predictor": "Predictor",
+        "distributed.strategy": "ShardedStrategy",
+        "interop": "export_peft import_peft",
+    }.items()
+    for name in names.split()
 }
+__all__ = list(_HOMES)
 
-__all__ = [  # noqa: RUF022  (the order of a reader: prompts, backbones, modules, data, exports)
-    "SoftPrompt",
-    "MultitaskPrompt",
-    "ContextPrompt",
-    "load_backbone",
-    "PromptTuning",
-    "MPTSource",
-    "MPTTarget",
-    "CPT",
-    "PrefixTuning",
-    "DePT",
-    "PEFTModule",
-    "Adapters",
-    "FineTuning",
-    "HardPrompt",
-    "TaskDataModule",
-    "MultitaskDataModule",
-    "load_task",
-    "Predictor",
-    "ShardedStrategy",
-    "export_peft",
-    "import_peft",
-]
+if TYPE_CHECKING:  # `as` marks a re-export for type checkers
+    from mpt_lightning.backbones import load_backbone as load_backbone
+    from mpt_lightning.data import MultitaskDataModule as MultitaskDataModule
+    from mpt_lightning.data import TaskDataModule as TaskDataModule
+    from mpt_lightning.data import load_task as load_task
+    from mpt_lightning.distributed.strategy import ShardedStrategy as ShardedStrategy
+    from mpt_lightning.interop import export_peft as export_peft
+    from mpt_lightning.interop import import_peft as import_peft
+    from mpt_lightning.modules import CPT as CPT
+    from mpt_lightning.modules import Adapters as Adapters
+    from mpt_lightning.modules import DePT as DePT
+    from mpt_lightning.modules import FineTuning as FineTuning
+    from mpt_lightning.modules import HardPrompt as HardPrompt
+    from mpt_lightning.modules import MPTSource as MPTSource
+    from mpt_lightning.modules import MPTTarget as MPTTarget
+    from mpt_lightning.modules import PEFTModule as PEFTModule
+    from mpt_lightning.modules import PrefixTuning as PrefixTuning
+    from mpt_lightning.modules import PromptTuning as PromptTuning
+    from mpt_lightning.predictor import Predictor as Predictor
+    from mpt_lightning.prompts import ContextPrompt as ContextPrompt
+    from mpt_lightning.prompts import MultitaskPrompt as MultitaskPrompt
+    from mpt_lightning.prompts import SoftPrompt as SoftPrompt
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"module 'mpt_lightning' has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
 
 

@@ -1,7 +1,6 @@
 """Callbacks: the last checkpoint, predictions as JSONL, an export of the best one for PEFT, the picture of prompts."""
 
 import json
-import os
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +12,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from torch.nn import functional
 
 from mpt_lightning.errors import MPTError
+from mpt_lightning.io import write_file
 from mpt_lightning.modules.base import PromptModule
 from mpt_lightning.prompts import DecomposedPrompt, PrefixPrompt, Prompt
 
@@ -74,9 +74,7 @@ class PredictionWriter(BasePredictionWriter):
         records = [json.loads(line) for line in lines if line]
         order = {task: place for place, task in enumerate(dict.fromkeys(record["task"] for record in records))}
         records.sort(key=lambda record: (order[record["task"]], record["row"]))
-        unfinished = self.path.with_name(self.path.name + ".part")
-        unfinished.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-        os.replace(unfinished, self.path)
+        write_file(self.path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
         for part in parts:
             part.unlink()
 

@@ -1,8 +1,12 @@
-"""Small text files that people write, and what may name a file. Light: `mpt tasks` reads all cards with it."""
+"""Files: atomic writing, reading of text and YAML, and what may name a file. Imports neither torch nor datasets."""
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,71 +17,117 @@ from mpt_lightning.errors import MPTError
 if TYPE_CHECKING:
     from importlib.abc import Traversable
 
+# Bytes; file systems take 255, and suffixes and temporary names need some of them.
 LONGEST_NAME = 200
-"""Bytes; file systems take 255, and suffixes and temporary names need some of them."""
+# Values, with every alias written out.
 LONGEST_YAML = 1_000_000
-_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10))}
+
+
+def write_file(file: Path, content: str | bytes | memoryview, *, flush: bool = False) -> None:
+    """Write a file whole or not at all; an existing one is replaced, and missing folders are created.
+
+    Args:
+        file: The file.
+        content: Text is written as UTF-8.
+        flush: Wait until the content is on the disk, so that even a crash of the machine leaves a whole file.
+
+    Raises:
+        OSError: The file cannot be written; what was there before is unchanged.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f".{file.name}.part")
+    try:
+        with unfinished.open("wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
+            if flush:
+                stream.flush()
+                os.fsync(stream.fileno())
+        os.replace(unfinished, file)
+    except OSError:
+        with suppress(OSError):
+            unfinished.unlink()
+        raise
+
+
+@contextmanager
+def new_folder(dest: str | Path, replaces: str | None = None) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `dest` when the block ends, and is removed if it raises.
+
+    Args:
+        dest: A path that does not exist; its parents are created.
+        replaces: A file name: a folder at `dest` that contains it is replaced.
+
+    Raises:
+        MPTError: Something else is at `dest`.
+    """
+    dest = Path(dest).expanduser()
+    if os.path.lexists(dest) and not (replaces and (dest / replaces).is_file()):
+        expected = f"an export (a folder with {replaces})" if replaces else "a path that does not exist"
+        raise MPTError(f"{dest} exists. Expected {expected}: remove it, or choose another destination.")
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{dest.name}.", dir=dest.parent) as scratch:
+        unfinished, old = Path(scratch) / "new", Path(scratch) / "old"
+        unfinished.mkdir()
+        yield unfinished
+        if os.path.lexists(dest):
+            dest.rename(old)
+        try:
+            unfinished.rename(dest)
+        except OSError:
+            if old.exists():
+                old.rename(dest)
+            raise
 
 
 def can_be_path(name: str) -> bool:
-    r"""Say whether a name can be a relative path on Linux, macOS and Windows, and cannot lead out of its folder.
-
-    Args:
-        name: parts with single `/` between them.
+    r"""Return whether a name with single `/` between its parts can be a relative path that stays inside its folder.
 
     Example:
-        >>> [can_be_path(name) for name in ("glue/sst2", "a/../b", "/etc/x", "a\\b", "con", "x" * 300)]
-        [True, False, False, False, False, False]
+        >>> [can_be_path(name) for name in ("glue/sst2", "a/../b", "/etc/x", "a\\b", "x" * 300)]
+        [True, False, False, False, False]
     """
-    # Not printable are control characters, line ends, and halves of surrogate pairs, which cannot be encoded.
+    # Control characters, line ends and lone surrogates, which UTF-8 cannot encode, are not printable.
     if not name.isprintable() or re.search(r'[\\:*?"<>|]', name) or len(name.encode()) > LONGEST_NAME:
         return False
-    # An empty part is a leading, a trailing or a doubled `/`; Windows drops dots and spaces at a part's end.
-    parts = name.split("/")
-    return all(
-        part and part == part.strip() and not part.endswith(".") and part.split(".")[0].casefold() not in _DEVICES
-        for part in parts
-    )
+    return all(part == part.strip() and part.strip(".") for part in name.split("/"))
 
 
 def read_text(file: Path | Traversable) -> str:
-    """Read a text file, with or without a byte order mark.
+    """Read a UTF-8 text file, with or without a byte order mark.
 
     Raises:
-        MPTError: it is not UTF-8.
-        OSError: it cannot be read at all.
+        MPTError: If the file is not UTF-8.
+        OSError: If the file cannot be read.
     """
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise MPTError(
-            f"{file} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8, or give another file."
-        ) from None
+        raise MPTError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from None
 
 
 def parse_yaml(text: str, name: str) -> Any:
-    """Read YAML as plain values; tags that stand for anything else are errors.
+    """Parse YAML into plain values; tags for anything else are errors.
 
     Args:
-        text: the YAML.
-        name: what to call it in the message.
+        text: The YAML.
+        name: What to call it in the message.
 
     Raises:
-        MPTError: it is none.
+        MPTError: If the text is not valid YAML.
     """
     try:
         content = yaml.safe_load(text)
         if _count(content, {}) > LONGEST_YAML:
             raise MPTError(f"its aliases stand for more than {LONGEST_YAML:,} values")
         return content
-    except Exception as error:  # PyYAML lets through what its conversions raise: KeyError, ValueError, RecursionError
+    except Exception as error:  # PyYAML also raises KeyError, ValueError and RecursionError
         raise MPTError(
             f"{name} cannot be read as YAML ({type(error).__name__}: {one_line(error)}). Correct the file."
         ) from None
 
 
 def _count(value: Any, counted: dict[int, int | None]) -> int:
-    """Count the values of a YAML document, with every alias written out."""
+    """Return the number of values of a YAML document, with every alias written out."""
     if not isinstance(value, dict | list):
         return 1
     if id(value) not in counted:
@@ -86,7 +136,7 @@ def _count(value: Any, counted: dict[int, int | None]) -> int:
         counted[id(value)] = 1 + sum(_count(item, counted) for item in inside)
     count = counted[id(value)]
     if count is None:
-        raise MPTError("a part of it is inside itself")
+        raise MPTError("an alias contains itself")
     return count
 
 
@@ -96,6 +146,6 @@ def read_yaml(file: Path | Traversable) -> Any:
 
 
 def one_line(error: object) -> str:
-    """Give an error's text in one line, of a length that can be read."""
+    """Return an error's text as one line of at most 300 characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else f"{text[:297]}..."

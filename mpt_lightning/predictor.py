@@ -1,7 +1,6 @@
 """Inference in one object: texts of any of a checkpoint's tasks in, answers out."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from mpt_lightning.data.prediction import Row, Text, encode_rows, plain_text
 from mpt_lightning.data.tokenize import Encoder
 from mpt_lightning.data.vocabulary import check_choices
 from mpt_lightning.errors import MPTError
-from mpt_lightning.io import one_line, read_text
+from mpt_lightning.io import one_line, read_text, write_file
 from mpt_lightning.modules import evaluation
 from mpt_lightning.modules.base import PromptModule
 from mpt_lightning.objectives import IGNORE
@@ -236,12 +235,7 @@ def predict_file(predictor: Predictor, source: str, dest: str, raw: bool = False
             texts.append(values["text"] if raw or card is None else values)
         tasks.append(task)
     answers = predictor.predict(texts, tasks, raw=raw) if texts else []
-    part = target.with_name(f"{target.name}.part")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part.write_text(
-        "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers), encoding="utf-8"
-    )
-    os.replace(part, target)
+    write_file(target, "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers))
     return len(answers)
 
 

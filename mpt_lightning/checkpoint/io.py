@@ -1,7 +1,5 @@
 """How checkpoints get to the disk and back: whole or not at all, and checked when they are read."""
 
-import os
-from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from mpt_lightning.checkpoint.seal import check_seal, seal
 from mpt_lightning.errors import MPTError
+from mpt_lightning.io import write_file
 
 
 class CheckedCheckpointIO(TorchCheckpointIO):
@@ -29,20 +28,11 @@ class CheckedCheckpointIO(TorchCheckpointIO):
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        target = Path(path)
-        unfinished = target.with_name(f".{target.name}.part")
-        buffer = BytesIO()
+        target, buffer = Path(path), BytesIO()
         torch.save(checkpoint, buffer)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with unfinished.open("wb") as file:
-                file.write(seal(buffer.getbuffer()))
-                file.flush()
-                os.fsync(file.fileno())  # or a crash of the machine could leave the name without the content
-            os.replace(unfinished, target)
+            write_file(target, seal(buffer.getbuffer()), flush=True)
         except OSError as error:
-            with suppress(OSError):
-                unfinished.unlink(missing_ok=True)
             raise MPTError(
                 f"The checkpoint {target} ({buffer.tell():,} bytes) cannot be written: {error.strerror}. Training has "
                 "stopped; checkpoints written before are whole. Make room, or give another folder (dirpath of "

@@ -1,11 +1,8 @@
 """Writing exports: folders that appear whole or not at all."""
 
 import json
-import os
-import tempfile
 import unicodedata
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import replace as with_changes
 from pathlib import Path
 from typing import Any
@@ -35,36 +32,6 @@ OWN_SUFFIXES = (".safetensors", ".json", ".md")
 PRIVATE = ("teachers", "source", "init_checkpoint", "cache_dir", "card", "tasks")
 # What an export contains in place of a `data_root`: that the data was local, but not where.
 LOCAL = "<local files>"
-
-
-@contextmanager
-def new_folder(dest: str | Path, replace: bool = False) -> Iterator[Path]:
-    """Give a folder to write to that becomes `dest` when all has been written, and vanishes on an error.
-
-    Args:
-        dest: a place that does not exist; its parents are made.
-        replace: an earlier export at `dest` gives way; anything else there is refused.
-
-    Raises:
-        MPTError: something is at `dest`.
-    """
-    dest = Path(dest).expanduser()
-    if os.path.lexists(dest) and not (replace and (dest / DESCRIPTION).is_file()):
-        wanted = f"an export (a folder with {DESCRIPTION})" if replace else "a place that does not exist"
-        raise MPTError(f"{dest} exists. Expected {wanted}: remove it, or give another destination.")
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{dest.name}.", dir=dest.parent) as scratch:
-        unfinished, old = Path(scratch) / "new", Path(scratch) / "old"
-        unfinished.mkdir()
-        yield unfinished
-        if os.path.lexists(dest):
-            dest.rename(old)
-        try:
-            unfinished.rename(dest)
-        except OSError:
-            if old.exists():
-                old.rename(dest)
-            raise
 
 
 def task_path(task: str) -> str:

@@ -14,12 +14,11 @@ from mpt_lightning.backbones import Backbone
 from mpt_lightning.backbones.family import family_of
 from mpt_lightning.backbones.load import load_config
 from mpt_lightning.checkpoint import PromptCheckpoint
-from mpt_lightning.checkpoint.folder import STATE
+from mpt_lightning.checkpoint.folder import DESCRIPTION, STATE
 from mpt_lightning.checkpoint.peft import ADAPTER, TASKS
 from mpt_lightning.interop.examples import Layout
 from mpt_lightning.interop.folder import (
     as_checkpoint,
-    new_folder,
     only,
     task_paths,
     trained_prompt,
@@ -28,6 +27,7 @@ from mpt_lightning.interop.folder import (
     write_tensors,
 )
 from mpt_lightning.interop.hub import model_card
+from mpt_lightning.io import new_folder
 from mpt_lightning.prompts import MultitaskPrompt, Prompt, SoftPrompt
 
 
@@ -65,7 +65,7 @@ def export_peft(
     if task is not None:
         prompt.index(task)
     config = backbone.model.config if backbone is not None else load_config(found.backbone)
-    with new_folder(dest, replace) as folder:
+    with new_folder(dest, DESCRIPTION if replace else None) as folder:
         if task is not None or (prompt.num_tasks == 1 and not isinstance(prompt, MultitaskPrompt)):
             _write_task(folder, found, prompt, prompt.tasks[0] if task is None else task, config)
         elif isinstance(prompt, MultitaskPrompt):

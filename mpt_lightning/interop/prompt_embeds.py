@@ -10,7 +10,6 @@ from mpt_lightning.checkpoint import PromptCheckpoint
 from mpt_lightning.checkpoint.folder import digest
 from mpt_lightning.interop.folder import (
     as_checkpoint,
-    new_folder,
     only,
     task_paths,
     trained_prompt,
@@ -18,6 +17,7 @@ from mpt_lightning.interop.folder import (
     write_tensors,
 )
 from mpt_lightning.interop.hub import CARD, model_card
+from mpt_lightning.io import new_folder
 
 INDEX = "prompt_embeds.json"
 FORMAT = 1

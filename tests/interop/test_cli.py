@@ -48,7 +48,7 @@ def test_export_from_the_command_line(
     ("words", "message"),
     [
         (["no.ckpt", "dest"], "checkpoint no.ckpt: there is no such file"),
-        (["CKPT", "source"], "source exists. Expected a place that does not exist"),
+        (["CKPT", "source"], "source exists. Expected a path that does not exist"),
         (["CKPT", "dest", "--task", "three"], "Unknown task 'three'. This prompt has: glue/one, two"),
         (["source", "dest"], "source is no PEFT folder: it has no adapter_config.json"),
         (["CKPT", "dest", "--push", "a/b/c"], "dest was not pushed to 'a/b/c'"),

@@ -174,7 +174,7 @@ def test_nothing_is_left_of_an_export_that_fails(
 
     monkeypatch.setattr("mpt_lightning.interop.peft.model_card", fail)
     for dest, replace in (("new", False), ("kept", True)):
-        with pytest.raises(ValueError, match="disk full"):
+        with pytest.raises(OSError, match="disk full"):
             export_peft(source, tmp_path / dest, replace=replace)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "source"]
     assert (kept / "adapter_model.safetensors").read_bytes() == before
