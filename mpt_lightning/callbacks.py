@@ -14,7 +14,7 @@ from torch.nn import functional
 from mpt_lightning.errors import MPTError
 from mpt_lightning.io import write_file
 from mpt_lightning.modules.base import PromptModule
-from mpt_lightning.prompts import DecomposedPrompt, PrefixPrompt, Prompt
+from mpt_lightning.prompts import Prompt, PromptOutput
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -151,9 +151,9 @@ class PEFTExport(L.Callback):
             MPTError: It is the backbone, or a prompt of another kind.
         """
         prompt = pl_module.prompt if isinstance(pl_module, PromptModule) else None
-        if prompt is not None and prompt.output != Prompt.output:
+        if prompt is not None and prompt.content != Prompt.content:
             raise MPTError(
-                f"PEFTExport exports prompts of embeddings, and {type(pl_module).__name__} trains {prompt.output}. "
+                f"PEFTExport exports prompts of embeddings, and {type(pl_module).__name__} trains {prompt.content}. "
                 "Remove PEFTExport from the callbacks."
             )
 
@@ -198,12 +198,10 @@ def prompt_similarity(prompt: Prompt) -> torch.Tensor:
     """
     with torch.no_grad():
         device = next(prompt.parameters()).device
-        made: Any = prompt(torch.arange(prompt.num_tasks, device=device))
-        if isinstance(prompt, DecomposedPrompt):
-            made = made[0]
-        elif isinstance(prompt, PrefixPrompt):
-            made = torch.cat([states.flatten(1) for layer in made for states in layer], dim=1)
-        flat = functional.normalize(made.flatten(1), dim=1)
+        output: PromptOutput = prompt(torch.arange(prompt.num_tasks, device=device))
+        states = [states for layer in output.layers or () for states in layer]
+        compared = states if output.embeddings is None else [output.embeddings]
+        flat = functional.normalize(torch.cat([part.flatten(1) for part in compared], dim=1), dim=1)
         return (flat @ flat.T).clamp(-1, 1).float().cpu()
 
 

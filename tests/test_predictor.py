@@ -136,7 +136,7 @@ def test_rows_follow_the_context_without_bos(tmp_path: Path) -> None:
     trainer.fit(module, datamodule=data)
     trainer.save_checkpoint(tmp_path / "cpt.ckpt")
     (answer,) = Predictor.from_checkpoint(str(tmp_path / "cpt.ckpt")).predict("a happy story")
-    context = module.prompt(torch.tensor([0]))
+    context = module.prompt(torch.tensor([0])).embeddings
     likelihoods = []
     for word in words:
         text, own = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in ("a happy story :", word))

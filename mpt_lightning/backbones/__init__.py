@@ -1,8 +1,17 @@
 """What is frozen: a Hugging Face model behind one small interface."""
 
-from mpt_lightning.backbones.base import Backbone, BackboneOutput, Segment
+from mpt_lightning.backbones.base import Backbone
 from mpt_lightning.backbones.causal import CausalBackbone
 from mpt_lightning.backbones.load import load_backbone
+from mpt_lightning.backbones.outputs import BackboneOutput, EncodedPrompts, Segment
 from mpt_lightning.backbones.seq2seq import Seq2SeqBackbone
 
-__all__ = ["Backbone", "BackboneOutput", "CausalBackbone", "Segment", "Seq2SeqBackbone", "load_backbone"]
+__all__ = [
+    "Backbone",
+    "BackboneOutput",
+    "CausalBackbone",
+    "EncodedPrompts",
+    "Segment",
+    "Seq2SeqBackbone",
+    "load_backbone",
+]

@@ -1,7 +1,6 @@
 """The interface between prompts and a frozen language model, and what both kinds of model share."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -15,47 +14,21 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from mpt_lightning.backbones.compilation import compile_parts
 from mpt_lightning.backbones.family import Family
 from mpt_lightning.backbones.fingerprint import fingerprint
+from mpt_lightning.backbones.outputs import BackboneOutput, EncodedPrompts, Prompts
 from mpt_lightning.backbones.tokenizer import load_tokenizer
 from mpt_lightning.errors import MPTError
+from mpt_lightning.prompts import PromptOutput
 
 IGNORE = -100
 """The label of padding, Hugging Face's and torch's convention."""
 
 
-@dataclass
-class Segment:
-    """Hidden states of one part of the sequence.
-
-    Attributes:
-        layers: per layer `[N, S, H]`, the last layer last.
-        weight: `[N, S]`, how often each position counts: 0 for padding, for a prompt that several rows share the
-            number of those rows.
-    """
-
-    layers: tuple[Tensor, ...]
-    weight: Tensor
-
-
-@dataclass
-class BackboneOutput:
-    """What a forward pass gives.
-
-    Attributes:
-        logits: `[B, M, V]`, position m predicts label token m.
-        hidden: hidden states by "<stack>/<part>": encoder/prompt, encoder/text and decoder/text of an
-            encoder-decoder, decoder/prompt and decoder/text of a decoder-only model. Empty unless asked for.
-    """
-
-    logits: Tensor
-    hidden: dict[str, Segment] = field(default_factory=dict)
-    prompt_logits: Tensor | None = None
-
-
 class Backbone(nn.Module, ABC):
     """A frozen Hugging Face model that takes prompts.
 
-    `prompts` in every verb is either a tensor `[U, P, H]`, one prompt per distinct task of the batch, or what
-    `encode_prompts` made of it; `rows` `[B]` says which of the U prompts each row has. P = 0 is no prompt at all.
+    `prompts` in every verb has one prompt per distinct task of the batch: the output of a `Prompt`, a tensor of
+    embeddings `[U, P, H]`, or the result of `encode_prompts`. `rows` `[B]` contains which of the U prompts each row
+    has. P = 0 is no prompt at all.
 
     Args:
         model: the model; its parameters are frozen here.
@@ -196,17 +169,17 @@ class Backbone(nn.Module, ABC):
         own = prompts.to(text.dtype)[rows].gather(1, place)
         return torch.where(input_ids[..., None] < 0, own, text)
 
-    def encode_prompts(self, prompts: Tensor) -> Any:
-        """Do once what depends on the prompts `[U, P, H]` alone.
+    def encode_prompts(self, prompts: Tensor | PromptOutput) -> PromptOutput | EncodedPrompts:
+        """Compute what depends on the prompts alone.
 
-        The result stands for the prompts in every verb, and is indexed by `[N]` rows as they are.
+        The result replaces the prompts in every verb, and is indexed by `[N]` rows as they are.
         """
-        return prompts
+        return PromptOutput.of(prompts)
 
     @abstractmethod
     def forward(
         self,
-        prompts: Any,
+        prompts: Prompts,
         rows: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor,
@@ -216,7 +189,7 @@ class Backbone(nn.Module, ABC):
         """Predict the label tokens, given the ones before.
 
         Args:
-            prompts: [U, P, H], or encoded.
+            prompts: Of the U distinct tasks.
             rows: [B] in 0..U-1.
             input_ids: [B, L].
             attention_mask: [B, L], 1 for tokens, padding on any side.
@@ -228,14 +201,16 @@ class Backbone(nn.Module, ABC):
         """
 
     @abstractmethod
-    def score(self, prompts: Any, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, choices: Tensor) -> Tensor:
+    def score(
+        self, prompts: Prompts, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, choices: Tensor
+    ) -> Tensor:
         """Give the log-likelihood of each choice; the input is encoded once.
 
         It is the sum over the choice's tokens, not their mean: of two choices that a model finds equally likely per
         token, the shorter one wins.
 
         Args:
-            prompts: [U, P, H], or encoded.
+            prompts: Of the U distinct tasks.
             rows: [B] in 0..U-1.
             input_ids: [B, L].
             attention_mask: [B, L].
@@ -246,11 +221,13 @@ class Backbone(nn.Module, ABC):
         """
 
     @abstractmethod
-    def generate(self, prompts: Any, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
+    def generate(
+        self, prompts: Prompts, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, **options: Any
+    ) -> Tensor:
         """Generate label tokens.
 
         Args:
-            prompts: [U, P, H], or encoded.
+            prompts: Of the U distinct tasks.
             rows: [B] in 0..U-1.
             input_ids: [B, L].
             attention_mask: [B, L].

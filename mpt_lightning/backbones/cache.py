@@ -1,51 +1,13 @@
 """A cache that lets rows read a shared prefix's keys and values, with gradients through it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from mpt_lightning.backbones.attention import put_before
-from mpt_lightning.backbones.gather import gather_rows
-
-Pair: TypeAlias = tuple[Tensor, Tensor]
-
-
-@dataclass
-class EncodedPrompts:
-    """What a decoder-only model makes of prompts alone: everything that rows need of them.
-
-    Attributes:
-        layers: per layer the keys and values, `[U, heads, P, D]` each.
-        hidden: per layer the hidden states `[U, P, H]`.
-        length: P.
-        logits: `[U, N, V]` at the positions that were asked for, else nothing.
-        shift: `[U, S, H]`, what is added to the embeddings of the text's tokens; mostly nothing.
-        prompts: what was encoded, `[U, P, H]`; nothing where keys and values are themselves the prompt.
-    """
-
-    layers: tuple[tuple[Tensor, Tensor], ...]
-    hidden: tuple[Tensor, ...]
-    length: int
-    logits: Tensor | None = None
-    prompts: Tensor | None = None
-    shift: Tensor | None = None
-
-    def __getitem__(self, rows: Tensor) -> "EncodedPrompts":
-        """Give some of the prompts, in the order of `rows` `[N]` in 0..U-1."""
-        prompts = None if self.prompts is None else self.prompts[rows]
-        hidden = tuple(states[rows] for states in self.hidden)
-        return EncodedPrompts(
-            tuple(gather(self.layers, rows)),
-            hidden,
-            self.length,
-            None,
-            prompts,
-            self.shift if self.shift is None else self.shift[rows],
-        )
+from mpt_lightning.backbones.outputs import Pair
 
 
 class PrefixLayer(CacheLayerMixin):
@@ -67,9 +29,7 @@ class PrefixLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: there is no storage."""
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> Pair:
         """Give the prefix and the new keys `[B, heads, P + S, D]`, and the values alike."""
         if self.prefix is not None:
             key_states = torch.cat([self.prefix[0].to(key_states.dtype), key_states], dim=2)
@@ -107,7 +67,7 @@ class PrefixCache(Cache):
         self.prefix_layers = [PrefixLayer(*pair) for pair in zip(own, common, strict=True)]
         super().__init__(layers=list(self.prefix_layers))
 
-    def contents(self) -> tuple[tuple[Tensor, Tensor], ...]:
+    def contents(self) -> tuple[Pair, ...]:
         """Give what the last pass saw: per layer the rows' keys and values, prefix and new ones."""
         pairs = []
         for layer in self.prefix_layers:
@@ -115,16 +75,3 @@ class PrefixCache(Cache):
                 raise RuntimeError("no pass has run through this cache yet")
             pairs.append((layer.keys, layer.values))
         return tuple(pairs)
-
-
-def gather(layers: Sequence[tuple[Tensor, Tensor]], rows: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Give each row its prompt's keys and values.
-
-    Args:
-        layers: per layer `[U, heads, P, D]`.
-        rows: [B] in 0..U-1.
-
-    Returns:
-        Per layer `[B, heads, P, D]`; a view where there is one prompt only.
-    """
-    return [(gather_rows(keys, rows), gather_rows(values, rows)) for keys, values in layers]

@@ -6,9 +6,7 @@ as one packed sequence where the model allows it (`packed`), otherwise the promp
 """
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,12 +16,15 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mpt_lightning.backbones.attention import NAME
-from mpt_lightning.backbones.base import IGNORE, Backbone, BackboneOutput, Segment, align, log_likelihood
-from mpt_lightning.backbones.cache import EncodedPrompts, Pair, PrefixCache, gather
+from mpt_lightning.backbones.base import IGNORE, Backbone, align, log_likelihood
+from mpt_lightning.backbones.cache import PrefixCache
+from mpt_lightning.backbones.gather import gather_layers
 from mpt_lightning.backbones.limits import attention_windows, length_limit
+from mpt_lightning.backbones.outputs import BackboneOutput, EncodedPrompts, Prompts, Segment
 from mpt_lightning.backbones.packed import packed_forward
 from mpt_lightning.backbones.sharding import tie
 from mpt_lightning.errors import MPTError
+from mpt_lightning.prompts import PromptOutput
 
 Way = Literal["packed", "shared"]
 """A faster way to bring prompts to rows than copying their keys and values for every row."""
@@ -82,35 +83,29 @@ class CausalBackbone(Backbone):
                 "shorter texts (max_input_length) or a shorter prompt."
             )
 
-    def encode_prompts(
-        self, prompts: Tensor | Sequence[Pair] | EncodedPrompts, predict_at: Tensor | None = None
-    ) -> EncodedPrompts:
+    def encode_prompts(self, prompts: Prompts, predict_at: Tensor | None = None) -> EncodedPrompts:
         """Run the model over the prompts, once each.
 
         Args:
-            prompts: [U, P, H], alone or with a shift [U, S, H] of the text's embeddings; or per layer keys and values
-                [U, heads, P, D], or encoded already, which run nothing.
+            prompts: Of U tasks. Keys and values, and encoded prompts, are returned without a pass.
             predict_at: [N] positions in 0..P-1 whose logits for the next token are wanted.
         """
         return self._encode(prompts, predict_at)
 
-    def _encode(
-        self, prompts: Tensor | Sequence[Pair] | EncodedPrompts, predict_at: Tensor | None = None
-    ) -> EncodedPrompts:
-        """Do what `encode_prompts` does, within another verb: each verb is one pass of FSDP's."""
+    def _encode(self, prompts: Prompts, predict_at: Tensor | None = None) -> EncodedPrompts:
+        """Run `encode_prompts` within another verb: FSDP counts each verb as one pass."""
         if isinstance(prompts, EncodedPrompts):
             return prompts
-        if not isinstance(prompts, Tensor):
-            first, second = prompts[0], prompts[1] if len(prompts) > 1 else None
-            if isinstance(first, Tensor):  # a prompt, and what is added to the text's embeddings
-                return replace(self._encode(first), shift=second)
-            return EncodedPrompts(tuple(prompts), (), first[0].shape[2])
-        if prompts.shape[1] == 0:
-            return EncodedPrompts((), (prompts,) * self._num_layers, 0)
+        given = PromptOutput.of(prompts)
+        embeddings = given.embeddings
+        if embeddings is None:
+            return EncodedPrompts(given.layers or ())
+        if given.length == 0:
+            return EncodedPrompts((), (embeddings,) * self._num_layers, shift=given.shift)
         cache = PrefixCache(self._num_layers)
         # `logits_to_keep=1`: mostly a prompt predicts nothing, and no vocabulary-sized output is made for it.
         output = self.model(
-            inputs_embeds=prompts.to(self.dtype, copy=True),  # CTRL scales in place what it is given
+            inputs_embeds=embeddings.to(self.dtype, copy=True),  # CTRL scales in place what it is given
             past_key_values=cache,
             use_cache=not self.gradient_checkpointing,
             output_hidden_states=True,
@@ -121,7 +116,7 @@ class CausalBackbone(Backbone):
         layers, hidden = cache.contents(), tuple(output.hidden_states[1:])
         if self.sharded:
             layers = (*layers[:-1], tie(*layers[-1], hidden[-1]))
-        return EncodedPrompts(layers, hidden, prompts.shape[1], logits, prompts)
+        return EncodedPrompts(layers, hidden, embeddings, given.shift, logits)
 
     def _prefix(self, encoded: EncodedPrompts, rows: Tensor, whole: bool = True) -> PrefixCache:
         """Give the cache that a pass over the rows `[B]` begins with; without prompts it is empty.
@@ -132,7 +127,7 @@ class CausalBackbone(Backbone):
             return PrefixCache(self._num_layers)
         if "shared" in self.ways and whole and len(encoded.layers[0][0]) == 1 and not torch.is_grad_enabled():
             return PrefixCache(self._num_layers, shared=encoded.layers)
-        return PrefixCache(gather(encoded.layers, rows))
+        return PrefixCache(gather_layers(encoded.layers, rows))
 
     def _among(
         self, encoded: EncodedPrompts, rows: Tensor, input_ids: Tensor, text: Tensor
@@ -143,9 +138,9 @@ class CausalBackbone(Backbone):
         """
         if encoded.shift is not None:
             return encoded, self.embed_shifted(encoded.shift, rows, input_ids, text)
-        if encoded.prompts is None or not (input_ids < 0).any():
+        if encoded.embeddings is None or not (input_ids < 0).any():
             return encoded, input_ids
-        return EncodedPrompts((), (), 0), self.embed_among(encoded.prompts, rows, input_ids)
+        return EncodedPrompts(), self.embed_among(encoded.embeddings, rows, input_ids)
 
     def _read(
         self,
@@ -180,7 +175,7 @@ class CausalBackbone(Backbone):
 
     def forward(
         self,
-        prompts: Tensor | EncodedPrompts,
+        prompts: Prompts,
         rows: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor,
@@ -199,10 +194,11 @@ class CausalBackbone(Backbone):
         given, read = labels[:, :-1], labels[:, 1:] != IGNORE  # a row's last label is predicted, never read
         whole = torch.cat([input_ids, given.clamp(min=0)], dim=1)
         mask = torch.cat([attention_mask, read.to(attention_mask.dtype)], dim=1)
-        if self._packs(prompts, input_ids):
-            self._check_length(prompts.shape[1] + whole.shape[1])
+        packable = self._packable(prompts)
+        if packable is not None and not bool((input_ids < 0).any()):
+            self._check_length(packable.shape[1] + whole.shape[1])
             return packed_forward(
-                self, prompts, rows, whole, mask, predicted=labels.shape[1], hidden_states=hidden_states,
+                self, packable, rows, whole, mask, predicted=labels.shape[1], hidden_states=hidden_states,
                 prompt_mask=prompt_mask, predict_at=predict_at,
             )  # fmt: skip
         encoded = self._encode(prompts, predict_at)
@@ -225,15 +221,17 @@ class CausalBackbone(Backbone):
                 result.hidden["decoder/prompt"] = Segment(encoded.hidden, shared_by[:, None].expand(-1, encoded.length))
         return result
 
-    def _packs(self, prompts: Any, input_ids: Tensor) -> TypeGuard[Tensor]:
-        """Whether prompts and rows can be run in one pass, which pays where gradients are wanted of both."""
+    def _packable(self, prompts: Prompts) -> Tensor | None:
+        """Return the embeddings `[U, P, H]` if they can run in one pass with rows, which is faster with gradients."""
         fits = "packed" in self.ways and self._takes_positions and not self.gradient_checkpointing
-        plain = isinstance(prompts, Tensor) and prompts.shape[1] > 0
-        return fits and plain and torch.is_grad_enabled() and not bool((input_ids < 0).any())
+        if not fits or not torch.is_grad_enabled() or isinstance(prompts, EncodedPrompts):
+            return None
+        given = PromptOutput.of(prompts)
+        return given.embeddings if given.shift is None and given.length else None
 
     def score(
         self,
-        prompts: Tensor | EncodedPrompts,
+        prompts: Prompts,
         rows: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor,
@@ -256,7 +254,7 @@ class CausalBackbone(Backbone):
             # The text's keys and values serve all its choices; only the choices' own tokens are run.
             given = labels[:, :-1]
             rest = self._read(
-                PrefixCache(gather(cache.contents(), row), cache.shared),
+                PrefixCache(gather_layers(cache.contents(), row), cache.shared),
                 past=torch.cat([past, attention_mask], dim=1)[row],
                 before=encoded.length + attention_mask.sum(dim=1, keepdim=True)[row],
                 tokens=given.clamp(min=0),
@@ -270,7 +268,7 @@ class CausalBackbone(Backbone):
 
     def generate(
         self,
-        prompts: Tensor | EncodedPrompts,
+        prompts: Prompts,
         rows: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor,
@@ -283,7 +281,7 @@ class CausalBackbone(Backbone):
         self._check_length(encoded.length + input_ids.shape[1] + (options.get("max_new_tokens") or 1))
         if tokens.is_floating_point():
             if encoded.length:  # only `generate` itself could put a cache before embeddings, and it does not
-                prompt = encoded.prompts
+                prompt = encoded.embeddings
                 if prompt is None:
                     raise RuntimeError("these prompts have no embeddings")
                 tokens = torch.cat([prompt.to(tokens.dtype)[rows], tokens], dim=1)
@@ -293,7 +291,7 @@ class CausalBackbone(Backbone):
         # `generate` wants ids for every cached position; it skips these, so any id does.
         stand_in = input_ids.new_zeros(len(rows), encoded.length)
         copies = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
-        prefix = DynamicCache(gather(encoded.layers, rows.repeat_interleave(copies))) if encoded.length else None
+        prefix = DynamicCache(gather_layers(encoded.layers, rows.repeat_interleave(copies))) if encoded.length else None
         written = self.model.generate(
             input_ids=torch.cat([stand_in, input_ids], dim=1),
             attention_mask=torch.cat([torch.ones_like(stand_in), attention_mask], dim=1),

@@ -1,5 +1,6 @@
 """Giving each row its prompt's states, with a cheap gradient."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,3 +41,16 @@ def gather_rows(states: Tensor, rows: Tensor) -> Tensor:
         return states.expand(len(rows), *states.shape[1:])
     gathered: Tensor = _Gather.apply(states, rows)
     return gathered
+
+
+def gather_layers(layers: Sequence[tuple[Tensor, Tensor]], rows: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Return each row's keys and values.
+
+    Args:
+        layers: Per layer `[U, heads, P, D]` each.
+        rows: [B] in 0..U-1.
+
+    Returns:
+        Per layer `[B, heads, P, D]` each; views if U is 1.
+    """
+    return tuple((gather_rows(keys, rows), gather_rows(values, rows)) for keys, values in layers)

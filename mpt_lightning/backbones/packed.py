@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.integrations.sdpa_attention import repeat_kv
 
-from mpt_lightning.backbones.base import Backbone, BackboneOutput, Segment
+from mpt_lightning.backbones.base import Backbone
 from mpt_lightning.backbones.gather import gather_rows
+from mpt_lightning.backbones.outputs import BackboneOutput, Segment
 
 
 @dataclass

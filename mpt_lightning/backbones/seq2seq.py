@@ -7,8 +7,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from mpt_lightning.backbones.base import IGNORE, Backbone, BackboneOutput, Segment, align, log_likelihood
+from mpt_lightning.backbones.base import IGNORE, Backbone, align, log_likelihood
+from mpt_lightning.backbones.outputs import BackboneOutput, EncodedPrompts, Prompts, Segment
 from mpt_lightning.errors import MPTError
+from mpt_lightning.prompts import PromptOutput
 
 
 class Seq2SeqBackbone(Backbone):
@@ -32,22 +34,20 @@ class Seq2SeqBackbone(Backbone):
             self.input_scale = float(getattr(model.get_encoder(), "embed_scale", 1.0))
 
     def _encode(
-        self, prompts: Tensor, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, hidden_states: bool = False
+        self, prompts: Prompts, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, hidden_states: bool = False
     ) -> tuple[Any, Tensor]:
         """Run the encoder over `[prompt, text, padding]`; give its output and the mask `[B, P + L]`."""
         # Relative and absolute positions alike count from the left, so padding goes to the right.
         input_ids, attention_mask = align(input_ids, attention_mask, "right")
-        shift = None
-        if not isinstance(prompts, Tensor):
-            prompts, shift = prompts
+        given, shift = _embeddings(prompts)
         if (input_ids < 0).any():  # the prompt stands among the text
-            embeds, mask = self.embed_among(prompts, rows, input_ids), attention_mask
+            embeds, mask = self.embed_among(given, rows, input_ids), attention_mask
         else:
             text = (
                 self.embed(input_ids) if shift is None else self.embed_shifted(shift, rows, input_ids, attention_mask)
             )
-            embeds = torch.cat([prompts.to(text.dtype)[rows], text], dim=1)
-            mask = torch.cat([attention_mask.new_ones(len(rows), prompts.shape[1]), attention_mask], dim=1)
+            embeds = torch.cat([given.to(text.dtype)[rows], text], dim=1)
+            mask = torch.cat([attention_mask.new_ones(len(rows), given.shape[1]), attention_mask], dim=1)
         output = self.model.get_encoder()(
             inputs_embeds=embeds, attention_mask=mask, output_hidden_states=hidden_states, return_dict=True
         )
@@ -66,7 +66,7 @@ class Seq2SeqBackbone(Backbone):
 
     def forward(
         self,
-        prompts: Tensor,
+        prompts: Prompts,
         rows: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor,
@@ -89,7 +89,7 @@ class Seq2SeqBackbone(Backbone):
         return output
 
     def score(
-        self, prompts: Tensor, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, choices: Tensor
+        self, prompts: Prompts, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, choices: Tensor
     ) -> Tensor:
         """Give each choice's log-likelihood; see `Backbone.score`."""
         encoded, mask = self._encode(prompts, rows, input_ids, attention_mask)
@@ -102,9 +102,21 @@ class Seq2SeqBackbone(Backbone):
         return scores.to(likelihood.dtype).masked_scatter(exists, likelihood)
 
     def generate(
-        self, prompts: Tensor, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, **options: Any
+        self, prompts: Prompts, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, **options: Any
     ) -> Tensor:
         """Generate label tokens; see `Backbone.generate`."""
         encoded, mask = self._encode(prompts, rows, input_ids, attention_mask)
         tokens = self.model.generate(encoder_outputs=encoded, attention_mask=mask, **options)
         return tokens[:, 1:]  # without the decoder's start token
+
+
+def _embeddings(prompts: Prompts) -> tuple[Tensor, Tensor | None]:
+    """Return the prompts' embeddings `[U, P, H]` and the shift of the text's, if any.
+
+    Raises:
+        MPTError: If the prompts are keys and values.
+    """
+    found = prompts if isinstance(prompts, EncodedPrompts) else PromptOutput.of(prompts)
+    if found.embeddings is None:
+        raise MPTError("An encoder-decoder takes prompts of embeddings, got keys and values. Use a decoder-only model.")
+    return found.embeddings, found.shift

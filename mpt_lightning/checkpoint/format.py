@@ -166,10 +166,10 @@ class PromptCheckpoint:
         Raises:
             MPTError: They are not.
         """
-        output = PROMPTS[self.prompt_class].output
-        if output != Prompt.output:
+        content = PROMPTS[self.prompt_class].content
+        if content != Prompt.content:
             raise MPTError(
-                f"{argument} {self.path} was saved by {self.stage} and contains {output}; expected a prompt of "
+                f"{argument} {self.path} was saved by {self.stage} and contains {content}; expected a prompt of "
                 "embeddings alone. Give a checkpoint of PromptTuning, MPTSource, MPTTarget or CPT."
             )
 

@@ -89,7 +89,7 @@ def checkpoint_prompts(path: str | None, backbone: Backbone, tasks: Sequence[str
     prompt = checkpoint.prompt(backbone.embeddings)
     check_length(path, prompt.length, length, "--model.init_checkpoint")
     with torch.no_grad():
-        known = prompt(torch.arange(prompt.num_tasks))
+        known = prompt(torch.arange(prompt.num_tasks)).embeddings_alone()
     return torch.stack([known[prompt.index(t)] if t in prompt.tasks else known.mean(dim=0) for t in tasks])
 
 

@@ -4,7 +4,7 @@ Notation used everywhere in the package: **B** rows, **L** input tokens, **M** l
 **H** hidden size, **T** tasks, **U** distinct tasks in a batch, **R** rank, **V** vocabulary, **C** choices.
 """
 
-from mpt_lightning.prompts.base import Prompt
+from mpt_lightning.prompts.base import Prompt, PromptOutput
 from mpt_lightning.prompts.context import ContextPrompt
 from mpt_lightning.prompts.decomposed import DecomposedPrompt
 from mpt_lightning.prompts.empty import EmptyPrompt
@@ -21,6 +21,7 @@ __all__ = [
     "MultitaskPrompt",
     "PrefixPrompt",
     "Prompt",
+    "PromptOutput",
     "SoftPrompt",
     "SuperposedPrompt",
 ]

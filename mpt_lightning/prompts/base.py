@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,56 @@ from torch import Tensor, nn
 from mpt_lightning.errors import MPTError
 
 
+@dataclass
+class PromptOutput:
+    """What a prompt puts before, or adds to, the text of U tasks.
+
+    Attributes:
+        embeddings: `[U, P, H]` embeddings that stand before the text's, or None.
+        layers: Per layer the keys and values `[U, heads, P, D]` that stand before the text's, or None.
+        shift: `[U, S, H]`, added to the embeddings of the text's first S tokens, or None.
+    """
+
+    embeddings: Tensor | None = None
+    layers: tuple[tuple[Tensor, Tensor], ...] | None = None
+    shift: Tensor | None = None
+
+    @classmethod
+    def of(cls, prompts: "Tensor | PromptOutput") -> "PromptOutput":
+        """Return prompts as they are, and plain embeddings `[U, P, H]` as an output without anything else."""
+        return cls(prompts) if isinstance(prompts, Tensor) else prompts
+
+    @property
+    def length(self) -> int:
+        """P, tokens per prompt."""
+        if self.embeddings is not None:
+            return self.embeddings.shape[1]
+        return self.layers[0][0].shape[2] if self.layers else 0
+
+    def __getitem__(self, rows: Tensor) -> "PromptOutput":
+        """Return some of the prompts, in the order of `rows` `[N]` in 0..U-1."""
+        return PromptOutput(
+            None if self.embeddings is None else self.embeddings[rows],
+            None if self.layers is None else tuple((keys[rows], values[rows]) for keys, values in self.layers),
+            None if self.shift is None else self.shift[rows],
+        )
+
+    def embeddings_alone(self) -> Tensor:
+        """Return the embeddings `[U, P, H]`.
+
+        Raises:
+            MPTError: If they are not all of the output.
+        """
+        if self.embeddings is None or self.shift is not None:
+            raise MPTError(
+                "Expected a prompt of embeddings alone, got "
+                f"{'keys and values' if self.embeddings is None else 'one that shifts the embeddings of the text too'}."
+            )
+        return self.embeddings
+
+
 class Prompt(nn.Module, ABC):
-    """Prompt embeddings of one or many named tasks.
+    """Prompts of one or many named tasks: task ids in, `PromptOutput` out.
 
     Args:
         num_tasks: T, at least 1.
@@ -23,9 +72,9 @@ class Prompt(nn.Module, ABC):
         MPTError: a size is below 1, or names are missing or repeated.
     """
 
-    least_length = 1
-    # What `forward` returns, in words for messages.
-    output = "embeddings"
+    least_length: ClassVar[int] = 1
+    # What is trained, in words for messages.
+    content: ClassVar[str] = "embeddings"
 
     def __init__(self, num_tasks: int, length: int, dim: int, tasks: Sequence[str] | None = None) -> None:
         super().__init__()
@@ -43,14 +92,11 @@ class Prompt(nn.Module, ABC):
         return len(self.tasks)
 
     @abstractmethod
-    def forward(self, task_ids: Tensor) -> Tensor:
-        """Give the prompts of some tasks.
+    def forward(self, task_ids: Tensor) -> PromptOutput:
+        """Return the prompts of some tasks.
 
         Args:
             task_ids: [U] rows, in 0..T-1, repeats allowed.
-
-        Returns:
-            [U, P, H] prompt embeddings.
         """
 
     def attach(self, embeddings: Tensor) -> None:
@@ -74,11 +120,16 @@ class Prompt(nn.Module, ABC):
             raise MPTError(f"Unknown task {task!r}. This prompt has: {', '.join(self.tasks)}.")
         return self.tasks.index(task)
 
+    @torch.no_grad()
     def fold(self, task: str) -> Tensor:
-        """Give one task's prompt as a plain `[P, H]` matrix, detached: all that inference needs."""
-        row = torch.tensor([self.index(task)], device=next(self.parameters()).device)
-        with torch.no_grad():
-            return self(row)[0]
+        """Return one task's prompt as a detached `[P, H]` matrix.
+
+        Raises:
+            MPTError: If the task is unknown, or its prompt is not of embeddings alone.
+        """
+        row = torch.tensor([self.index(task)], device=next(self.parameters(), torch.empty(0)).device)
+        output: PromptOutput = self(row)
+        return output.embeddings_alone()[0]
 
     def add_task(self, task: str, like: str | None = None) -> None:
         """Add a task to a trained prompt; make optimizers afterwards, since parameters are replaced.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mpt_lightning.errors import MPTError
-from mpt_lightning.prompts.base import Prompt
+from mpt_lightning.prompts.base import Prompt, PromptOutput
 
 Trained = Literal["inputs", "all", "instruction", "nothing"]
 EpsilonScale = Literal["width", "embedding"]
@@ -47,7 +47,7 @@ class ContextPrompt(Prompt):
     Example:
         >>> prompt = ContextPrompt([5, 6, 7, 2], [1, 2, 4, 0], dim=8)
         >>> prompt.attach(torch.randn(10, 8))
-        >>> prompt(torch.tensor([0])).shape
+        >>> prompt(torch.tensor([0])).embeddings.shape
         torch.Size([1, 4, 8])
     """
 
@@ -132,15 +132,15 @@ class ContextPrompt(Prompt):
         self.radius.copy_(radius * (scale if self.epsilon_scale == "width" else centre.norm(dim=1, keepdim=True)))
         self._attached = True
 
-    def forward(self, task_ids: Tensor) -> Tensor:
-        """Give the context `[U, P, H]`, U times the same one.
+    def forward(self, task_ids: Tensor) -> PromptOutput:
+        """Return the context `[U, P, H]`, U times the same one.
 
         Raises:
             RuntimeError: `attach` has not been called.
         """
         if not self._attached:
             raise RuntimeError("The context has no embeddings yet: call attach(backbone.embeddings) first.")
-        return (self.embeddings + self.delta_embedding * self.moves).expand(len(task_ids), -1, -1)
+        return PromptOutput((self.embeddings + self.delta_embedding * self.moves).expand(len(task_ids), -1, -1))
 
     @torch.no_grad()
     def project(self) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mpt_lightning.errors import MPTError
-from mpt_lightning.prompts.base import Prompt
+from mpt_lightning.prompts.base import Prompt, PromptOutput
 from mpt_lightning.prompts.init import random_uniform
 
 
@@ -27,12 +27,12 @@ class DecomposedPrompt(Prompt):
 
     Example:
         >>> prompt = DecomposedPrompt(num_tasks=1, length=2, dim=8, text_length=5, rank=3)
-        >>> prompts, shift = prompt(torch.tensor([0]))
-        >>> prompts.shape, shift.shape
+        >>> output = prompt(torch.tensor([0]))
+        >>> output.embeddings.shape, output.shift.shape
         (torch.Size([1, 2, 8]), torch.Size([1, 5, 8]))
     """
 
-    output = "embeddings and a shift of the text's embeddings"
+    content = "embeddings and a shift of the text's embeddings"
 
     def __init__(
         self, num_tasks: int, length: int, dim: int, text_length: int, rank: int, tasks: Sequence[str] | None = None
@@ -46,9 +46,10 @@ class DecomposedPrompt(Prompt):
         self.shift_cols = nn.Parameter(torch.randn(num_tasks, text_length, rank) / rank**0.5)
         self.shift_rows = nn.Parameter(torch.zeros(num_tasks, rank, dim))
 
-    def forward(self, task_ids: Tensor) -> Any:
-        """Give the prompts `[U, P, H]` and the shifts `[U, S, H]` of the tasks `[U]`."""
-        return self.prompt_embeddings[task_ids], self.shift_cols[task_ids] @ self.shift_rows[task_ids]
+    def forward(self, task_ids: Tensor) -> PromptOutput:
+        """Return the prompts `[U, P, H]` and the shifts `[U, S, H]` of the tasks `[U]`."""
+        shift = self.shift_cols[task_ids] @ self.shift_rows[task_ids]
+        return PromptOutput(self.prompt_embeddings[task_ids], shift=shift)
 
     def initialize(self, prompts: Tensor) -> None:
         """Start from given prompts.
@@ -58,14 +59,6 @@ class DecomposedPrompt(Prompt):
         """
         with torch.no_grad():
             self.prompt_embeddings.copy_(prompts)
-
-    def fold(self, task: str) -> Tensor:
-        """Refuse: the shift of the text's embeddings is no part of a `[P, H]` matrix.
-
-        Raises:
-            MPTError: always.
-        """
-        raise MPTError("DePT changes the text's embeddings too: it is no matrix of embeddings to fold into.")
 
     def task_parameters(self) -> list[str]:
         """Give the names of the parameters: all have one row per task."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpt_lightning.prompts.base import Prompt
+from mpt_lightning.prompts.base import Prompt, PromptOutput
 
 
 class EmptyPrompt(Prompt):
@@ -18,23 +18,19 @@ class EmptyPrompt(Prompt):
         tasks: [T] names of the tasks.
 
     Example:
-        >>> EmptyPrompt(num_tasks=3, dim=8)(torch.tensor([2, 0])).shape
+        >>> EmptyPrompt(num_tasks=3, dim=8)(torch.tensor([2, 0])).embeddings.shape
         torch.Size([2, 0, 8])
     """
 
     least_length = 0
-    output = "no prompt, but trained weights of the backbone"
+    content = "no prompt, but trained weights of the backbone"
 
     def __init__(self, num_tasks: int, dim: int, tasks: Sequence[str] | None = None) -> None:
         super().__init__(num_tasks, 0, dim, tasks)
 
-    def forward(self, task_ids: Tensor) -> Tensor:
-        """Give `[U, 0, H]` for the tasks `[U]`."""
-        return torch.zeros(len(task_ids), 0, self.dim, device=task_ids.device)
-
-    def fold(self, task: str) -> Tensor:
-        """Give one task's prompt, `[0, H]`."""
-        return self(torch.tensor([self.index(task)]))[0]
+    def forward(self, task_ids: Tensor) -> PromptOutput:
+        """Return embeddings `[U, 0, H]` for the tasks `[U]`."""
+        return PromptOutput(torch.zeros(len(task_ids), 0, self.dim, device=task_ids.device))
 
     def task_parameters(self) -> list[str]:
         """Give the names of the parameters with one row per task: none."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mpt_lightning.errors import MPTError
-from mpt_lightning.prompts.base import Prompt
+from mpt_lightning.prompts.base import Prompt, PromptOutput
 from mpt_lightning.prompts.init import random_uniform
 
 
@@ -53,9 +53,10 @@ class MultitaskPrompt(Prompt):
         self.prefix_task_cols = nn.Parameter(mean + 0.02 * torch.randn(num_tasks, length, rank))
         self.prefix_task_rows = nn.Parameter(mean + 0.02 * torch.randn(num_tasks, rank, dim))
 
-    def forward(self, task_ids: Tensor) -> Tensor:
-        """Give the prompts `[U, P, H]` of the tasks `[U]` (paper equation 1)."""
-        return self.prompt_embeddings * (self.prefix_task_cols[task_ids] @ self.prefix_task_rows[task_ids])
+    def forward(self, task_ids: Tensor) -> PromptOutput:
+        """Return the prompts `[U, P, H]` of the tasks `[U]` (paper equation 1)."""
+        factors = self.prefix_task_cols[task_ids] @ self.prefix_task_rows[task_ids]
+        return PromptOutput(self.prompt_embeddings * factors)
 
     def initialize(self, prompts: Tensor) -> None:
         """Start the shared prompt from given embeddings; the factors stay.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mpt_lightning.errors import MPTError
-from mpt_lightning.prompts.base import Prompt, through_networks
+from mpt_lightning.prompts.base import Prompt, PromptOutput, through_networks
 
 Layers = tuple[tuple[Tensor, Tensor], ...]
 
@@ -30,12 +30,12 @@ class PrefixPrompt(Prompt):
 
     Example:
         >>> prefix = PrefixPrompt(num_tasks=1, length=4, layers=2, heads=3, width=5)
-        >>> keys, values = prefix(torch.tensor([0, 0]))[1]
+        >>> keys, values = prefix(torch.tensor([0, 0])).layers[1]
         >>> keys.shape
         torch.Size([2, 3, 4, 5])
     """
 
-    output = "keys and values for every layer"
+    content = "keys and values for every layer"
 
     def __init__(
         self,
@@ -60,15 +60,14 @@ class PrefixPrompt(Prompt):
     def _network(self, inner: int) -> nn.Module:
         return nn.Sequential(nn.Linear(self.dim, inner), nn.Tanh(), nn.Linear(inner, 2 * self.layers * self.dim))
 
-    def forward(self, task_ids: Tensor) -> Any:
-        """Give per layer the keys and values `[U, heads, P, D]` of the tasks `[U]`."""
+    def forward(self, task_ids: Tensor) -> PromptOutput:
+        """Return per layer the keys and values `[U, heads, P, D]` of the tasks `[U]`."""
         if self.projection is None:
             states = self.prefix[task_ids]
         else:
             states = through_networks(self.prefix, self.networks, task_ids)
         split = states.view(len(task_ids), self.length, self.layers, 2, self.heads, self.width)
-        layers: Layers = tuple((both[0], both[1]) for both in split.permute(2, 3, 0, 4, 1, 5))
-        return layers
+        return PromptOutput(layers=tuple((both[0], both[1]) for both in split.permute(2, 3, 0, 4, 1, 5)))
 
     def initialize(self, layers: Layers) -> None:
         """Start every task from given keys and values.
@@ -84,14 +83,6 @@ class PrefixPrompt(Prompt):
         stacked = torch.stack([torch.stack([states[0] for states in pair]) for pair in layers])
         with torch.no_grad():  # [layers, 2, heads, P, D] to [P, layers, 2, heads, D]
             self.prefix.copy_(stacked.permute(3, 0, 1, 2, 4).flatten(1))
-
-    def fold(self, task: str) -> Tensor:
-        """Refuse: a prefix is no `[P, H]` matrix of embeddings.
-
-        Raises:
-            MPTError: always.
-        """
-        raise MPTError("A prefix has keys and values for every layer: it is no matrix of embeddings to fold into.")
 
     def task_parameters(self) -> list[str]:
         """Give the names of the parameters with one row per task; networks are kept beside them."""

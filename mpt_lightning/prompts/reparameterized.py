@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mpt_lightning.errors import MPTError
-from mpt_lightning.prompts.base import Prompt, through_networks
+from mpt_lightning.prompts.base import Prompt, PromptOutput, through_networks
 from mpt_lightning.prompts.init import random_uniform
 
 EncoderName = Literal["residual", "mlp", "lstm"]
@@ -33,7 +33,7 @@ class EncodedPrompt(Prompt):
 
     Example:
         >>> prompt = EncodedPrompt(num_tasks=2, length=4, dim=8, encoder="lstm", hidden=6)
-        >>> prompt(torch.tensor([1])).shape
+        >>> prompt(torch.tensor([1])).embeddings.shape
         torch.Size([1, 4, 8])
     """
 
@@ -57,9 +57,9 @@ class EncodedPrompt(Prompt):
         # One per task: tasks that shared a network would not be trained as on their own.
         self.encoders = nn.ModuleList(ENCODERS[encoder](dim, self.hidden) for _ in range(num_tasks))
 
-    def forward(self, task_ids: Tensor) -> Tensor:
-        """Give the prompts `[U, P, H]` of the tasks `[U]`."""
-        return through_networks(self.prompt_embeddings, self.encoders, task_ids)
+    def forward(self, task_ids: Tensor) -> PromptOutput:
+        """Return the prompts `[U, P, H]` of the tasks `[U]`."""
+        return PromptOutput(through_networks(self.prompt_embeddings, self.encoders, task_ids))
 
     def initialize(self, prompts: Tensor) -> None:
         """Start from given prompts, before their networks.
@@ -191,15 +191,15 @@ class SuperposedPrompt(Prompt):
         self.embeddings.copy_(embeddings.detach()[ids])
         self._attached = True
 
-    def forward(self, task_ids: Tensor) -> Tensor:
-        """Give the prompts `[U, P, H]` of the tasks `[U]`.
+    def forward(self, task_ids: Tensor) -> PromptOutput:
+        """Return the prompts `[U, P, H]` of the tasks `[U]`.
 
         Raises:
             RuntimeError: `attach` has not been called.
         """
         if not self._attached:
             raise RuntimeError("The prompt has no embeddings yet: call attach(backbone.embeddings) first.")
-        return self.weights[task_ids] @ self.embeddings[task_ids]
+        return PromptOutput(self.weights[task_ids] @ self.embeddings[task_ids])
 
     def task_parameters(self) -> list[str]:
         """Give the names of the parameters with one row per task."""

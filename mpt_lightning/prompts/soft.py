@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpt_lightning.prompts.base import Prompt
+from mpt_lightning.prompts.base import Prompt, PromptOutput
 from mpt_lightning.prompts.init import random_uniform
 
 
@@ -21,7 +21,7 @@ class SoftPrompt(Prompt):
 
     Example:
         >>> prompt = SoftPrompt(num_tasks=3, length=4, dim=8)
-        >>> prompt(torch.tensor([2, 0])).shape
+        >>> prompt(torch.tensor([2, 0])).embeddings.shape
         torch.Size([2, 4, 8])
     """
 
@@ -29,9 +29,9 @@ class SoftPrompt(Prompt):
         super().__init__(num_tasks, length, dim, tasks)
         self.prompt_embeddings = nn.Parameter(random_uniform(num_tasks, length, dim))
 
-    def forward(self, task_ids: Tensor) -> Tensor:
-        """Give the prompts `[U, P, H]` of the tasks `[U]`."""
-        return self.prompt_embeddings[task_ids]
+    def forward(self, task_ids: Tensor) -> PromptOutput:
+        """Return the prompts `[U, P, H]` of the tasks `[U]`."""
+        return PromptOutput(self.prompt_embeddings[task_ids])
 
     def initialize(self, prompts: Tensor) -> None:
         """Start from given prompts.

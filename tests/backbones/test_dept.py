@@ -27,8 +27,8 @@ def test_every_verb_equals_a_plain_model_on_shifted_embeddings(kind: str) -> Non
     for row in range(2):
         text = embed(ids[row][mask[row] == 1])
         shifted = text.clone()
-        shifted[:4] = text[:4] + given[1][rows[row]][: len(text)]
-        whole = torch.cat([given[0][rows[row]], shifted])[None]
+        shifted[:4] = text[:4] + given.shift[rows[row]][: len(text)]
+        whole = torch.cat([given.embeddings[rows[row]], shifted])[None]
         if kind == "t5":
             expected = backbone.model(inputs_embeds=whole, labels=labels[row : row + 1]).logits[0]
             written.append(backbone.model.generate(inputs_embeds=whole, max_new_tokens=3)[0, 1:])
@@ -63,7 +63,7 @@ def test_it_trains_with_two_rates_and_comes_back(backbone: str, tmp_path) -> Non
     (scores,) = trainer.validate(module, datamodule=data, verbose=False)
     loaded = DePT.load_from_checkpoint(tmp_path / "dept.ckpt")
     assert L.Trainer(**QUIET).validate(loaded, datamodule=data, verbose=False) == [scores]
-    with pytest.raises(ValueError, match="is no matrix of embeddings"):
+    with pytest.raises(ValueError, match="Expected a prompt of embeddings alone, got one that shifts"):
         loaded.prompt.fold("demo/advice")
 
 

@@ -109,7 +109,7 @@ def test_prefix_tuning_trains_evaluates_and_comes_back(projection: bool, tmp_pat
     loaded = PrefixTuning.load_from_checkpoint(tmp_path / "prefix.ckpt")
     (again,) = L.Trainer(**options).validate(loaded, datamodule=data, verbose=False)
     assert again == scores
-    with pytest.raises(ValueError, match="is no matrix of embeddings"):
+    with pytest.raises(ValueError, match="Expected a prompt of embeddings alone, got keys and values"):
         loaded.prompt.fold("demo/advice")
 
 

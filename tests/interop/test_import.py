@@ -168,7 +168,7 @@ def test_teachers_and_starts_are_folders_too(
             backbone.name, prompt_length=16, prompt_init="checkpoint", init_checkpoint=str(folder), lr=0.0
         )
         trainer(max_steps=1).fit(module, datamodule=AnyData(["one"]))
-        expected = import_peft(folder, backbone).prompt(backbone.embeddings)(torch.tensor([0]))
+        expected = import_peft(folder, backbone).prompt(backbone.embeddings)(torch.tensor([0])).embeddings
         assert torch.equal(module.prompt.prompt_embeddings.detach(), expected.detach())
 
 

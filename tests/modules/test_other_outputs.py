@@ -35,9 +35,11 @@ def test_similarity_is_the_cosine_of_what_is_compared(kind: str) -> None:
     with torch.no_grad():
         made = [prompt(torch.tensor([task])) for task in range(3)]
     if kind == "DePT":
-        made = [prompts for prompts, _ in made]
-    elif kind != "embeddings":
-        made = [torch.stack([torch.stack(pair) for pair in layers]) for layers in made]
+        assert all(output.shift is not None for output in made)
+    if kind in ("embeddings", "DePT"):
+        made = [output.embeddings for output in made]
+    else:
+        made = [torch.stack([torch.stack(pair) for pair in output.layers]) for output in made]
     expected = [
         functional.cosine_similarity(made[a].flatten(), made[b].flatten(), 0) for a, b in product(range(3), repeat=2)
     ]

@@ -38,7 +38,7 @@ def test_the_bounds_are_the_authors() -> None:
 
 def test_it_starts_as_the_context() -> None:
     prompt = make()
-    torch.testing.assert_close(prompt(torch.tensor([0, 0])), table()[IDS].expand(2, -1, -1), rtol=0, atol=0)
+    torch.testing.assert_close(prompt(torch.tensor([0, 0])).embeddings, table()[IDS].expand(2, -1, -1), rtol=0, atol=0)
 
 
 def test_labels_are_known_by_their_type() -> None:
@@ -55,14 +55,14 @@ def test_labels_are_known_by_their_type() -> None:
 )
 def test_only_some_tokens_move(trained: str, moving: list[int]) -> None:
     prompt = pushed(make(trained=trained))
-    moved = (prompt(ROW)[0] - table()[IDS]).norm(dim=1) > 0
+    moved = (prompt(ROW).embeddings[0] - table()[IDS]).norm(dim=1) > 0
     assert moved.nonzero()[:, 0].tolist() == moving
 
 
 def test_an_instruction_stands_before_a_frozen_context() -> None:
     prompt = ContextPrompt([5, 6, *IDS], [-1, -1, *TYPES], WIDTH, trained="instruction")
     prompt.attach(table())
-    moved = (pushed(prompt)(ROW)[0] - table()[[5, 6, *IDS]]).norm(dim=1) > 0
+    moved = (pushed(prompt)(ROW).embeddings[0] - table()[[5, 6, *IDS]]).norm(dim=1) > 0
     assert moved.nonzero()[:, 0].tolist() == [0, 1]
     assert prompt.label_distances.tolist() == [2, 1, 1]
     assert prompt.num_examples == 2
@@ -113,12 +113,12 @@ def test_saving_and_loading_moves_neither_the_centre_nor_the_token() -> None:
         again = pushed(ContextPrompt(**prompt.config()))
         again.attach(table())
         again.load_state_dict(prompt.state_dict())
-        assert torch.equal(again(ROW), prompt(ROW))
+        assert torch.equal(again(ROW).embeddings, prompt(ROW).embeddings)
         again.project()
         assert torch.equal(again.embeddings, table()[IDS])
-        assert ((again(ROW)[0] - table()[IDS]).norm(dim=1) <= again.radius[:, 0] * (1 + 1e-4)).all()
+        assert ((again(ROW).embeddings[0] - table()[IDS]).norm(dim=1) <= again.radius[:, 0] * (1 + 1e-4)).all()
         prompt.project()
-        assert torch.equal(again(ROW), prompt(ROW))
+        assert torch.equal(again(ROW).embeddings, prompt(ROW).embeddings)
 
 
 def copied(prompt: ContextPrompt) -> ContextPrompt:
@@ -135,7 +135,7 @@ def pickled(prompt: ContextPrompt) -> ContextPrompt:
 @pytest.mark.parametrize("again", [copied, pickled])
 def test_frozen_tokens_stay_without_gradient_in_copies(again) -> None:
     prompt = again(make())
-    prompt(ROW).square().sum().backward()
+    prompt(ROW).embeddings.square().sum().backward()
     assert prompt.delta_embedding.grad[FROZEN].abs().max() == 0
     assert (prompt.delta_embedding.grad[INPUTS + TEMPLATES].norm(dim=1) > 0).all()
 
@@ -144,11 +144,11 @@ def test_frozen_tokens_stay_without_gradient_in_copies(again) -> None:
 def test_it_compiles_to_one_graph() -> None:
     prompt = pushed(make())
     compiled = torch.compile(copy.deepcopy(prompt), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(ROW), prompt(ROW), rtol=0, atol=0)
+    torch.testing.assert_close(compiled(ROW).embeddings, prompt(ROW).embeddings, rtol=0, atol=0)
     project = torch.compile(compiled._orig_mod.project, fullgraph=True, backend="aot_eager")
     project()
     prompt.project()
-    torch.testing.assert_close(compiled(ROW), prompt(ROW))
+    torch.testing.assert_close(compiled(ROW).embeddings, prompt(ROW).embeddings)
 
 
 def test_leave_one_out_hides_a_rows_own_copy() -> None:

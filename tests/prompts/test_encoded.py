@@ -25,15 +25,15 @@ def make(kind: str) -> Prompt:
 def test_a_residual_prompt_starts_as_the_prompt_itself() -> None:
     prompt, start = make("residual"), torch.randn(2, 4, 8)
     prompt.initialize(start)
-    torch.testing.assert_close(prompt(BOTH), start, rtol=0, atol=0)
-    prompt(BOTH).square().sum().backward()
+    torch.testing.assert_close(prompt(BOTH).embeddings, start, rtol=0, atol=0)
+    prompt(BOTH).embeddings.square().sum().backward()
     assert prompt.encoders[0].network[-1].weight.grad.abs().max() > 0  # and leaves it
 
 
 def test_a_superposed_prompt_is_a_weighted_sum_of_embeddings() -> None:
     prompt = make("superposition")
     expected = sum(prompt.weights[1, 2, n] * table()[token] for n, token in enumerate([2, 4, 6]))
-    torch.testing.assert_close(prompt(torch.tensor([1]))[0, 2], expected)
+    torch.testing.assert_close(prompt(torch.tensor([1])).embeddings[0, 2], expected)
     assert set(prompt.state_dict()) == {"weights"}
     with pytest.raises(RuntimeError, match="attach"):
         SuperposedPrompt(**prompt.config())(BOTH)
@@ -43,7 +43,7 @@ def test_a_superposed_prompt_is_a_weighted_sum_of_embeddings() -> None:
 def test_tasks_do_not_share_anything(kind: str) -> None:
     """The gradient of one task's prompt does not reach another's parameters."""
     prompt = make(kind)
-    prompt(torch.tensor([1])).square().sum().backward()
+    prompt(torch.tensor([1])).embeddings.square().sum().backward()
     first = [p.grad for name, p in prompt.named_parameters() if name.startswith("encoders.0")]
     assert not any(grad is not None and grad.abs().max() > 0 for grad in first)
     for name in prompt.task_parameters():
@@ -60,19 +60,20 @@ def test_saved_is_loaded_and_folded(kind: str) -> None:
     again.attach(table())
     for _ in range(2):
         again.load_state_dict(prompt.state_dict())
-        assert torch.equal(again(BOTH), prompt(BOTH))
-    torch.testing.assert_close(again.fold("b"), prompt(BOTH)[1].detach())  # an LSTM rounds otherwise without gradients
+        assert torch.equal(again(BOTH).embeddings, prompt(BOTH).embeddings)
+    # An LSTM rounds differently without gradients.
+    torch.testing.assert_close(again.fold("b"), prompt(BOTH).embeddings[1].detach())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tasks_come_and_go(kind: str) -> None:
     prompt = make(kind)
-    before = prompt(BOTH).detach()
+    before = prompt(BOTH).embeddings.detach()
     prompt.add_task("c", like="b")
-    assert torch.equal(prompt(torch.tensor([0, 1, 2])), before[[0, 1, 1]])
+    assert torch.equal(prompt(torch.tensor([0, 1, 2])).embeddings, before[[0, 1, 1]])
     prompt.remove_task("a")
     assert prompt.tasks == ["b", "c"]
-    assert torch.equal(prompt(BOTH), before[[1, 1]])
+    assert torch.equal(prompt(BOTH).embeddings, before[[1, 1]])
     assert type(prompt)(**prompt.config()).num_tasks == 2
 
 
