@@ -1,14 +1,12 @@
 """Short training runs in processes that can be killed, started from a process that has everything imported."""
 
-import multiprocessing
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from processes import finish, start
 
 from mpt_lightning import CPT, MPTSource, MultitaskDataModule, PromptTuning, TaskDataModule
 from mpt_lightning.callbacks import LastCheckpoint
@@ -16,34 +14,6 @@ from mpt_lightning.modules import PromptModule
 
 T5, LLAMA = "mpt_lightning/demo/t5", "mpt_lightning/demo/llama"
 TASKS = ["demo/voice", "demo/advice", "demo/topic"]
-
-# The server only imports, so that no thread is there when it forks; see tests/ranks.py. It does not know this folder.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload([
-    "mpt_lightning.modules", "mpt_lightning.data", "mpt_lightning.callbacks", "transformers.models.t5.modeling_t5",
-    "transformers.models.llama.modeling_llama", "transformers.models.t5.tokenization_t5",
-])  # fmt: skip
-
-
-def start(function: Callable[..., None], *arguments: Any) -> multiprocessing.process.BaseProcess:
-    """Start `function(*arguments)`, of an importable module, in a process of its own."""
-    process = processes.Process(target=function, args=arguments)
-    process.start()
-    return process
-
-
-def finish(function: Callable[..., None], *arguments: Any, seconds: float = 60) -> None:
-    """Start it and wait for its end.
-
-    Raises:
-        RuntimeError: it failed or took too long.
-    """
-    process = start(function, *arguments)
-    process.join(seconds)
-    if process.exitcode != 0:
-        process.kill()
-        process.join()
-        raise RuntimeError(f"{function.__name__}{arguments} ended with {process.exitcode}")
 
 
 def train(stage: str, folder: str, inputs: str, steps: int = 12) -> None:
@@ -56,7 +26,6 @@ def train(stage: str, folder: str, inputs: str, steps: int = 12) -> None:
         steps: number of optimizer steps.
     """
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     L.seed_everything(0, verbose=False)
     options: dict[str, Any] = {"batch_size": 8, "max_eval_rows": 8, "cache_dir": f"{inputs}/cache"}
     data: TaskDataModule | MultitaskDataModule
@@ -84,4 +53,4 @@ def module(stage: str, inputs: str) -> PromptModule:
 
 def prepare(inputs: Path) -> None:
     """Make the data's cache and the teachers' checkpoint."""
-    finish(train, "teachers", str(inputs / "teachers"), str(inputs), 3)
+    finish(start(train, "teachers", str(inputs / "teachers"), str(inputs), 3))

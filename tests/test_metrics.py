@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import launch
+from processes import launch
 
 from mpt_lightning.data.card import METRICS, TaskCard
 from mpt_lightning.metrics import TaskMetrics, average

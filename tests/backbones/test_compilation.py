@@ -102,7 +102,6 @@ def test_results_are_the_same_at_every_length_without_compiling_again(kind: str)
     assert_results(kind)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_machine_code_gives_the_same(kind: str) -> None:
     assert_results(kind)

@@ -99,7 +99,6 @@ def test_parameters_and_operations_of_the_methods(script) -> None:
     assert flops["MPTSource"][1] - whole == pytest.approx(forward, rel=0.05)  # the teachers' pass
 
 
-@pytest.mark.slow
 def test_scaling_runs(script, tmp_path: Path) -> None:
     output = tmp_path / "scaling.json"
     script("scaling").main([

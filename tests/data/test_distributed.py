@@ -9,7 +9,7 @@ from pathlib import Path
 import lightning.pytorch as L
 import pytest
 import torch
-from ranks import launch
+from processes import launch
 
 from mpt_lightning.data import MultitaskDataModule, TaskDataModule
 from mpt_lightning.data.card import TaskCard

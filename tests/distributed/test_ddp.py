@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import LoraConfig
-from ranks import launch
+from processes import launch
 from stages import STAGES, T5, FirstGradient, data, doubled, make, ragged, trainer
 
 from mpt_lightning import PEFTModule, PromptTuning

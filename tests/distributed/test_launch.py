@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from machines import Machine, family, free_port, kill, two_machines
-from ranks import launch
+from processes import launch
 
 from mpt_lightning.cli import exit as leaving
 from mpt_lightning.cli.main import main
@@ -154,7 +154,6 @@ def test_two_machines_train_as_one_process(whole: Path, machines: list[Machine])
     ]  # fmt: skip
 
 
-@pytest.mark.slow
 def test_a_machine_is_lost_and_comes_back(whole: Path, machines: list[Machine]) -> None:
     run = Torchrun(machines, whole.parent / "lost")
     lost, other = run.start(0), run.start(1)
@@ -212,7 +211,6 @@ class Slurm:
         return self.machine.start(command, self.folder / "log", self.settings)
 
 
-@pytest.mark.slow
 def test_slurm_requeues_a_job_that_goes_on(whole: Path, machines: list[Machine]) -> None:
     run = Slurm(machines[0], whole.parent / "slurm")
     job = run.start()

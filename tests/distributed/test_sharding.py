@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from ranks import launch
+from processes import launch
 from safetensors.torch import load_file
 from stages import LLAMA, T5, FirstGradient, data, doubled, make, trainer
 from torch.distributed.tensor import DTensor

@@ -9,7 +9,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 from peft import LoraConfig
-from ranks import launch
+from processes import launch
 from stages import T5, data, make, trainer
 from torch.profiler import ProfilerActivity, profile
 

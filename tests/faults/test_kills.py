@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from kills import finish, prepare, start, train
+from kills import prepare, train
+from processes import finish, start
 
 from mpt_lightning.checkpoint import read_checkpoint
 
-pytestmark = pytest.mark.slow
 STAGES = ["source", "cpt"]
 
 
@@ -26,9 +26,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(request: pytest.FixtureRequest, inputs: Path) -> tuple[str, dict[str, Any], float]:
     """A stage, the content of its last checkpoint when nothing interrupts it, and how long that takes in seconds."""
     folder = inputs / request.param
-    finish(train, request.param, str(folder), str(inputs))  # fills the data's cache
+    finish(start(train, request.param, str(folder), str(inputs)))  # fills the data's cache
     again, begin = inputs / f"{request.param}_again", time.monotonic()
-    finish(train, request.param, str(again), str(inputs))
+    finish(start(train, request.param, str(again), str(inputs)))
     seconds = time.monotonic() - begin
     assert_equal(last(again), last(folder))
     return request.param, last(folder), seconds
@@ -73,11 +73,11 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(
     seed: int, whole: tuple[str, dict[str, Any], float], inputs: Path, tmp_path: Path
 ) -> None:
     stage, expected, seconds = whole
-    process = start(train, stage, str(tmp_path), str(inputs))
+    process, _ = start(train, stage, str(tmp_path), str(inputs))
     time.sleep(random.Random(seed).uniform(0.1, 1.0) * seconds)
     process.kill()
     process.join()
     for file in tmp_path.glob("*.ckpt"):
         read_checkpoint(str(file))
-    finish(train, stage, str(tmp_path), str(inputs))
+    finish(start(train, stage, str(tmp_path), str(inputs)))
     assert_equal(last(tmp_path), expected)

@@ -7,8 +7,6 @@ import os
 import pickle
 import signal
 import sqlite3
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +16,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from ranks import launch
+from processes import launch, start
 from torch.utils.data import DataLoader
 
 from mpt_lightning import MPTSource, PromptTuning, ShardedStrategy, load_backbone
@@ -414,13 +412,6 @@ def test_copies_open_the_file_themselves(model_folder: Folder, tmp_path: Path) -
     assert "teachers" not in "".join(module.state_dict())
 
 
-@pytest.fixture
-def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let fresh processes import this file."""
-    root = Path(__file__).parents[2]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(root), str(root / "tests")]))
-
-
 # -- the file -------------------------------------------------------------------------------------------------------
 
 
@@ -445,10 +436,10 @@ def write_and_die(folder: str, inserts: int) -> None:
 
 
 @pytest.mark.parametrize("inserts", [1, 37])
-def test_a_kill_in_mid_write_leaves_whole_batches(inserts: int, tmp_path: Path, importable: None) -> None:
-    code = f"from tests.modules.test_teachers import write_and_die; write_and_die({str(tmp_path)!r}, {inserts})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+def test_a_kill_in_mid_write_leaves_whole_batches(inserts: int, tmp_path: Path) -> None:
+    process, _ = start(write_and_die, str(tmp_path), inserts)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     cache = TeacherCache(tmp_path, {"a": 1})
     found = cache.get([row(number)[0] for number in range(100)])
     assert sorted(found) == [row(number)[0] for number in range(inserts // 10 * 10)]
@@ -588,8 +579,7 @@ def on_two_ranks(source: list[str], folder: str) -> None:
     assert ran == [False] * 3
 
 
-@pytest.mark.slow
-def test_ranks_share_a_cache(model_folder: Folder, teachers: str, tmp_path: Path, importable: None) -> None:
+def test_ranks_share_a_cache(model_folder: Folder, teachers: str, tmp_path: Path) -> None:
     source = [model_folder("t5"), teachers]
     expected, _ = train(source, tmp_path / "one", 1, epochs=2)
     train(source, tmp_path / "half", 2)
