@@ -26,7 +26,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from mpt_lightning import MPTSource, MultitaskDataModule, PromptTuning, load_backbone
-from mpt_lightning.compare.worker import quiet
+from mpt_lightning.compare.pool import quiet
 from mpt_lightning.demo.jobs import (
     LENGTH,
     OPTIONS,

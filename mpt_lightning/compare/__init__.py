@@ -1,1 +1,1 @@
-"""`mpt compare`: methods x tasks x shots x seeds from one YAML file, as runs of the command line, and their tables."""
+"""`mpt compare`: run methods x tasks x shots x seeds from one YAML file through the command line, and report them."""

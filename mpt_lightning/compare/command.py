@@ -15,29 +15,28 @@ def compare(options: Namespace) -> bool:
     """Run what has no result yet, and report.
 
     Args:
-        options: `file`, `output`, `jobs` and `report`, as `mpt compare --help` describes them.
+        options: `file`, `output`, `jobs` and `report`; see `mpt compare --help`.
 
     Returns:
-        Whether no run failed.
+        Whether all runs succeeded.
 
     Raises:
-        MPTError: the file or an option is wrong, or the output folder is not this comparison's.
+        MPTError: If the file or an option is wrong, or the output folder belongs to another comparison.
     """
     if options.jobs is not None and options.jobs < 1:
         raise MPTError(f"--jobs must be at least 1, got {options.jobs}.")
     comparison, console = read_comparison(options.file), Console()
     if not console.is_terminal:
-        console = Console(width=200)  # in a file, lines need not fit a window
+        console = Console(width=200)  # a file has no window that the lines must fit
     output = Path(options.output or f"runs/compare/{comparison.name}")
     if options.report and not output.is_dir():
         raise MPTError(f"There are no results in {output}; run the comparison without --report, or set --output.")
     store = Store(output, comparison.name)
     if not options.report:
-        # torch takes seconds to import, and reports do without.
+        # Imported here, since torch takes seconds and a report does not need it.
         from mpt_lightning.compare.run import default_jobs, pending, run_all
 
-        runs = pending(comparison, store)
-        if runs:
+        if runs := pending(comparison, store):
             run_all(comparison, store, runs, options.jobs or default_jobs(), console)
     report = Report(comparison, store)
     report.print(console)

@@ -1,4 +1,4 @@
-"""Reading a comparison's file, and what is wrong with it in one message."""
+"""Reading a comparison's file, with one message for whatever is wrong in it."""
 
 import warnings
 from copy import deepcopy
@@ -7,20 +7,19 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from mpt_lightning.compare.plan import Comparison, check_values, recipe_file, yaml_content
-from mpt_lightning.data.card import load_card
+from mpt_lightning.compare.plan import Comparison, recipe_file, yaml_content
 from mpt_lightning.errors import MPTError
 from mpt_lightning.resources import packaged, packaged_names
 
 
 def read_comparison(name: str) -> Comparison:
-    """Read a comparison's file, and check it: types, recipes, tasks.
+    """Read a comparison's file and check types, recipes and tasks.
 
     Args:
-        name: a path, or the name of a shipped one (`compare/demo`).
+        name: A path, or the name of a shipped comparison (`compare/demo`).
 
     Raises:
-        MPTError: there is no such file, or it is wrong; one message says where.
+        MPTError: If the file does not exist or is wrong.
     """
     file = Path(name) if Path(name).is_file() else packaged("configs", name)
     if file is None:
@@ -39,10 +38,9 @@ def read_comparison(name: str) -> Comparison:
         for kind in ("methods", "prepare"):
             for key, recipe in getattr(comparison, kind).items():
                 vars(recipe).update(_arguments(content[kind][key]))
-        _check_recipes(comparison)
-        check_values("tasks", [load_card(task).name.casefold() for task in comparison.tasks])
+                _check_recipes(f"{kind}.{key}.recipe", recipe.recipes)
         comparison.runs()
-    except Exception as error:  # jsonargparse's have no class in common
+    except Exception as error:  # jsonargparse's errors have no common class
         if isinstance(error, OSError):
             raise
         raise MPTError(f"{name}: {' '.join(str(error).split())}") from None
@@ -50,17 +48,15 @@ def read_comparison(name: str) -> Comparison:
 
 
 def _arguments(given: dict[str, Any]) -> dict[str, Any]:
-    """Give the arguments as they were written; jsonargparse would read a text like `label :` as a mapping."""
+    """Return the arguments as they were written; jsonargparse would parse a string such as `label :` as a mapping."""
     return {name: value for name, value in given.items() if name.endswith("arguments") and value is not None}
 
 
-def _check_recipes(comparison: Comparison) -> None:
-    for kind, recipes in (("methods", comparison.methods), ("prepare", comparison.prepare)):
-        for key, recipe in recipes.items():
-            if not recipe.recipes:
-                raise MPTError(f"`{kind}.{key}.recipe`: got an empty list, expected one or more recipes.")
-            for name in recipe.recipes:
-                try:
-                    recipe_file(name)
-                except ValueError as error:
-                    raise MPTError(f"`{kind}.{key}.recipe`: {error}") from None
+def _check_recipes(place: str, names: list[str]) -> None:
+    if not names:
+        raise MPTError(f"`{place}`: got an empty list, expected one or more recipes.")
+    for name in names:
+        try:
+            recipe_file(name)
+        except MPTError as error:
+            raise MPTError(f"`{place}`: {error}") from None

@@ -1,56 +1,71 @@
-"""The picture of a comparison: score against trained parameters, and few-shot curves."""
+"""Pictures of scores: against trained parameters, and few-shot curves."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-if TYPE_CHECKING:
-    from mpt_lightning.compare.report import Report
+from mpt_lightning.compare.plan import k_name
+from mpt_lightning.compare.summary import AVERAGE, k_title
 
 MARKS = "osD^vP*X"
+COLOURS = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
 
 
-def draw(report: "Report", path: Path) -> None:
-    """Draw and save; scores that are not there have no point.
+def draw(scores: pd.DataFrame, shots: Sequence[int | None], metric: str, path: Path) -> None:
+    """Draw the averages over tasks and save them as PNG.
 
     Args:
-        report: the report.
-        path: the PNG file.
+        scores: See `summarize`; scores that are unknown are left out.
+        shots: Every k.
+        metric: The name of the score.
+        path: The file.
     """
-    from mpt_lightning.compare.results import AVERAGE, title
-
     figure = Figure(figsize=(14, 6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    shots = sorted(report.shots, key=lambda k: float("inf") if k is None else k)
-    colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
-    for number, method in enumerate(report.comparison.methods):
-        colour = colours[number % len(colours)]
-        lines = {
-            line.k: line for line in report.lines if line.method == method and line.scores[AVERAGE].mean is not None
-        }
-        there = [k for k in shots if k in lines]
-        means = [100 * float(lines[k].scores[AVERAGE].mean or 0) for k in there]
-        spread = [100 * (lines[k].scores[AVERAGE].deviation or 0) for k in there]
-        for k, value in zip(there, means, strict=True):
-            mark = MARKS[shots.index(k) % len(MARKS)]
-            left.plot(lines[k].trained_parameters or 0, value, mark, color=colour, markersize=7)
-        # Beside each other, since twenty error bars at one place cannot be read.
-        aside = 0.4 * (number / max(1, len(report.comparison.methods) - 1) - 0.5)
-        places = [shots.index(k) + aside for k in there]
-        style = "o-" if number < len(colours) else "s--"
-        right.errorbar(places, means, spread, fmt=style, color=colour, capsize=2, lw=1.2, ms=4, label=method)
+    shots = sorted(shots, key=lambda k: math.inf if k is None else k)
+    colours = dict(zip(scores.index.unique("method"), range(len(scores)), strict=False))
     for place, k in enumerate(shots):
-        left.plot([], [], MARKS[place % len(MARKS)], color="gray", label=title(k))
+        mark = MARKS[place % len(MARKS)]
+        for method, score in scores.loc[k_name(k), :, AVERAGE].iterrows():
+            colour = COLOURS[colours[method] % len(COLOURS)]
+            left.plot(score["trained_parameters"], 100 * score["mean"], mark, color=colour, markersize=7)
+        left.plot([], [], mark, color="gray", label=k_title(k))
     left.set_xscale("symlog", linthresh=100)
-    left.set_xlim(-10, 3 * max([line.trained_parameters or 0 for line in report.lines] + [100]))
+    left.set_xlim(-10, 3 * max(100, scores["trained_parameters"].max()))
     left.set_xlabel("trained parameters")
-    left.set_ylabel(f"test/{report.comparison.metric}, times 100, mean over tasks and seeds")
+    left.set_ylabel(f"{metric}, times 100, mean over tasks and seeds")
     left.legend(loc="lower right")
     left.grid(alpha=0.3)
-    right.set_xticks(range(len(shots)), [title(k) for k in shots])
-    right.set_xlabel("training rows")
-    right.grid(alpha=0.3)
+    draw_curves(right, scores, shots)
     right.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     figure.savefig(path, dpi=130)
+
+
+def draw_curves(axes: Axes, scores: pd.DataFrame, shots: Sequence[int | None]) -> None:
+    """Draw the average score of each method at each k, with standard deviations as error bars.
+
+    Args:
+        axes: Where to draw.
+        scores: See `summarize`; scores that are unknown are left out.
+        shots: Every k, from left to right.
+    """
+    methods = scores.index.unique("method")
+    for number, method in enumerate(methods):
+        averages = scores.xs((method, AVERAGE), level=("method", "task"))
+        averages = 100 * averages.reindex([k_name(k) for k in shots])
+        # Side by side, since twenty error bars in one place cannot be read.
+        aside = 0.4 * (number / max(1, len(methods) - 1) - 0.5)
+        places = [place + aside for place in range(len(shots))]
+        style = "o-" if number < len(COLOURS) else "s--"
+        axes.errorbar(
+            places, averages["mean"], averages["standard_deviation"], fmt=style,
+            color=COLOURS[number % len(COLOURS)], capsize=2, lw=1.2, ms=4, label=method,
+        )  # fmt: skip
+    axes.set_xticks(range(len(shots)), [k_title(k) for k in shots])
+    axes.set_xlabel("training rows")
+    axes.grid(alpha=0.3)

@@ -1,59 +1,41 @@
-"""Results on disk: one whole JSON file per finished run, in the folder of one comparison."""
+"""Results of runs: one JSON file for each, in the folder of one comparison."""
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from mpt_lightning.compare.plan import Run
 from mpt_lightning.errors import MPTError
 
-# The column of the mean over tasks.
-AVERAGE = "average"
 MARK = "comparison.json"
 
 
-@dataclass
-class Result:
-    """What a run came to.
+@dataclass(kw_only=True)
+class Outcome:
+    """What a run returned.
 
     Attributes:
-        method: the method's name; "prepare" for a run that others start from.
-        task: the card's name.
-        k: training rows; None for the full data.
-        seed: the seed.
-        status: "done" or "failed".
-        fingerprint: the run's (`Run.fingerprint`): a result with another one is of another run.
-        commands: what was run, as one types it.
-        error: one line, where it failed.
-        metric: name of the compared test metric.
-        value: its value.
-        metrics: all test metrics by name.
-        trained_parameters: their number.
-        checkpoint_bytes: size of the best checkpoint; 0 where nothing is trained.
-        steps: optimizer steps.
-        seconds_per_step: median time of a training step, without loading data, validating and saving.
-        peak_memory_bytes: the most memory at one time: on the GPU, else of the process beyond what it had before the
-            run; None where the system does not tell.
-        seconds: of the whole run.
-        checkpoint: the best checkpoint, where it was kept.
+        error: The error message, in one line; None if the run did not fail.
+        commands: The commands that were run, as a user would type them.
+        metrics: All test metrics by name.
+        trained_parameters: The number of trained parameters.
+        checkpoint_bytes: The size of the best checkpoint; 0 without training.
+        steps: Optimizer steps.
+        seconds_per_step: Median time of a training step, without loading data, validating and saving.
+        peak_memory_bytes: The GPU's peak memory, or else the memory that the process took beyond what it had before the
+            run; None if the system does not report it.
+        seconds: Time of the whole run.
+        checkpoint: The path of the best checkpoint if it was kept.
     """
 
-    method: str
-    task: str | None
-    k: int | None
-    seed: int | None
-    status: Literal["done", "failed"]
-    fingerprint: str
-    commands: list[str] = field(default_factory=list)
     error: str | None = None
-    metric: str | None = None
-    value: float | None = None
+    commands: list[str] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     trained_parameters: int = 0
     checkpoint_bytes: int = 0
@@ -64,22 +46,51 @@ class Result:
     checkpoint: str | None = None
 
 
-def failure(run: Run, error: str, commands: Sequence[str] = (), seconds: float = 0.0) -> Result:
-    """Make the result of a run that failed."""
-    return Result(
-        run.method, run.task, run.k, run.seed, "failed", run.fingerprint, list(commands), error, seconds=seconds
-    )
+@dataclass(kw_only=True)
+class Result(Outcome):
+    """The outcome of a named run.
+
+    Attributes:
+        method: The method's name; "prepare" for a run whose checkpoint others start from.
+        task: The card's name.
+        k: The number of training rows; None for the full data.
+        seed: The seed.
+        fingerprint: `Run.fingerprint`; it changes with everything that can change the result.
+        metric: The name of the compared test metric.
+        value: Its value; None if the run failed.
+    """
+
+    method: str
+    task: str | None
+    k: int | None
+    seed: int | None
+    fingerprint: str = ""
+    metric: str | None = None
+    value: float | None = None
+
+    @classmethod
+    def of(cls, run: Run, outcome: Outcome, metric: str = "") -> "Result":
+        """Return a run's result, with the value of `metric`."""
+        return cls(
+            method=run.method, task=run.task, k=run.k, seed=run.seed, fingerprint=run.fingerprint, metric=metric,
+            value=outcome.metrics.get(metric), **vars(outcome),
+        )  # fmt: skip
+
+    @property
+    def status(self) -> str:
+        """Either "done" or "failed"."""
+        return "failed" if self.error else "done"
 
 
 class Store:
     """The folder of a comparison's results.
 
     Args:
-        output: the folder; made where it does not exist.
-        name: the comparison's.
+        output: The folder; created if it does not exist.
+        name: The comparison's name.
 
     Raises:
-        MPTError: the folder is another comparison's, or holds something else.
+        MPTError: If the folder belongs to another comparison, or contains something else.
     """
 
     def __init__(self, output: Path, name: str) -> None:
@@ -92,16 +103,16 @@ class Store:
             if found != name:
                 raise MPTError(f"--output {output} has the results of the comparison {found!r}, and this is {name!r}.")
         elif output.exists() and any(output.iterdir()):
-            raise MPTError(f"--output {output} is not empty and holds no comparison; give another folder.")
+            raise MPTError(f"--output {output} is not empty and contains no comparison; give another folder.")
         else:
             _write(mark, {"name": name})
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Keep other processes out.
+    def locked(self) -> Iterator[None]:
+        """Lock the folder.
 
         Raises:
-            MPTError: one is there.
+            MPTError: If another process has locked it.
         """
         try:
             with FileLock(self.output / ".lock", timeout=0):
@@ -109,25 +120,24 @@ class Store:
         except Timeout:
             raise MPTError(f"Another `mpt compare` is running in {self.output}; wait for it.") from None
 
-    def work(self, run: Run) -> Path:
-        """Give the folder for a run's checkpoints and logs."""
+    def folder(self, run: Run) -> Path:
+        """Return the folder for a run's checkpoints and logs."""
         return self.output / "runs" / run.place
 
     def read(self, run: Run) -> Result | None:
-        """Give a run's result; None where there is none, or it is of other arguments, or its checkpoint is gone."""
+        """Return a run's result; None if it is missing or outdated, or if the checkpoint of a prepared run is."""
         values = _read(self._file(run))
-        if values.get("fingerprint") != run.fingerprint:
-            return None
+        values.pop("status", None)
         try:
             result = Result(**values)
-        except TypeError:  # a file of another version
+        except TypeError:  # missing, incomplete, or written by another version
             return None
-        gone = run.task is None and result.checkpoint is not None and not Path(result.checkpoint).is_file()
-        return None if gone else result
+        removed = run.task is None and result.checkpoint is not None and not Path(result.checkpoint).is_file()
+        return None if removed or result.fingerprint != run.fingerprint else result
 
     def write(self, run: Run, result: Result) -> None:
-        """Write a result, whole or not at all."""
-        _write(self._file(run), asdict(result))
+        """Write a result atomically."""
+        _write(self._file(run), {"status": result.status, **asdict(result)})
 
     def _file(self, run: Run) -> Path:
         return self.output / "results" / f"{run.place}.json"
@@ -146,8 +156,3 @@ def _write(file: Path, content: object) -> None:
     unfinished = file.with_name(f".{file.name}.part")
     unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(unfinished, file)
-
-
-def title(k: int | None) -> str:
-    """Give a k's name in titles."""
-    return "full data" if k is None else f"k = {k}"

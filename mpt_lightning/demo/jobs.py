@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as L
 
 from mpt_lightning import CPT, MPTTarget, MultitaskDataModule, PromptTuning, load_task
-from mpt_lightning.compare.worker import quiet
+from mpt_lightning.compare.pool import quiet
 from mpt_lightning.modules import PromptModule
 from mpt_lightning.resources import LLAMA, T5
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from mpt_lightning import MPTSource, PromptTuning, __version__
-from mpt_lightning.compare.worker import quiet
+from mpt_lightning.compare.pool import quiet
 from mpt_lightning.demo.jobs import (
     CONTEXT_METHODS,
     LENGTH,

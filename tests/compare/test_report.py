@@ -9,7 +9,7 @@ from rich.console import Console
 
 from mpt_lightning.compare.plan import Comparison, Method
 from mpt_lightning.compare.report import Report
-from mpt_lightning.compare.results import Result, Store, failure
+from mpt_lightning.compare.results import Outcome, Result, Store
 
 TASKS = ["demo/topic", "demo/voice"]
 # [task][seed]; None: no result.
@@ -30,38 +30,36 @@ def report(tmp_path: Path) -> Report:
         if run.k is None or value is None:
             continue
         if isinstance(value, str):
-            store.write(run, failure(run, value))
+            store.write(run, Result.of(run, Outcome(error=value)))
             continue
         costs: dict[str, Any] = {
             "trained_parameters": 1000 * len(str(run.method)), "checkpoint_bytes": 2048, "steps": 3,
             "seconds_per_step": 0.01 * (1 + int(run.seed or 0)), "peak_memory_bytes": 2**20 * 5, "seconds": 1.0,
         }  # fmt: skip
-        store.write(run, Result(run.method, run.task, run.k, run.seed, "done", run.fingerprint, value=value, **costs))
+        store.write(run, Result.of(run, Outcome(metrics={"average": value}, **costs), "average"))
     return Report(comparison, store)
 
 
 def test_means_and_deviations_over_seeds(report: Report) -> None:
-    lora = next(line for line in report.lines if (line.method, line.k) == ("lora", 16))
-    topic, average = lora.scores["demo/topic"], lora.scores["average"]
-    assert (topic.mean, topic.deviation) == pytest.approx((0.7, 0.2))
+    lora = report.scores.loc["16", "lora"]
+    assert list(lora.index) == [*TASKS, "average"]
+    assert tuple(lora.loc["demo/topic", ["mean", "standard_deviation"]]) == pytest.approx((0.7, 0.2))
     # Seeds' means over tasks: 0.55, 0.65, 0.6.
-    assert (average.mean, average.deviation) == pytest.approx((0.6, 0.05))
-    assert average.text == "60.0 ± 5.0"
-    assert (lora.trained_parameters, lora.checkpoint_bytes) == (4000, 2048)
-    assert lora.seconds_per_step == pytest.approx(0.02)
-    assert lora.costs == ["4,000", "2", "20.0", "5"]
+    assert tuple(lora.loc["average", ["mean", "standard_deviation"]]) == pytest.approx((0.6, 0.05))
+    costs = ["trained_parameters", "checkpoint_bytes", "seconds_per_step"]
+    assert tuple(lora.loc["average", costs]) == pytest.approx((4000, 2048, 0.02))
+    assert list(report.table(16).loc["lora"])[2:] == ["60.0 ± 5.0", "4,000", "2", "20.0", "5"]
 
 
-def test_what_is_missing_or_failed_is_said(report: Report) -> None:
-    head, rows = report.table(16)
-    assert head[:4] == ["method", *TASKS, "average"]
-    texts = {row[0]: row[1:4] for row in rows}
-    assert texts["ia3"] == ["50.0 ± 35.4 (2/3)", "50.0 ± 0.0 (2/3)", "37.5 (1/3)"]
-    assert texts["head"] == ["failed", "missing", "failed"]
-    assert {tuple(row[1:]) for row in report.table(None)[1]} == {("missing",) * 3 + ("",) * 4}
+def test_missing_and_failed_runs_are_reported(report: Report) -> None:
+    table = report.table(16)
+    assert list(table.columns[:3]) == [*TASKS, "average"]
+    assert list(table.loc["ia3"])[:3] == ["50.0 ± 35.4 (2/3)", "50.0 ± 0.0 (2/3)", "37.5 (1/3)"]
+    assert list(table.loc["head"])[:3] == ["failed", "missing", "failed"]
+    assert {tuple(row) for row in report.table(None).to_numpy()} == {("missing",) * 3 + ("",) * 4}
     assert report.missing == 18 + 1 + 3
     assert [error for _, error in report.failures] == ["out of luck", *["broken"] * 3]
-    assert report.summary == "10 of 36 runs done; 4 failed; 22 missing."
+    assert report.progress == "10 of 36 runs done; 4 failed; 22 missing."
 
 
 def test_files(report: Report, tmp_path: Path) -> None:

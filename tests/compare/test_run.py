@@ -12,9 +12,9 @@ from rich.console import Console
 
 from mpt_lightning.compare import run as running
 from mpt_lightning.compare.plan import Comparison, Method, Recipe
-from mpt_lightning.compare.results import Store
+from mpt_lightning.compare.pool import WorkerPool
+from mpt_lightning.compare.results import Outcome, Store
 from mpt_lightning.compare.run import DIED, pending, run_all
-from mpt_lightning.compare.worker import Outcome
 
 Answer = Callable[[str], Outcome]
 
@@ -36,7 +36,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The runs that were really run, in order."""
     done: list[str] = []
 
-    def work(words: list[str], folder: Path, fit: bool, test: bool, keep: bool) -> Outcome:
+    def work(words: list[str], folder: Path, *, fit: bool, test: bool, keep: bool) -> Outcome:
         place = "/".join(folder.parts[folder.parts.index("runs") + 1 :])
         done.append(place)
         folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     answers: dict[str, Callable[[Outcome], Outcome]] = {}
     work.answers = answers
     monkeypatch.setattr(running, "work", work)
-    monkeypatch.setattr(running.Runner, "_new_pool", lambda self: ThreadPoolExecutor(self.jobs))
+    monkeypatch.setattr(WorkerPool, "_start", lambda self: ThreadPoolExecutor(self.jobs))
     return done
 
 
@@ -193,9 +193,9 @@ def test_a_folder_belongs_to_one_comparison_and_one_process(tmp_path: Path) -> N
         Store(tmp_path / "a", "two")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "thesis.txt").write_text("")
-    with pytest.raises(ValueError, match="is not empty and holds no comparison"):
+    with pytest.raises(ValueError, match="is not empty and contains no comparison"):
         Store(tmp_path / "b", "one")
     with pytest.raises(ValueError, match="is a file"):
         Store(tmp_path / "b" / "thesis.txt", "one")
-    with store.alone(), pytest.raises(ValueError, match="Another `mpt compare` is running"), store.alone():
+    with store.locked(), pytest.raises(ValueError, match="Another `mpt compare` is running"), store.locked():
         pass
