@@ -12,17 +12,7 @@ from mpt_lightning.checkpoint.validation import TRAINING_STATE, check_state, che
 from mpt_lightning.data.card import load_card
 from mpt_lightning.errors import MPTError
 from mpt_lightning.io import one_line
-from mpt_lightning.prompts import (
-    ContextPrompt,
-    DecomposedPrompt,
-    EmptyPrompt,
-    EncodedPrompt,
-    MultitaskPrompt,
-    PrefixPrompt,
-    Prompt,
-    SoftPrompt,
-    SuperposedPrompt,
-)
+from mpt_lightning.prompts import EmptyPrompt, Prompt
 
 KEY = "mpt_lightning"
 # A backbone's fingerprint: `mpt_lightning.backbones.fingerprint` has the meaning of its two parts.
@@ -30,20 +20,6 @@ FINGERPRINT = "[0-9a-f]{12}-([0-9a-f]{12}|quantized)"
 # That of an earlier version.
 EMBEDDINGS_ALONE = "[0-9a-f]{16}"
 FORMAT = 1
-PROMPTS: dict[str, type[Prompt]] = {
-    kind.__name__: kind
-    for kind in (
-        SoftPrompt,
-        MultitaskPrompt,
-        ContextPrompt,
-        EncodedPrompt,
-        SuperposedPrompt,
-        PrefixPrompt,
-        DecomposedPrompt,
-        EmptyPrompt,
-    )
-}
-
 
 DESCRIPTION = {
     "stage": str, "backbone": str, "fingerprint": str, "prompt_class": str, "prompt_config": dict, "cards": dict,
@@ -90,8 +66,8 @@ class PromptCheckpoint:
         """
         check_types(vars(self), DESCRIPTION, self.path)
         check_types(self.metrics, dict.fromkeys(self.metrics, float), self.path)
-        if self.prompt_class not in PROMPTS:
-            raise MPTError(f"{self.path} holds a {self.prompt_class!r}; known are {', '.join(PROMPTS)}.")
+        if self.prompt_class not in Prompt.classes:
+            raise MPTError(f"{self.path} holds a {self.prompt_class!r}; known are {', '.join(Prompt.classes)}.")
         tasks = self.prompt_config.get("tasks")
         if not isinstance(tasks, list) or any(not isinstance(task, str) for task in tasks):
             raise MPTError(f"{self.path} is damaged: its tasks are {tasks!r}, expected a list of names.")
@@ -111,7 +87,7 @@ class PromptCheckpoint:
     def _shapes(self) -> Prompt:
         # On this device tensors have shapes and no memory, so that a wrong size costs nothing.
         with torch.device("meta"):
-            return PROMPTS[self.prompt_class](**self.prompt_config)
+            return Prompt.classes[self.prompt_class](**self.prompt_config)
 
     def check_tensors(self) -> None:
         """Check the trained tensors.
@@ -133,7 +109,7 @@ class PromptCheckpoint:
 
     def empty_prompt(self) -> Prompt:
         """Make a prompt of the checkpoint's class and shape."""
-        return PROMPTS[self.prompt_class](**self.prompt_config)
+        return Prompt.classes[self.prompt_class](**self.prompt_config)
 
     def prompt(self, embeddings: Tensor | None = None) -> Prompt:
         """Make the trained prompt.
@@ -166,7 +142,7 @@ class PromptCheckpoint:
         Raises:
             MPTError: They are not.
         """
-        content = PROMPTS[self.prompt_class].content
+        content = Prompt.classes[self.prompt_class].content
         if content != Prompt.content:
             raise MPTError(
                 f"{argument} {self.path} was saved by {self.stage} and contains {content}; expected a prompt of "

@@ -1,66 +1,23 @@
-"""What all prompts share: named tasks, one row each."""
+"""The base class of all prompts: named tasks, one row each."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from copy import deepcopy
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from mpt_lightning.errors import MPTError
-
-
-@dataclass
-class PromptOutput:
-    """What a prompt puts before, or adds to, the text of U tasks.
-
-    Attributes:
-        embeddings: `[U, P, H]` embeddings that stand before the text's, or None.
-        layers: Per layer the keys and values `[U, heads, P, D]` that stand before the text's, or None.
-        shift: `[U, S, H]`, added to the embeddings of the text's first S tokens, or None.
-    """
-
-    embeddings: Tensor | None = None
-    layers: tuple[tuple[Tensor, Tensor], ...] | None = None
-    shift: Tensor | None = None
-
-    @classmethod
-    def of(cls, prompts: "Tensor | PromptOutput") -> "PromptOutput":
-        """Return prompts as they are, and plain embeddings `[U, P, H]` as an output without anything else."""
-        return cls(prompts) if isinstance(prompts, Tensor) else prompts
-
-    @property
-    def length(self) -> int:
-        """P, tokens per prompt."""
-        if self.embeddings is not None:
-            return self.embeddings.shape[1]
-        return self.layers[0][0].shape[2] if self.layers else 0
-
-    def __getitem__(self, rows: Tensor) -> "PromptOutput":
-        """Return some of the prompts, in the order of `rows` `[N]` in 0..U-1."""
-        return PromptOutput(
-            None if self.embeddings is None else self.embeddings[rows],
-            None if self.layers is None else tuple((keys[rows], values[rows]) for keys, values in self.layers),
-            None if self.shift is None else self.shift[rows],
-        )
-
-    def embeddings_alone(self) -> Tensor:
-        """Return the embeddings `[U, P, H]`.
-
-        Raises:
-            MPTError: If they are not all of the output.
-        """
-        if self.embeddings is None or self.shift is not None:
-            raise MPTError(
-                "Expected a prompt of embeddings alone, got "
-                f"{'keys and values' if self.embeddings is None else 'one that shifts the embeddings of the text too'}."
-            )
-        return self.embeddings
+from mpt_lightning.prompts.output import PromptOutput
 
 
 class Prompt(nn.Module, ABC):
     """Prompts of one or many named tasks: task ids in, `PromptOutput` out.
+
+    A new prompt writes `__init__`, `forward` and `per_task`. It keeps each constructor argument that determines its
+    shape as an attribute of the same name, so that checkpoints store it.
 
     Args:
         num_tasks: T, at least 1.
@@ -69,12 +26,16 @@ class Prompt(nn.Module, ABC):
         tasks: [T] names of the rows; "0", "1", ... by default.
 
     Raises:
-        MPTError: a size is below 1, or names are missing or repeated.
+        MPTError: If a size is below 1, or names are missing or repeated.
     """
 
-    least_length: ClassVar[int] = 1
+    # All prompts with a `forward`, by class name, as checkpoints name them.
+    classes: ClassVar[dict[str, type["Prompt"]]] = {}
     # What is trained, in words for messages.
     content: ClassVar[str] = "embeddings"
+    least_length: ClassVar[int] = 1
+    # The attributes that have one row per task: tensors `[T, ...]`, lists of T items or of T networks.
+    per_task: tuple[str, ...] = ()
 
     def __init__(self, num_tasks: int, length: int, dim: int, tasks: Sequence[str] | None = None) -> None:
         super().__init__()
@@ -85,6 +46,12 @@ class Prompt(nn.Module, ABC):
         self.tasks = [str(row) for row in range(num_tasks)] if tasks is None else list(tasks)
         if len(self.tasks) != num_tasks or len(set(self.tasks)) != num_tasks:
             raise MPTError(f"tasks must be {num_tasks} different names, got {self.tasks}.")
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Register the class for checkpoints."""
+        super().__init_subclass__(**kwargs)
+        if cls.forward is not Prompt.forward:
+            Prompt.classes[cls.__name__] = cls
 
     @property
     def num_tasks(self) -> int:
@@ -100,21 +67,25 @@ class Prompt(nn.Module, ABC):
         """
 
     def attach(self, embeddings: Tensor) -> None:
-        """Take what the prompt needs of the backbone's embeddings `[V, H]`; nothing by default."""
+        """Copy what the prompt needs of the backbone's embeddings `[V, H]`; nothing by default."""
 
-    @abstractmethod
     def task_parameters(self) -> list[str]:
-        """Give the names of the parameters that have one row per task in their first dimension."""
+        """Return the names of the parameters `[T, ...]`, which have one row per task."""
+        return [name for name in self.per_task if isinstance(getattr(self, name), nn.Parameter)]
 
-    @abstractmethod
     def config(self) -> dict[str, Any]:
-        """Give the constructor's arguments as plain values, for checkpoints."""
+        """Return the constructor's arguments as plain values, for checkpoints.
+
+        An argument that is not kept as an attribute, such as a kind of initialisation, is left out.
+        """
+        arguments = inspect.signature(type(self)).parameters
+        return {name: deepcopy(getattr(self, name)) for name in arguments if hasattr(self, name)}
 
     def index(self, task: str) -> int:
-        """Give the row of a task.
+        """Return the row of a task.
 
         Raises:
-            MPTError: there is no such task.
+            MPTError: If the task is unknown.
         """
         if task not in self.tasks:
             raise MPTError(f"Unknown task {task!r}. This prompt has: {', '.join(self.tasks)}.")
@@ -131,44 +102,53 @@ class Prompt(nn.Module, ABC):
         output: PromptOutput = self(row)
         return output.embeddings_alone()[0]
 
+    @torch.no_grad()
     def add_task(self, task: str, like: str | None = None) -> None:
-        """Add a task to a trained prompt; make optimizers afterwards, since parameters are replaced.
+        """Add a task to a trained prompt; create optimizers afterwards, since parameters are replaced.
 
         Args:
-            task: the new name.
-            like: the task whose row is copied; by default the new row is the mean of all rows.
+            task: The new name.
+            like: The task whose row is copied. By default the new row is the mean of all rows, and its network, if any,
+                a copy of the first task's.
 
         Raises:
-            MPTError: the name is taken, or `like` is unknown.
+            MPTError: If the name is taken, or `like` is unknown.
         """
         if task in self.tasks:
             raise MPTError(f"The task {task!r} exists already. Choose another name, or rename_task() first.")
         source = None if like is None else self.index(like)
-        for name in self.task_parameters():
-            rows: Tensor = getattr(self, name).data
-            new = rows.mean(dim=0) if source is None else rows[source]
-            self._replace(name, torch.cat([rows, new[None]]))
+        for name in self.per_task:
+            rows: Any = getattr(self, name)
+            if isinstance(rows, Tensor):
+                new = rows.mean(dim=0) if source is None else rows[source]
+                self._replace(name, torch.cat([rows, new[None]]))
+            else:
+                rows.append(deepcopy(rows[source or 0]))
         self.tasks.append(task)
 
+    @torch.no_grad()
     def remove_task(self, task: str) -> None:
-        """Remove a task from a trained prompt; make optimizers afterwards.
+        """Remove a task from a trained prompt; create optimizers afterwards.
 
         Raises:
-            MPTError: the task is unknown, or the last one.
+            MPTError: If the task is unknown, or the last one.
         """
         row = self.index(task)
         if self.num_tasks == 1:
             raise MPTError(f"{task!r} is the only task; a prompt needs at least one.")
-        for name in self.task_parameters():
-            rows: Tensor = getattr(self, name).data
-            self._replace(name, torch.cat([rows[:row], rows[row + 1 :]]))
+        for name in self.per_task:
+            rows: Any = getattr(self, name)
+            if isinstance(rows, Tensor):
+                self._replace(name, torch.cat([rows[:row], rows[row + 1 :]]))
+            else:
+                del rows[row]
         del self.tasks[row]
 
     def rename_task(self, task: str, new: str) -> None:
         """Rename a task.
 
         Raises:
-            MPTError: the task is unknown, or the new name is taken.
+            MPTError: If the task is unknown, or the new name is taken.
         """
         row = self.index(task)
         if new in self.tasks and new != task:
@@ -176,24 +156,21 @@ class Prompt(nn.Module, ABC):
         self.tasks[row] = new
 
     def _replace(self, name: str, value: Tensor) -> None:
-        setattr(self, name, nn.Parameter(value, requires_grad=getattr(self, name).requires_grad))
+        old = getattr(self, name)
+        setattr(self, name, nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value)
 
 
-def through_networks(rows: Tensor, networks: nn.ModuleList, task_ids: Tensor) -> Tensor:
-    """Pass the rows of some tasks through the tasks' own networks.
+def token_embeddings(table: Tensor, token_ids: Sequence[Any], dim: int) -> Tensor:
+    """Return the detached embeddings `[..., H]` of a prompt's token ids `[...]`, for `Prompt.attach`.
 
-    The other tasks' networks get gradients of zero, as their rows do: in a distributed run each parameter needs a
-    gradient on every rank, whatever tasks it has drawn.
-
-    Args:
-        rows: [T, ...].
-        networks: one per task.
-        task_ids: [U] in 0..T-1.
-
-    Returns:
-        [U, ...] what the networks give.
+    Raises:
+        MPTError: If the backbone's table `[V, H]` has another width, or too few rows.
     """
-    tasks = task_ids.tolist()
-    made = torch.stack([networks[task](rows[task]) for task in tasks])
-    idle = [p.sum() for task, network in enumerate(networks) if task not in tasks for p in network.parameters()]
-    return made + 0 * torch.stack(idle).sum() if idle and torch.is_grad_enabled() else made
+    ids = torch.tensor(token_ids, device=table.device)
+    low, high = int(ids.min()), int(ids.max())
+    if table.shape[1] != dim or not 0 <= low <= high < len(table):
+        raise MPTError(
+            f"The prompt has token ids from {low} to {high} and the width {dim}; the backbone's embeddings are "
+            f"{list(table.shape)}. Use the backbone that the prompt was trained with."
+        )
+    return table.detach()[ids]

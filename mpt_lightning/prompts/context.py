@@ -1,47 +1,49 @@
 """Context-aware prompt tuning (Blau et al., 2024): a context of examples whose embeddings move within small balls."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from mpt_lightning.errors import MPTError
-from mpt_lightning.prompts.base import Prompt, PromptOutput
+from mpt_lightning.prompts.base import Prompt, token_embeddings
+from mpt_lightning.prompts.output import PromptOutput
 
 Trained = Literal["inputs", "all", "instruction", "nothing"]
 EpsilonScale = Literal["width", "embedding"]
 
+# The token type of a free instruction in front of the context.
 INSTRUCTION = -1
-"""The token type of a free instruction in front of the context."""
+# The hidden size at which epsilons are not scaled (`peft/tuners/cpt/model.py`).
 REFERENCE_WIDTH = 2048
-"""The hidden size at which an epsilon is what it says (`peft/tuners/cpt/model.py`)."""
 
 
 class ContextPrompt(Prompt):
     r"""A context of training examples: its frozen embeddings plus a trained, bounded perturbation `[P, H]`.
 
-    Token types are PEFT's. For the example k, counted from 0: 4k+1 its input template, 4k+2 its input, 4k+3 its
-    output template, 4k+4 its label. 0 is what separates examples. -1 is ours: a free instruction before them.
+    Token types are PEFT's. For the example k, counted from 0: 4k+1 is its input template, 4k+2 its input, 4k+3 its
+    output template, 4k+4 its label. 0 separates examples. -1 is our extension: a free instruction before them.
 
-    After an optimizer step `project` pulls each token's perturbation back into its L2 ball. The centre of the balls is
-    the backbone's own embedding, taken anew from the backbone and never saved, so it cannot move. `forward` changes
-    nothing.
+    After an optimizer step `project` pulls each token's perturbation back into its L2 ball. The centre of a ball is the
+    backbone's embedding of the token, read from the backbone and never saved, so it cannot move. `forward` does not
+    project.
 
     Args:
         token_ids: [P] the context.
-        token_types: [P].
+        token_types: [P] as above.
         dim: H.
         tasks: [1] the task's name.
-        trained: which tokens move. "inputs" is CPT: inputs and templates, not labels and separators. "all" is prompt
+        trained: Which tokens move. "inputs" is CPT: inputs and templates, not labels and separators. "all" is prompt
             tuning that starts from the context, "instruction" is instruction prompt tuning (Singhal et al., 2022),
-            "nothing" in-context learning.
-        epsilon: radius of an input token's ball, times sqrt(H / 2048); none: no bound. Labels have it too under "all".
-        template_epsilon: the same of template tokens, separators and the instruction.
-        epsilon_scale: "width" as above; "embedding" takes the epsilons as shares of the token's embedding's norm.
+            "nothing" is in-context learning.
+        epsilon: Radius of an input token's ball, times sqrt(H / 2048); None is no bound. With "all" it is the radius of
+            labels too.
+        template_epsilon: The same for template tokens, separators and the instruction.
+        epsilon_scale: "width" as above; with "embedding" the epsilons are relative to the norm of a token's embedding.
 
     Raises:
-        MPTError: no tokens, lengths that differ, a type below -1, a label that nothing precedes, an epsilon that is
+        MPTError: If there are no tokens, the lengths differ, a type is below -1, a label comes first, or an epsilon is
             not above 0.
 
     Example:
@@ -71,14 +73,14 @@ class ContextPrompt(Prompt):
         epsilon_scale: EpsilonScale = "width",
     ) -> None:
         super().__init__(1, len(token_ids), dim, tasks)
-        check_types(token_ids, token_types)
+        _check_types(token_ids, token_types)
         for name, value in (("epsilon", epsilon), ("template_epsilon", template_epsilon)):
             if value is not None and not (isinstance(value, int | float) and value > 0):
                 raise MPTError(f"{name} must be above 0, or none for no bound; got {value}.")
         self.token_ids, self.token_types = list(token_ids), list(token_types)
         self.trained, self.epsilon_scale = trained, epsilon_scale
         self.epsilon, self.template_epsilon = epsilon, template_epsilon
-        # Computed on the CPU, since sizes depend on values, which tensors on the meta device do not have.
+        # Computed on the CPU: sizes depend on values, which tensors on the meta device do not have.
         types, ids = torch.tensor(self.token_types, device="cpu"), torch.tensor(self.token_ids, device="cpu")
         is_label = (types > 0) & (types % 4 == 0)
         moves = {
@@ -88,8 +90,8 @@ class ContextPrompt(Prompt):
             "nothing": torch.zeros_like(is_label),
         }[trained]
         self.delta_embedding = nn.Parameter(torch.zeros(self.length, dim), requires_grad=trained != "nothing")
-        # A factor of the forward pass, not a gradient hook, which copies would lose. Nothing of this is saved: all of
-        # it follows from the constructor's arguments and the backbone.
+        # A factor of the forward pass, because copies would lose a gradient hook. Nothing of this is saved: all of it
+        # follows from the constructor's arguments and the backbone.
         self._hold("moves", moves[:, None].to(torch.get_default_dtype()))
         self._hold("embeddings", torch.zeros(self.length, dim))
         self._hold("radius", torch.zeros(self.length, 1))
@@ -105,22 +107,16 @@ class ContextPrompt(Prompt):
 
     @property
     def num_examples(self) -> int:
-        """N, the examples of the context."""
+        """The number of examples in the context."""
         return int(self.examples.max()) + 1
 
     def attach(self, embeddings: Tensor) -> None:
-        """Take the context's embeddings from the backbone's table `[V, H]`: the centre of the balls.
+        """Copy the context's embeddings, the centres of the balls, from the backbone's table `[V, H]`.
 
         Raises:
-            MPTError: the table is of another width, or has too few rows.
+            MPTError: If the table has another width, or too few rows.
         """
-        if embeddings.shape[1] != self.dim or len(embeddings) <= max(self.token_ids):
-            raise MPTError(
-                f"The context has token ids up to {max(self.token_ids)} of width {self.dim}, and the backbone's "
-                f"embeddings are {list(embeddings.shape)}. Use the backbone that the context was made for."
-            )
-        ids = torch.tensor(self.token_ids, device=embeddings.device)
-        centre = embeddings.detach()[ids].to(self.delta_embedding)
+        centre = token_embeddings(embeddings, self.token_ids, self.dim).to(self.delta_embedding)
         self.embeddings.copy_(centre)
         kinds = torch.tensor([kind > 0 and kind % 4 in (0, 2) for kind in self.token_types], device=centre.device)
         input_bound, template_bound = (
@@ -136,7 +132,7 @@ class ContextPrompt(Prompt):
         """Return the context `[U, P, H]`, U times the same one.
 
         Raises:
-            RuntimeError: `attach` has not been called.
+            RuntimeError: If `attach` has not been called.
         """
         if not self._attached:
             raise RuntimeError("The context has no embeddings yet: call attach(backbone.embeddings) first.")
@@ -144,55 +140,33 @@ class ContextPrompt(Prompt):
 
     @torch.no_grad()
     def project(self) -> None:
-        """Pull each perturbation back onto its ball, in place; for after every optimizer step (CPT section 3)."""
+        """Pull each perturbation back into its ball, in place, after an optimizer step (CPT section 3)."""
         norm = torch.linalg.vector_norm(self.delta_embedding, dim=1, keepdim=True)
         # Within the ball the factor is exactly 1; an infinite radius never binds.
         self.delta_embedding.mul_(torch.where(norm > self.radius, self.radius / norm, 1.0))
 
     def visible(self, examples: Tensor) -> Tensor:
-        """Say which tokens of the context each row sees if it must not see its own copy (leave-one-out).
+        """Return which tokens of the context each row attends to if its own copy is hidden (leave-one-out).
 
         Args:
             examples: [B] the context example that a row is a copy of, -1 for none.
 
         Returns:
-            [B, P], 1 where the row sees the token.
+            [B, P], 1 where the row attends to the token.
         """
         own = (self.examples[None] == examples[:, None]) & (examples[:, None] >= 0)
         return (~own).long()
 
-    def task_parameters(self) -> list[str]:
-        """Give no names: a context has one task."""
-        return []
-
     def add_task(self, task: str, like: str | None = None) -> None:
-        """Refuse: a context belongs to one task.
+        """Raise: a context belongs to one task.
 
         Raises:
-            MPTError: always.
+            MPTError: Always.
         """
         raise MPTError(f"A context belongs to one task ({self.tasks[0]}); train another one for {task!r}.")
 
-    def config(self) -> dict[str, Any]:
-        """Give the constructor's arguments."""
-        return {
-            "token_ids": self.token_ids,
-            "token_types": self.token_types,
-            "dim": self.dim,
-            "tasks": list(self.tasks),
-            "trained": self.trained,
-            "epsilon": self.epsilon,
-            "template_epsilon": self.template_epsilon,
-            "epsilon_scale": self.epsilon_scale,
-        }
 
-
-def check_types(token_ids: Sequence[int], token_types: Sequence[int]) -> None:
-    """Check a context's token types.
-
-    Raises:
-        MPTError: they cannot be those of a context.
-    """
+def _check_types(token_ids: Sequence[int], token_types: Sequence[int]) -> None:
     if any(type(value) is not int for value in (*token_ids, *token_types)) or min(token_ids, default=0) < 0:
         raise MPTError("Token ids must be whole numbers, 0 or above, and token types whole numbers.")
     if len(token_types) != len(token_ids):

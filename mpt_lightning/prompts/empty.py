@@ -1,16 +1,16 @@
-"""No prompt: what stands before a backbone whose own weights are trained, or that is used as it is."""
+"""No prompt, for methods that train the backbone's own weights or use it as it is."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mpt_lightning.prompts.base import Prompt, PromptOutput
+from mpt_lightning.prompts.base import Prompt
+from mpt_lightning.prompts.output import PromptOutput
 
 
 class EmptyPrompt(Prompt):
-    """A prompt of no tokens, P = 0: the tasks have names and nothing else.
+    """A prompt of no tokens, P = 0: tasks have names only.
 
     Args:
         num_tasks: T.
@@ -31,11 +31,3 @@ class EmptyPrompt(Prompt):
     def forward(self, task_ids: Tensor) -> PromptOutput:
         """Return embeddings `[U, 0, H]` for the tasks `[U]`."""
         return PromptOutput(torch.zeros(len(task_ids), 0, self.dim, device=task_ids.device))
-
-    def task_parameters(self) -> list[str]:
-        """Give the names of the parameters with one row per task: none."""
-        return []
-
-    def config(self) -> dict[str, Any]:
-        """Give the constructor's arguments."""
-        return {"num_tasks": self.num_tasks, "dim": self.dim, "tasks": list(self.tasks)}

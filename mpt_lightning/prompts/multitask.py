@@ -1,21 +1,22 @@
 """Multitask prompt tuning (Wang et al., ICLR 2023): a shared prompt times low-rank task matrices."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from mpt_lightning.errors import MPTError
-from mpt_lightning.prompts.base import Prompt, PromptOutput
+from mpt_lightning.prompts.base import Prompt
 from mpt_lightning.prompts.init import random_uniform
+from mpt_lightning.prompts.output import PromptOutput
 
 
 class MultitaskPrompt(Prompt):
     r"""`P^_k = P* (Hadamard) W_k` with `W_k = sum_r u_kr v_kr^T` (paper section 3.1; rank one there).
 
-    The shared prompt P* `[P, H]` holds what the tasks have in common; the factors u `[T, P, R]` and v `[T, R, H]`
-    what each adds. Names are PEFT's (`peft/tuners/multitask_prompt_tuning/model.py`).
+    All tasks train the shared prompt P* `[P, H]` (the slow weights); each task trains its factors u `[P, R]` and
+    v `[R, H]` (the fast weights). Names are PEFT's (`peft/tuners/multitask_prompt_tuning/model.py`).
 
     Args:
         num_tasks: T.
@@ -31,6 +32,8 @@ class MultitaskPrompt(Prompt):
         >>> sum(parameter.numel() for parameter in prompt.parameters())
         77668
     """
+
+    per_task = ("prefix_task_cols", "prefix_task_rows")
 
     def __init__(
         self,
@@ -58,40 +61,18 @@ class MultitaskPrompt(Prompt):
         factors = self.prefix_task_cols[task_ids] @ self.prefix_task_rows[task_ids]
         return PromptOutput(self.prompt_embeddings * factors)
 
+    @torch.no_grad()
     def initialize(self, prompts: Tensor) -> None:
-        """Start the shared prompt from given embeddings; the factors stay.
-
-        Args:
-            prompts: [P, H].
-        """
-        with torch.no_grad():
-            self.prompt_embeddings.copy_(prompts)
-
-    def shared_parameters(self) -> list[str]:
-        """Give the names of the slow weights: what all tasks train."""
-        return ["prompt_embeddings"]
-
-    def task_parameters(self) -> list[str]:
-        """Give the names of the fast weights: one row per task."""
-        return ["prefix_task_cols", "prefix_task_rows"]
-
-    def config(self) -> dict[str, Any]:
-        """Give the constructor's arguments."""
-        return {
-            "num_tasks": self.num_tasks,
-            "length": self.length,
-            "dim": self.dim,
-            "rank": self.rank,
-            "tasks": list(self.tasks),
-        }
+        """Start the shared prompt from given embeddings `[P, H]`; the factors stay."""
+        self.prompt_embeddings.copy_(prompts)
 
     @classmethod
     def from_source(cls, source: "MultitaskPrompt", tasks: Sequence[str], start: str = "average") -> "MultitaskPrompt":
         """Start target tasks from a trained source prompt (paper section 3.3).
 
         Args:
-            source: the prompt that source training made.
-            tasks: names of the target tasks; all share P*.
+            source: The prompt of a source run.
+            tasks: Names of the target tasks; all share P*.
             start: "average" takes the mean of the source tasks' u and of their v, "shared" takes P* alone with
                 factors near one, any other word is the source task whose factors are copied.
 
@@ -99,7 +80,7 @@ class MultitaskPrompt(Prompt):
             A prompt of `len(tasks)` tasks, independent of `source`.
 
         Raises:
-            MPTError: `start` is no task of the source.
+            MPTError: If `start` is not a task of the source.
         """
         prompt = cls(len(tasks), source.length, source.dim, source.rank, tasks)
         with torch.no_grad():

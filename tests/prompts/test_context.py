@@ -180,7 +180,7 @@ def test_misuse_is_told() -> None:
     prompt = ContextPrompt(IDS, TYPES, WIDTH)
     with pytest.raises(RuntimeError, match="attach"):
         prompt(ROW)
-    with pytest.raises(ValueError, match="token ids up to 32 of width 32"):
+    with pytest.raises(ValueError, match="token ids from 2 to 32 and the width 32"):
         prompt.attach(torch.randn(20, WIDTH))
     with pytest.raises(ValueError, match="belongs to one task"):
         prompt.add_task("second")

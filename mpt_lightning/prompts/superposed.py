@@ -1,0 +1,73 @@
+"""SuperPos-Prompt (Sadraei Javaheri et al., 2024): prompts as weighted sums of vocabulary embeddings."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mpt_lightning.errors import MPTError
+from mpt_lightning.prompts.base import Prompt, token_embeddings
+from mpt_lightning.prompts.output import PromptOutput
+
+
+class SuperposedPrompt(Prompt):
+    """Each prompt token is a weighted sum of the frozen embeddings of N vocabulary tokens (128 in the paper).
+
+    A task's prompt tokens share the vocabulary tokens; only the weights `[T, P, N]` are trained.
+
+    Args:
+        num_tasks: T.
+        length: P, tokens per prompt.
+        dim: H.
+        token_ids: [T][N] the vocabulary tokens of each task.
+        tasks: [T] names of the rows.
+
+    Raises:
+        MPTError: If `token_ids` is not one list per task, or the lists differ in length.
+    """
+
+    embeddings: Tensor
+    per_task = ("weights", "embeddings", "token_ids")
+
+    def __init__(
+        self,
+        num_tasks: int,
+        length: int,
+        dim: int,
+        token_ids: Sequence[Sequence[int]],
+        tasks: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(num_tasks, length, dim, tasks)
+        numbers = all(type(token) is int for ids in token_ids for token in ids)
+        if len(token_ids) != num_tasks or len({len(ids) for ids in token_ids}) != 1 or not token_ids[0] or not numbers:
+            raise MPTError(f"token_ids must be {num_tasks} lists of one length, got {list(map(len, token_ids))}.")
+        self.token_ids = [list(ids) for ids in token_ids]
+        count = len(self.token_ids[0])
+        # With this scale a token's norm is at first that of an embedding.
+        self.weights = nn.Parameter(torch.randn(num_tasks, length, count) / count**0.5)
+        self.register_buffer("embeddings", torch.zeros(num_tasks, count, dim), persistent=False)
+        self._attached = False
+
+    def attach(self, embeddings: Tensor) -> None:
+        """Copy the tokens' embeddings from the backbone's table `[V, H]`.
+
+        Raises:
+            MPTError: If the table has another width, or too few rows.
+        """
+        self.embeddings.copy_(token_embeddings(embeddings, self.token_ids, self.dim))
+        self._attached = True
+
+    def forward(self, task_ids: Tensor) -> PromptOutput:
+        """Return the prompts `[U, P, H]` of the tasks `[U]`.
+
+        Raises:
+            RuntimeError: If `attach` has not been called.
+        """
+        if not self._attached:
+            raise RuntimeError("The prompt has no embeddings yet: call attach(backbone.embeddings) first.")
+        return PromptOutput(self.weights[task_ids] @ self.embeddings[task_ids])
+
+    def add_task(self, task: str, like: str | None = None) -> None:
+        """Add a task over the tokens of `like`, by default of the first task; see `Prompt.add_task`."""
+        # The mean of weights over different tokens has no meaning.
+        super().add_task(task, self.tasks[0] if like is None else like)
