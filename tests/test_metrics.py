@@ -10,15 +10,16 @@ import torch
 import torch.distributed as dist
 from processes import launch
 
-from mpt_lightning.data.card import METRICS, TaskCard
-from mpt_lightning.metrics import TaskMetrics, average
+from mpt_lightning.data.card import TaskCard
+from mpt_lightning.metrics.registry import METRICS
+from mpt_lightning.metrics.task import TaskMetrics, average
 from mpt_lightning.modules.evaluation import Evaluator, with_gold
 
 RANDOM = torch.Generator().manual_seed(0)
 
 
 def card(*metrics, **fields):
-    kinds = {METRICS[name] for name in metrics}
+    kinds = {METRICS[name].needs for name in metrics}
     if "choices" in kinds:
         fields.setdefault("choices", ["no", "yes"])
     if "value_range" in kinds:

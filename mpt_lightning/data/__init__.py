@@ -1,12 +1,27 @@
 """Data: task cards become LightningDataModules.
 
-Names load on first use, so that `import mpt_lightning.data.card` stays free of torch and datasets.
+Names load on first use, so that `import mpt_lightning.data.card` imports neither torch nor datasets.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+# The public names by the module that defines them.
+_HOMES = {
+    name: f"{__name__}.{home}"
+    for home, names in {
+        "card": "TaskCard card_names list_cards load_card",
+        "collate": "PromptCollator",
+        "context": "Context build_context",
+        "datamodule": "PromptDataModule",
+        "task": "TaskDataModule load_task",
+        "multitask": "MultitaskDataModule",
+    }.items()
+    for name in names.split()
+}
+__all__ = list(_HOMES)
+
+if TYPE_CHECKING:  # `as` marks a re-export for type checkers
     from mpt_lightning.data.card import TaskCard as TaskCard
     from mpt_lightning.data.card import card_names as card_names
     from mpt_lightning.data.card import list_cards as list_cards
@@ -19,28 +34,12 @@ if TYPE_CHECKING:
     from mpt_lightning.data.task import TaskDataModule as TaskDataModule
     from mpt_lightning.data.task import load_task as load_task
 
-_HOMES = {
-    "TaskCard": "card",
-    "card_names": "card",
-    "list_cards": "card",
-    "load_card": "card",
-    "PromptCollator": "collate",
-    "Context": "context",
-    "build_context": "context",
-    "PromptDataModule": "datamodule",
-    "TaskDataModule": "task",
-    "load_task": "task",
-    "MultitaskDataModule": "multitask",
-}
-__all__ = list(_HOMES)
-
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from its home on first use (PEP 562)."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*globals(), *_HOMES])

@@ -1,6 +1,6 @@
 """Task cards: what a task is, in one small YAML file.
 
-This module is light on purpose (no torch, no datasets): `mpt tasks` lists every card in a fraction of a second.
+This module is light (no torch, no datasets): `mpt tasks` lists every card in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -8,42 +8,25 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from importlib import resources
 from pathlib import Path
-from string import Formatter
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
-from mpt_lightning.data.template import Pattern, apply_pattern, read_patterns
+from mpt_lightning.data.template import Pattern, apply_pattern, parse_template, read_patterns
 from mpt_lightning.errors import MPTError
 from mpt_lightning.io import LONGEST_NAME, can_be_path, read_yaml
+from mpt_lightning.metrics.registry import METRICS
+from mpt_lightning.resources import packaged, packaged_names
 
-if TYPE_CHECKING:
-    from importlib.abc import Traversable
-
-#: Metric names a card may use, and what each needs: classes, numbers or nothing but text.
-METRICS: dict[str, Literal["choices", "value_range", "text"]] = {
-    "accuracy": "choices",
-    "f1": "choices",
-    "macro_f1": "choices",
-    "matthews": "choices",
-    "multirc": "choices",
-    "pearson": "value_range",
-    "spearman": "value_range",
-    "squad": "text",
-    "bleu": "text",
-    "rouge": "text",
-}
+SplitRule = Literal["given", "halved", "held_out"]
+Unlabelled = Literal["error", "drop"]
+EmptyText = Literal["error", "drop", "keep"]
 _SPLITS = ("train", "validation", "test")
 _TEXTS = ("path", "input", "label")
 _OPTIONAL_TEXTS = ("subset", "revision", "truncate", "group", "preprocess")
 _NOTES = ("language", "licence", "citation", "homepage")
-_OPTIONS: dict[str, tuple[str, ...]] = {
-    "split_rule": ("given", "halved", "held_out"),
-    "unlabelled": ("error", "drop"),
-    "empty_text": ("error", "drop", "keep"),
-}
+_OPTIONS = {"split_rule": SplitRule, "unlabelled": Unlabelled, "empty_text": EmptyText}
 
 
 @dataclass
@@ -69,11 +52,11 @@ class TaskCard:
         truncate: The one column that may be cut to fit `max_input_length`. Unset: in each row the longest column of
             the template.
         group: Column that names the group a row belongs to (MultiRC: the question).
-        preprocess: Dotted path of a function `(row, split) -> list of rows`, applied to each raw row: one that is
-            written in the module that the path names, with these two parameters; no expression, no method.
+        preprocess: Dotted path of a function `(row, split) -> list of rows`, applied to each raw row. It must be
+            defined in the module that the path names, with these two parameters; methods are not allowed.
         unlabelled: What to do with rows without a label (-1 or nothing): `error` or `drop`.
         empty_text: What to do with rows where a column of the template is empty: `error`, `drop` or `keep`.
-        patterns: Other templates over the same columns, each with its own `choices` where the words differ; the
+        patterns: Other templates over the same columns, each with `choices` of its own if the words differ; the
             DataModule's `pattern` selects one.
         max_target_length: Longest target in tokens; a longer one is an error in training. Unset: no limit.
         language: Language of the texts (documentation).
@@ -96,12 +79,12 @@ class TaskCard:
     value_range: tuple[float, float] | None = None
     value_step: float = 0.2
     splits: dict[str, str] = field(default_factory=lambda: {name: name for name in _SPLITS})
-    split_rule: Literal["given", "halved", "held_out"] = "given"
+    split_rule: SplitRule = "given"
     truncate: str | None = None
     group: str | None = None
     preprocess: str | None = None
-    unlabelled: Literal["error", "drop"] = "error"
-    empty_text: Literal["error", "drop", "keep"] = "error"
+    unlabelled: Unlabelled = "error"
+    empty_text: EmptyText = "error"
     patterns: list[Pattern] = field(default_factory=list)
     max_target_length: int | None = None
     language: str = ""
@@ -117,17 +100,16 @@ class TaskCard:
             unset = option not in _TEXTS and value == ("" if option in _NOTES else None)
             if not unset and (not isinstance(value, str) or not value.strip() or "\0" in value):
                 self._fail(option, value, "a text")
-        for option, allowed in _OPTIONS.items():
-            if getattr(self, option) not in allowed:
-                self._fail(option, getattr(self, option), f"one of {', '.join(allowed)}")
+        for option, kind in _OPTIONS.items():
+            if getattr(self, option) not in get_args(kind):
+                self._fail(option, getattr(self, option), f"one of {', '.join(get_args(kind))}")
         if not self.columns:
             self._fail("input", self.input, "a template that names at least one column, like 'text: {sentence}'")
         if self.truncate is not None and self.truncate not in self.columns:
             self._fail("truncate", self.truncate, f"a column of the template ({', '.join(self.columns)})")
-        if self.max_target_length is not None and not (
-            type(self.max_target_length) is int and self.max_target_length >= 1
-        ):
-            self._fail("max_target_length", self.max_target_length, "a number of tokens >= 1")
+        longest = self.max_target_length
+        if longest is not None and not (type(longest) is int and longest >= 1):
+            self._fail("max_target_length", longest, "a number of tokens >= 1")
         if self.preprocess is not None and not re.fullmatch(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+", self.preprocess, re.ASCII):
             self._fail("preprocess", self.preprocess, "a dotted path 'package.module.function'")
         self._check_splits()
@@ -138,20 +120,12 @@ class TaskCard:
             apply_pattern(self, number)
 
     @property
-    def parts(self) -> list[tuple[str, str | None]]:
+    def parts(self) -> tuple[tuple[str, str | None], ...]:
         """The template as (literal text, column that follows it or None) pairs."""
         try:
-            parsed = list(Formatter().parse(self.input))
-        except (ValueError, TypeError) as error:
-            self._fail("input", self.input, f"a template like 'text: {{sentence}}' ({error})")
-        parts: list[tuple[str, str | None]] = []
-        for literal, column, spec, conversion in parsed:
-            if column is not None and (not column or column.isdigit() or re.search(r"[.\[\]]", column)):
-                self._fail("input", self.input, "plain column names in braces, like {sentence}")
-            if spec or conversion:
-                self._fail("input", self.input, "column names without a format, like {sentence}")
-            parts.append((literal, column))
-        return parts
+            return parse_template(self.input)
+        except ValueError as error:
+            self._fail("input", self.input, str(error))
 
     @property
     def columns(self) -> list[str]:
@@ -200,95 +174,37 @@ class TaskCard:
                 self._fail("metrics", metric, f"names out of {', '.join(METRICS)}")
             if self.metrics.count(metric) > 1:
                 self._fail("metrics", self.metrics, f"'{metric}' once")
-            need = METRICS[metric]
-            if need != "text" and getattr(self, need) is None:
-                self._fail(need, None, f"a value, because the metric '{metric}' needs it")
-            if metric in ("f1", "multirc") and self.choices is not None and len(self.choices) != 2:
-                self._fail("choices", self.choices, f"two words, because the metric '{metric}' is for two classes")
-        if "multirc" in self.metrics and self.group is None:
-            self._fail("group", None, "the column of the question id, because the metric 'multirc' needs it")
+            entry = METRICS[metric]
+            if entry.needs != "text" and getattr(self, entry.needs) is None:
+                self._fail(entry.needs, None, f"a value, because the metric '{metric}' needs it")
+            if entry.classes not in (None, len(self.choices or [])):
+                self._fail("choices", self.choices, f"{entry.classes} words, because the metric '{metric}' needs them")
+            if entry.grouped and self.group is None:
+                self._fail("group", None, f"the column of the question id, because the metric '{metric}' needs it")
 
 
 def card_names() -> list[str]:
-    """Names of the shipped cards, sorted, without reading them."""
-    return sorted(name for name, _ in _shipped())
+    """Return the names of the shipped cards, sorted, without reading them."""
+    return packaged_names("tasks")
 
 
 def list_cards() -> dict[str, TaskCard]:
-    """The shipped cards by name, sorted."""
+    """Return the shipped cards by name, sorted."""
     return {name: load_card(name) for name in card_names()}
 
 
 def load_card(card: str | Path | TaskCard | Mapping[str, Any]) -> TaskCard:
-    """Get a card.
+    """Load and check a card.
 
     Args:
         card: Name of a shipped card (`glue/sst2`), path of a YAML file, the fields as a mapping, or a card.
 
-    Returns:
-        The checked card.
-
     Raises:
-        MPTError: If there is no such card, or if its fields are wrong.
-        MPTError: If a path to a YAML file does not exist.
+        MPTError: If there is no such card or file, or if a field is wrong.
     """
     if isinstance(card, TaskCard):
         return card
-    if isinstance(card, Mapping):
-        return _from_mapping(card, "the card")
-    return _from_mapping(read_card_file(card), f"'{card}'")
-
-
-def read_card_file(card: str | Path) -> dict[str, Any]:
-    """Read the YAML file of a shipped card, or of a card at a path, as it is written.
-
-    Args:
-        card: Name of a shipped card or path of a YAML file.
-
-    Returns:
-        The content: `class_path`, and `init_args` with the `card` and options of the DataModule.
-
-    Raises:
-        MPTError: If there is no such card, or if the file is not a YAML mapping.
-        MPTError: If a path to a YAML file does not exist.
-    """
-    content = read_yaml(_find(card))
-    if not isinstance(content, dict):
-        raise MPTError(f"Task card '{card}': got {type(content).__name__}, expected a YAML mapping; change the file.")
-    return content
-
-
-def _find(card: str | Path) -> Traversable:
-    path = Path(card)
-    # A name that the system cannot even look up is no file.
-    if len(path.name) < 256 and "\0" not in str(card) and path.is_file():
-        return path
-    if path.suffix in (".yaml", ".yml"):
-        raise MPTError(f"Task card: got the path '{card}', which does not exist; change the path.")
-    _check_name(str(card))
-    shipped = dict(_shipped())
-    if str(card) not in shipped:
-        near = difflib.get_close_matches(str(card), shipped, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise MPTError(
-            f"Unknown task: got '{card}', expected the name of a shipped card or the path of a YAML file; "
-            f"{hint}`mpt tasks` lists the names."
-        )
-    return shipped[str(card)]
-
-
-def _shipped() -> Iterator[tuple[str, Traversable]]:
-    def walk(folder: Traversable, prefix: str) -> Iterator[tuple[str, Traversable]]:
-        for entry in folder.iterdir():
-            if entry.is_dir():
-                yield from walk(entry, f"{prefix}{entry.name}/")
-            elif entry.name.endswith(".yaml"):
-                yield prefix + entry.name.removesuffix(".yaml"), entry
-
-    return walk(resources.files("mpt_lightning.tasks"), "")
-
-
-def _from_mapping(content: Mapping[str, Any], source: str) -> TaskCard:
+    content, source = (card, "the card") if isinstance(card, Mapping) else (read_card_file(card), f"'{card}'")
     values: Any = content
     if "init_args" in content:
         values = content["init_args"].get("card") if isinstance(content["init_args"], Mapping) else None
@@ -305,8 +221,45 @@ def _from_mapping(content: Mapping[str, Any], source: str) -> TaskCard:
     return TaskCard(**values)
 
 
+def read_card_file(card: str | Path) -> dict[str, Any]:
+    """Read the YAML file of a card.
+
+    Args:
+        card: Name of a shipped card or path of a YAML file.
+
+    Returns:
+        The content: `class_path`, and `init_args` with the `card` and options of the DataModule.
+
+    Raises:
+        MPTError: If there is no such card or file, or if it is not a YAML mapping.
+    """
+    content = read_yaml(_find(card))
+    if not isinstance(content, dict):
+        raise MPTError(f"Task card '{card}': got {type(content).__name__}, expected a YAML mapping; change the file.")
+    return content
+
+
+def _find(card: str | Path) -> Path:
+    path = Path(card)
+    # The system cannot even look up longer names and those with zero bytes.
+    if len(path.name) < 256 and "\0" not in str(card) and path.is_file():
+        return path
+    if path.suffix in (".yaml", ".yml"):
+        raise MPTError(f"Task card: got the path '{card}', which does not exist; change the path.")
+    _check_name(str(card))
+    file = packaged("tasks", str(card))
+    if file is None:
+        near = difflib.get_close_matches(str(card), card_names(), n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise MPTError(
+            f"Unknown task: got '{card}', expected the name of a shipped card or the path of a YAML file; "
+            f"{hint}`mpt tasks` lists the names."
+        )
+    return file
+
+
 def _check_name(name: object) -> None:
-    # Names become file names of exports and keys of logs: no way out of the folder, nothing to escape.
+    # Names become file names of exports and keys of logs.
     good = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9._/-]+", name) and can_be_path(name)
     if not good or ".." in str(name):
         raise MPTError(

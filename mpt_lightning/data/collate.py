@@ -17,11 +17,12 @@ class PromptCollator:
         pad_id: Id that pads inputs.
         choices: Token ids of the task's C choices, for evaluation. Unset: the rows' own, if any.
 
-    Returns of a call, for B rows: `input_ids [B, L]`, `attention_mask [B, L]` (1 is a token), `labels [B, M]` (-100 is
-    padding), `task_ids [B]`, and in training after a context `context_examples [B]` (the place in the context, from 0,
-    of the row's copy; -1 is none). Rows that carry their number in the Hub's split add `row_ids`, those that carry
-    their text (evaluation) `references`, `texts` and `groups` (lists of B) and, where the task has choices,
-    `choices [B, C, M']` (-100 is padding).
+    A call takes B rows with `input_ids`, `labels` and `task_ids`, and returns `input_ids [B, L]`,
+    `attention_mask [B, L]` (1 is a token), `labels [B, M]` (-100 is padding) and `task_ids [B]`. Optional columns add:
+    `context_examples`: `context_examples [B]`, the index of the row's copy in the context (-1: none), in training.
+    `row_id`: `row_ids`, the rows' numbers in the Hub's split.
+    `text`, `references` and `group` (evaluation): `texts`, `references` and `groups`, lists of B, and for a task with
+    choices `choices [B, C, M']` (-100 is padding).
     """
 
     def __init__(self, pad_id: int, choices: Sequence[Sequence[int]] | None = None) -> None:
@@ -29,15 +30,7 @@ class PromptCollator:
         self.choices = None if choices is None else pad(choices, -100)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Make a batch.
-
-        Args:
-            rows: B rows with `input_ids`, `labels` and `task_ids`; where there are such, `row_id`; after a context also
-                `context_examples`, in evaluation also `references`, `text`, `group` and `choices`.
-
-        Returns:
-            The batch.
-        """
+        """Return a batch of B rows; see the class."""
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         batch: dict[str, Any] = {
             "input_ids": pad([row["input_ids"] for row in rows], self.pad_id),

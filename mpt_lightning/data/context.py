@@ -1,19 +1,19 @@
-"""The context of context-aware prompt tuning: training examples with their answers, as one run of typed tokens."""
+"""The context of context-aware prompt tuning: training examples with their answers, as typed tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from mpt_lightning.data.answers import Placed
 from mpt_lightning.data.card import TaskCard
 from mpt_lightning.data.examples import Example
-from mpt_lightning.data.slots import count_slots
+from mpt_lightning.data.formats import EncodedInput
+from mpt_lightning.data.template import count_slots
 from mpt_lightning.data.tokenize import Encoder
 from mpt_lightning.data.vocabulary import check_choices
 from mpt_lightning.errors import MPTError
 
-#: Types of the tokens of the first example, PEFT's; example k has them plus 4k. 0 is BOS or a separator.
+# Types of the tokens of the first example, PEFT's; those of example k are larger by 4k. 0 is BOS or a separator.
 TEMPLATE, INPUT, PREFIX, ANSWER = 1, 2, 3, 4
 
 
@@ -41,7 +41,7 @@ class Context:
 def build_context(
     card: TaskCard, examples: Sequence[Example], encoder: Encoder, separator: str, max_length: int | None
 ) -> Context:
-    """Lay examples out as a context.
+    """Build a context of examples.
 
     Args:
         card: The task.
@@ -50,9 +50,6 @@ def build_context(
         separator: Text after every example, the last one too. Empty: none.
         max_length: Most tokens N. Unset: no limit.
 
-    Returns:
-        The context.
-
     Raises:
         MPTError: If the backbone cannot have a context, if its tokenizer cannot write the separator, the answer
             prefix or a choice, if an input cannot be cut to fit, or if there are more tokens than `max_length`.
@@ -60,20 +57,20 @@ def build_context(
     _check_backbone(encoder)
     if count_slots(card.input + encoder.answer_prefix):
         raise MPTError(
-            f"Task '{card.name}': got places for a prompt's tokens ([prompt*N]) in a context, expected none; change "
+            f"Task '{card.name}': got slots for a prompt's tokens ([prompt*N]) in a context, expected none; change "
             "`input` of the card or `answer_prefix`."
         )
-    between = _written(encoder, separator, "`separator`", 'set `separator` to another text, or to "" for none')
-    _written(encoder, encoder.answer_prefix, "`answer_prefix`", "change `answer_prefix`")
+    between = _tokenize(encoder, separator, "`separator`", 'set `separator` to another text, or to "" for none')
+    _tokenize(encoder, encoder.answer_prefix, "`answer_prefix`", "change `answer_prefix`")
     check_choices(card, encoder.tokenizer, encoder.family)
     inside = replace(encoder, with_bos=False)
-    ids = encoder.opening
+    ids = list(encoder.format.special[0])
     types, ends = [0] * len(ids), []
     for number, example in enumerate(examples):
-        fitted, placed = inside.fit(card, example)
-        (answer,) = inside.answers([placed], [example.target])
-        ids += [*placed.ids, *answer, *between]
-        types += [4 * number + kind for kind in _input_types(card, fitted, inside, placed)]
+        fitted, encoded = inside.fit(card, example)
+        (answer,) = inside.format.answers([encoded], [example.target])
+        ids += [*encoded.ids, *answer, *between]
+        types += [4 * number + kind for kind in _input_types(card, fitted, inside, encoded)]
         types += [4 * number + ANSWER] * len(answer) + [0] * len(between)
         ends.append(len(ids))
     if max_length is not None and len(ids) > max_length:
@@ -87,23 +84,21 @@ def build_context(
 
 
 def _check_backbone(encoder: Encoder) -> None:
-    if encoder.family == "seq2seq":
+    if not encoder.format.continues:
         raise MPTError(
-            "Got an encoder-decoder backbone, expected a decoder-only one: context-aware prompt tuning trains on the "
-            "answers in the context, which an encoder does not predict; change `backbone`, or leave `context_shots` "
-            "unset."
+            f"Got a {encoder.family} backbone, expected a decoder-only one, because context-aware prompt tuning trains "
+            "on predicting the answers in the context; change `backbone`, or leave `context_shots` unset."
         )
     if not encoder.tokenizer.is_fast:
         raise MPTError(
-            f"Tokenizer '{encoder.tokenizer.name_or_path}': got a slow tokenizer, expected a fast one, which says "
-            "where in the text a token stands, to tell the template from the input; change `backbone`, or leave "
-            "`context_shots` unset."
+            f"Tokenizer '{encoder.tokenizer.name_or_path}': got a slow tokenizer, expected a fast one, which reports "
+            "each token's place in the text; change `backbone`, or leave `context_shots` unset."
         )
 
 
-def _written(encoder: Encoder, text: str, where: str, change: str) -> list[int]:
-    """Ids of a text that must not vanish or become the unknown token."""
-    (ids,) = encoder.plain([text]) if text else ([],)
+def _tokenize(encoder: Encoder, text: str, where: str, change: str) -> list[int]:
+    """Return the ids of a text; raise if it has none or the unknown token."""
+    (ids,) = encoder.format.plain([text]) if text else ([],)
     if text and (not ids or encoder.tokenizer.unk_token_id in ids):
         raise MPTError(
             f"Got {text!r} in {where}, which the tokenizer '{encoder.tokenizer.name_or_path}' turns into "
@@ -112,16 +107,16 @@ def _written(encoder: Encoder, text: str, where: str, change: str) -> list[int]:
     return ids
 
 
-def _input_types(card: TaskCard, example: Example, encoder: Encoder, placed: Placed) -> Iterator[int]:
-    """Types of an input's tokens, from the characters they stand for."""
+def _input_types(card: TaskCard, example: Example, encoder: Encoder, encoded: EncodedInput) -> Iterator[int]:
+    """Yield the type of each token of an input, from the characters that it covers."""
     characters = []
     for literal, column in card.parts:
         characters += [TEMPLATE] * len(literal) + [INPUT] * len(example.values[column] if column else "")
-    # What is left is the answer prefix, and the space before the answer where it is tokenised with the text.
+    # The rest is the answer prefix, and the space before the answer if it is tokenised with the text.
     rest = PREFIX if encoder.answer_prefix else TEMPLATE
-    characters += [rest] * (len(placed.text) - len(characters))
-    encoded = encoder.tokenizer(placed.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    for start, end in encoded["offset_mapping"][: len(placed.ids)]:
-        # A token without characters of its own, such as a mark of the text's start, goes with the next one.
+    characters += [rest] * (len(encoded.text) - len(characters))
+    offsets = encoder.tokenizer(encoded.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    for start, end in offsets["offset_mapping"][: len(encoded.ids)]:
+        # A token without characters, such as a mark of the text's start, has the type of the next one.
         here = characters[start:end] or characters[start : start + 1] or characters[-1:]
         yield next(kind for kind in (INPUT, PREFIX, TEMPLATE) if kind in here)

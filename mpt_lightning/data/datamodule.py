@@ -1,11 +1,11 @@
-"""What TaskDataModule and MultitaskDataModule share: loading, caching, evaluation loaders."""
+"""The base class of the DataModules: options, loading, caching, evaluation loaders."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, Literal, get_args
+from typing import Any
 
 import lightning.pytorch as L
 import numpy as np
@@ -17,15 +17,15 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from mpt_lightning.data.cache import encoded_split
+from mpt_lightning.arguments import NonNegativeInt, PositiveInt, check_arguments
+from mpt_lightning.data.cache import RowCache
 from mpt_lightning.data.card import TaskCard
 from mpt_lightning.data.collate import PromptCollator
 from mpt_lightning.data.context import Context
 from mpt_lightning.data.loader import ResumableLoader
 from mpt_lightning.data.rows import SPLIT_SEED, Draw, ShotsPer, Split
 from mpt_lightning.data.sampling import EvalSampler, GlobalBatchSampler
-from mpt_lightning.data.slots import count_slots
-from mpt_lightning.data.template import apply_pattern
+from mpt_lightning.data.template import apply_pattern, count_slots
 from mpt_lightning.data.tokenize import Encoder
 from mpt_lightning.data.vocabulary import check_choices, check_targets, warn_of_unknown_inputs
 from mpt_lightning.errors import MPTError
@@ -39,24 +39,24 @@ class PromptDataModule(L.LightningDataModule):
     Args:
         cards: The tasks, in the order of their ids.
         backbone: Hub id or local folder of the model whose tokenizer is used. Unset: the module's `backbone`.
-        data_root: Folder that stands in for the Hub: `<data_root>/<last part of path>[/<subset>]/<split>.parquet` (or
+        data_root: Folder to read instead of the Hub: `<data_root>/<last part of path>[/<subset>]/<split>.parquet` (or
             .jsonl, .json, .csv). Unset: the environment variable MPT_DATA_ROOT, else the Hub.
         batch_size: Training rows per device and batch.
         eval_batch_size: Evaluation rows per device and batch. Unset: `batch_size`.
         max_input_length: Most tokens of an input; the card names the column that is cut to fit.
-        answer_prefix: Words between the input and the answer, such as `label:`; joined with one space, never cut. An
-            encoder-decoder reads them at the end of the encoder's input.
+        answer_prefix: Words between the input and the answer, such as `label:`; joined with one space, never cut. For
+            an encoder-decoder, the end of the encoder's input.
         pattern: Which of the cards' `patterns` is the input, from 0. Unset: the card's `input`.
-        k_shot: Train on so many rows, drawn with `seed`. Unset: all rows.
+        k_shot: Number of training rows, drawn with `seed`. Unset: all rows.
         shots_per: Count `k_shot` per `class` or per `task`; `balanced` is per task, evenly over its classes. A task
             without classes counts per task.
         max_train_rows: Most training rows per task, drawn with `seed`. Unset: all.
         max_eval_rows: Most validation, test and prediction rows per task, the same for every seed. Unset: all.
         seed: Seed of draws and of the order of training rows.
-        group_by_length: Put rows of like length into one batch (single task only).
+        group_by_length: Put rows of similar length into one batch (single task only).
         predict_split: Split that `predict` reads: `train`, `validation` or `test`.
         cache_dir: Folder for cached data. Unset: the default of `datasets`.
-        num_workers: Processes that load batches; 0 is the main process.
+        num_workers: Number of processes that load batches; 0 is the main process.
 
     Raises:
         MPTError: If an option has an impossible value.
@@ -68,34 +68,25 @@ class PromptDataModule(L.LightningDataModule):
         *,
         backbone: str | None = None,
         data_root: str | None = None,
-        batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        max_input_length: int = 256,
+        batch_size: PositiveInt = 32,
+        eval_batch_size: PositiveInt | None = None,
+        max_input_length: PositiveInt = 256,
         answer_prefix: str = "",
         pattern: int | None = None,
-        k_shot: int | None = None,
+        k_shot: PositiveInt | None = None,
         shots_per: ShotsPer = "class",
-        max_train_rows: int | None = None,
-        max_eval_rows: int | None = None,
+        max_train_rows: PositiveInt | None = None,
+        max_eval_rows: PositiveInt | None = None,
         seed: int = 42,
         group_by_length: bool = False,
-        predict_split: Literal["train", "validation", "test"] = "test",
+        predict_split: Split = "test",
         cache_dir: str | None = None,
-        num_workers: int = 0,
+        num_workers: NonNegativeInt = 0,
     ) -> None:
+        check_arguments(PromptDataModule, locals())
         super().__init__()
         # With fewer evaluation rows than devices some device has none.
         self.allow_zero_length_dataloader_with_multiple_devices = True
-        check_counts(
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            max_input_length=max_input_length,
-            k_shot=k_shot,
-            max_train_rows=max_train_rows,
-            max_eval_rows=max_eval_rows,
-        )
-        check_allowed("shots_per", shots_per, get_args(ShotsPer))
-        check_allowed("predict_split", predict_split, get_args(Split))
         if not (names := [card.name for card in cards]) or len(set(names)) < len(names):
             raise MPTError(f"Got tasks {names}, expected one or more different names; change `tasks`.")
         if pattern is not None:
@@ -113,28 +104,24 @@ class PromptDataModule(L.LightningDataModule):
         self.cache_dir = cache_dir
         self.num_workers = num_workers
         self._train_draw = Draw(k_shot, shots_per, max_train_rows, seed)
-        # The same evaluation rows for every seed: a deviation over seeds is then the training's alone.
+        # The same evaluation rows for every seed, so that a deviation over seeds comes from training alone.
         self._eval_draw = Draw(max_rows=max_eval_rows, seed=SPLIT_SEED)
         self._has_context = False
         self._encoder: Encoder | None = None
         self._splits: dict[Split, list[Dataset]] = {}
         self._warned: set[str] = set()
 
-    def _save_options(self, name: str, cards: Any, options: dict[str, Any]) -> None:
+    def _save_options(self, name: str, cards: Sequence[Any], options: dict[str, Any]) -> None:
         """Save the arguments as primitives; unlogged, since the module may have arguments of the same name."""
-
-        def plain(value: Any) -> Any:
-            if isinstance(value, list):
-                return [plain(item) for item in value]
-            return asdict(value) if isinstance(value, TaskCard) else value
-
+        plain = [asdict(card) if isinstance(card, TaskCard) else card for card in cards]
         # With the environment's folder: a model card names a Hub data set only if the rows came from the Hub.
         root = self.data_root or os.environ.get("MPT_DATA_ROOT") or None
-        self.save_hyperparameters({name: plain(cards), **options, "data_root": root}, logger=False)
+        saved = {name: plain if name == "tasks" else plain[0], **options, "data_root": root}
+        self.save_hyperparameters(saved, logger=False)
 
     @property
     def tasks(self) -> list[str]:
-        """Names of the tasks; a task's place in the list is its id."""
+        """Names of the tasks; a task's index in the list is its id."""
         return list(self.cards)
 
     @property
@@ -144,12 +131,12 @@ class PromptDataModule(L.LightningDataModule):
 
     @property
     def context(self) -> Context | None:
-        """Examples that come before every row; None where the DataModule has no such thing."""
+        """Examples that come before every row; None without a context."""
         return None
 
     @property
     def prompt_slots(self) -> dict[str, int]:
-        """How many of a prompt's tokens stand among the inputs (`[prompt*4]`), by task, where they do."""
+        """Number of slots for a prompt's tokens among the inputs (`[prompt*4]`), by task; only tasks with slots."""
         counts = {name: count_slots(card.input + self.answer_prefix) for name, card in self.cards.items()}
         return {name: count for name, count in counts.items() if count}
 
@@ -180,7 +167,7 @@ class PromptDataModule(L.LightningDataModule):
             self._load(split)
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the tokenised rows, from the cache where they are there.
+        """Read the tokenised rows, from the cache if they are in it.
 
         Args:
             stage: `fit`, `validate`, `test` or `predict`. Unset: as for `fit`.
@@ -208,7 +195,7 @@ class PromptDataModule(L.LightningDataModule):
         for card in self.cards.values():
             check_choices(card, self.tokenizer, self.encoder.family)
         for task_id, card in enumerate(self.cards.values()):
-            rows = encoded_split(card, split, self.encoder, draw, self.data_root, self.cache_dir)
+            rows = RowCache(self.data_root, self.cache_dir).encoded(card, split, draw, self.encoder)
             check_targets(card, rows, split, self.encoder)
             if card.name not in self._warned and warn_of_unknown_inputs(card, rows, split, self.encoder):
                 self._warned.add(card.name)
@@ -236,7 +223,7 @@ class PromptDataModule(L.LightningDataModule):
         rows: Any = self._train_rows()
         options = self._loading(self.batch_size, PromptCollator(self.encoder.pad_id))
         if getattr(self.trainer, "overfit_batches", 0) > 0:
-            # Lightning would put a sequential sampler in place of ours, which shows the first task only.
+            # Lightning would replace our sampler by a sequential one, which yields the first task only.
             return DataLoader(rows.select(list(sampler)), **options)
         return ResumableLoader(rows, sampler=sampler, **options)
 
@@ -245,8 +232,8 @@ class PromptDataModule(L.LightningDataModule):
         in_step = getattr(self.trainer and self.trainer.strategy, "ranks_in_step", False)
         tables: list[Any] = self._rows(split)
         for card, rows in zip(self.cards.values(), tables, strict=True):
-            # A decoder-only model's rows bring their own choices.
-            choices = self.encoder.targets(card.choices or []) if self.encoder.family == "seq2seq" else None
+            # Choices that depend on the input come with the rows.
+            choices = None if self.encoder.format.continues else self.encoder.format.targets(card.choices or [])
             options = self._loading(self.eval_batch_size, PromptCollator(self.encoder.pad_id, choices or None))
             sampler = EvalSampler(rows, *self._ranks(), even=in_step)
             loaders.append(DataLoader(rows, sampler=sampler, **options))
@@ -261,42 +248,13 @@ class PromptDataModule(L.LightningDataModule):
         }
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
-        """One loader per task, in the order of `tasks`."""
+        """Return one validation loader per task, in the order of `tasks`."""
         return self._eval_loaders("validation")
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
-        """One loader per task, in the order of `tasks`."""
+        """Return one test loader per task, in the order of `tasks`."""
         return self._eval_loaders("test")
 
     def predict_dataloader(self) -> list[DataLoader[Any]]:
-        """One loader per task over `predict_split`, in the order of `tasks`."""
+        """Return one loader per task over `predict_split`, in the order of `tasks`."""
         return self._eval_loaders(self.predict_split)
-
-
-def check_counts(**options: int | None) -> None:
-    """Check options that count something.
-
-    Args:
-        **options: Values by the option's name; None is unset.
-
-    Raises:
-        MPTError: If one is below 1.
-    """
-    for option, value in options.items():
-        if value is not None and value < 1:
-            raise MPTError(f"Got {option}={value}, expected 1 or more; change `{option}`.")
-
-
-def check_allowed(option: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Check an option that is one of some words.
-
-    Args:
-        option: Its name.
-        value: Its value.
-        allowed: The words.
-
-    Raises:
-        MPTError: If it is none of them.
-    """
-    if value not in allowed:
-        raise MPTError(f"Got {option}={value!r}, expected one of {', '.join(allowed)}; change `{option}`.")

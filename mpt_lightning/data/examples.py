@@ -21,7 +21,7 @@ class Example:
     Args:
         row_id: Number of the row in the Hub's split.
         values: Text of each column of the template.
-        target: Text the model learns to write.
+        target: Text that the model learns to write.
         references: Texts that count as right.
         group: Id of the group of rows that are scored together, or "".
     """
@@ -34,59 +34,36 @@ class Example:
 
 
 def read_examples(card: TaskCard, rows: Dataset) -> Iterator[Example | None]:
-    """Read rows as texts.
+    """Yield one example per row, None for a row that the card drops.
 
     Args:
         card: The task.
         rows: Rows with the columns that the card names, and `__row__`.
 
-    Yields:
-        One example per row, None for a row that the card says to drop.
-
     Raises:
-        MPTError: See `to_example`.
+        MPTError: If a text is empty or a label is missing or out of range, and the card does not drop such rows.
     """
     needed = [*card.columns, card.label.split(".")[0], ROW, *([card.group.split(".")[0]] if card.group else [])]
     # By batches, since reading single rows costs several times as much.
     for batch in rows.select_columns(list(dict.fromkeys(needed))).iter(batch_size=1000):
         for values in zip(*batch.values(), strict=True):
-            yield to_example(card, dict(zip(batch, values, strict=True)))
+            yield _to_example(card, dict(zip(batch, values, strict=True)))
 
 
 def check_columns(card: TaskCard, rows: Dataset) -> None:
-    """Check that the columns a card names exist.
-
-    Args:
-        card: The task.
-        rows: Rows of any split.
-
-    Raises:
-        MPTError: If one is missing; the message lists those there are.
-    """
+    """Raise MPTError if a column that the card names does not exist."""
     named = {"input": card.columns, "label": [card.label], "group": [card.group] if card.group else []}
-    there = [column for column in rows.column_names if column != ROW]
+    found = [column for column in rows.column_names if column != ROW]
     for option, columns in named.items():
         for column in columns:
-            if column.split(".")[0] not in there:
+            if column.split(".")[0] not in found:
                 raise MPTError(
-                    f"Task '{card.name}': got no column '{column}', expected one of {', '.join(there)}; change "
+                    f"Task '{card.name}': got no column '{column}', expected one of {', '.join(found)}; change "
                     f"`{option}` of the card."
                 )
 
 
-def to_example(card: TaskCard, row: dict[str, Any]) -> Example | None:
-    """Turn a row into texts, or drop it where the card says so.
-
-    Args:
-        card: The task.
-        row: The columns of the row.
-
-    Returns:
-        The example, or None for a row to drop.
-
-    Raises:
-        MPTError: If a text is empty or a label is missing or out of range, and the card does not drop such rows.
-    """
+def _to_example(card: TaskCard, row: dict[str, Any]) -> Example | None:
     where = f"Task '{card.name}', row {row[ROW]}"
     values = {column: _text(row[column], column, where) for column in card.columns}
     if card.empty_text != "keep" and (empty := [column for column, text in values.items() if not text.strip()]):
@@ -132,8 +109,8 @@ def _text(value: Any, column: str, where: str) -> str:
         )
     if "\0" in (text := str(value)):
         raise MPTError(
-            f"{where}: got {text[:40]!r} in column '{column}', expected text, which has no zero bytes; change the "
-            "data, which is damaged or in another encoding than it seems."
+            f"{where}: got {text[:40]!r} in column '{column}', expected text without zero bytes; change the data, "
+            "which is damaged or in another encoding."
         )
     return text
 
@@ -150,12 +127,12 @@ def _is_unlabelled(card: TaskCard, label: Any) -> bool:
 
 
 def _label_texts(card: TaskCard, label: Any, where: str) -> tuple[str, list[str]]:
+    """Return the target and the references of a label."""
     if card.choices is not None:
-        if isinstance(label, str) and label in card.choices:
-            return label, [label]
         if not isinstance(label, str) and label in range(len(card.choices)):
-            word = card.choices[int(label)]
-            return word, [word]
+            label = card.choices[int(label)]
+        if label in card.choices:
+            return label, [label]
         raise MPTError(
             f"{where}: got label {label!r}, expected 0 to {len(card.choices) - 1} or one of "
             f"{', '.join(card.choices)}; change the data, `label` or `choices` of the card."
@@ -171,7 +148,7 @@ def _label_texts(card: TaskCard, label: Any, where: str) -> tuple[str, list[str]
                 f"{where}: got label {label!r}, expected a number from {low:g} to {high:g}; change the data, `label` "
                 "or `value_range` of the card."
             )
-        # The model writes the grid; metrics compare with the value as it was annotated.
+        # The model writes values of the grid; metrics compare with the annotated value.
         grid = min(high, low + round((value - low) / card.value_step) * card.value_step)
         return f"{grid:.1f}", [f"{value:.6g}"]
     answers = label if isinstance(label, Sequence) and not isinstance(label, str | bytes) else [label]

@@ -21,28 +21,28 @@ class ResumableLoader(DataLoader[Any]):
     _batches = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # A generator on purpose: workers start with the first `next`, after Lightning has set the epoch.
+        # A generator, so that workers start with the first `next`, after Lightning has set the epoch.
         self._batches = self.sampler.start_batch
         for batch in super().__iter__():
             self._batches += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, the batches of it that are done, and the rows of a batch over all ranks."""
+        """Return the epoch, its finished batches, and the rows of a batch over all ranks."""
         return {"epoch": self.sampler.epoch, "batches": self._batches, "rows": self.sampler.global_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where a checkpoint stopped.
+        """Resume where a checkpoint stopped.
 
         Args:
-            state: What `state_dict` gave.
+            state: What `state_dict` returned.
 
         Raises:
-            MPTError: If the checkpoint stopped in mid-epoch with batches of another size.
+            MPTError: If the state is damaged, or the checkpoint stopped in mid-epoch with batches of another size.
         """
         counts = [state.get(name) for name in ("epoch", "batches", "rows")] if isinstance(state, dict) else [None]
         if any(type(count) is not int or count < 0 for count in counts):
-            raise MPTError(f"Got the state {state!r}, expected the numbers that `state_dict` gives; it is damaged.")
+            raise MPTError(f"Got the loader's state {state!r}, expected three counts; the checkpoint is damaged.")
         unfinished = 0 < state["batches"] < len(self)
         if unfinished and state["rows"] != self.sampler.global_size:
             raise MPTError(

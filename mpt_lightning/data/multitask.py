@@ -6,9 +6,10 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from mpt_lightning.arguments import PositiveFloat, PositiveInt, check_arguments
 from mpt_lightning.data.card import TaskCard, load_card
 from mpt_lightning.data.datamodule import PromptDataModule
-from mpt_lightning.data.sampling import Sampling, TaskMixSampler, check_sampling
+from mpt_lightning.data.sampling import Kappa, Sampling, TaskMixSampler, check_kappa
 from mpt_lightning.errors import MPTError
 
 
@@ -35,19 +36,12 @@ class MultitaskDataModule(PromptDataModule):
         tasks: list[str | TaskCard],
         *,
         sampling: Sampling = "stochastic",
-        kappa: int | None = None,
-        temperature: float = 2.0,
-        size_limit: int = 2**18,
+        kappa: Kappa = None,
+        temperature: PositiveFloat = 2.0,
+        size_limit: PositiveInt = 2**18,
         replace: bool = True,
         **options: Any,
     ) -> None:
-        super().__init__([load_card(task) for task in tasks], **options)
-        check_sampling(len(tasks), sampling, kappa, temperature, size_limit, replace)
-        if self.group_by_length:
-            raise MPTError(
-                "Got group_by_length=True for several tasks, expected False: task sampling decides which rows share a "
-                "batch; change `group_by_length`."
-            )
         self.mixing: dict[str, Any] = {
             "sampling": sampling,
             "kappa": kappa,
@@ -55,10 +49,18 @@ class MultitaskDataModule(PromptDataModule):
             "size_limit": size_limit,
             "replace": replace,
         }
+        check_arguments(MultitaskDataModule, {"tasks": tasks, **self.mixing})
+        check_kappa(len(tasks), kappa, replace)
+        super().__init__([load_card(task) for task in tasks], **options)
+        if self.group_by_length:
+            raise MPTError(
+                "Got group_by_length=True for several tasks, expected False: task sampling decides which rows share a "
+                "batch; change `group_by_length`."
+            )
         self._save_options("tasks", tasks, {**self.mixing, **options})
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Mixed training batches."""
+        """Return mixed training batches."""
         sizes = [len(rows) for rows in self._rows("train")]
         world_size, rank = self._ranks()
         return self._train_loader(

@@ -19,10 +19,10 @@ class Row:
     """A row as token ids.
 
     Attributes:
-        task: its task's name.
-        text: the input as the model reads it.
-        ids: token ids of the text.
-        choices: token ids of each of the task's choices; empty for tasks without choices.
+        task: Name of its task.
+        text: The input as the model reads it.
+        ids: Token ids of the text.
+        choices: Token ids of each of the task's choices; empty for tasks without choices.
     """
 
     task: str
@@ -34,60 +34,58 @@ class Row:
 def encode_rows(
     encoder: Encoder, cards: Mapping[str, TaskCard], given: Sequence[Any], tasks: Sequence[str], raw: bool
 ) -> list[Row]:
-    """Tokenise rows, those of a task together.
+    """Tokenise B rows, those of a task together.
 
     Args:
-        encoder: how texts become tokens.
-        cards: the tasks' cards by name.
-        given: [B] strings or mappings of columns.
-        tasks: [B] the rows' tasks.
-        raw: read strings as they are, without the card's template.
-
-    Returns:
-        [B].
+        encoder: How the backbone reads text.
+        cards: The tasks' cards by name.
+        given: Strings or mappings of columns [B].
+        tasks: Name of each row's task [B].
+        raw: Read strings as they are, without the card's template.
 
     Raises:
-        MPTError: a row cannot be read; the message names it.
+        MPTError: If a row cannot be read; the message names it.
     """
-    read = [_read(number, given[number], task, cards.get(task), raw) for number, task in enumerate(tasks)]
     rows: dict[int, Row] = {}
+    read = [_read(number, given[number], task, None if raw else cards.get(task)) for number, task in enumerate(tasks)]
     for task in dict.fromkeys(tasks):
         numbers, card = [number for number, name in enumerate(tasks) if name == task], cards.get(task)
         choices = card.choices if card is not None else None
+        values: list[Any] = [read[number] for number in numbers]
         if card is None or raw:
-            texts: list[Any] = [read[number] for number in numbers]
-            placed = encoder.place(texts, choices)
-            for number, place in zip(numbers, placed, strict=True):
-                if not 0 < len(place.ids) <= encoder.max_input_length:
+            inputs, texts = encoder.format.encode_inputs(values, choices), values
+            for number, encoded in zip(numbers, inputs, strict=True):
+                if not 0 < len(encoded.ids) <= encoder.max_input_length:
                     raise MPTError(
-                        f"Text {number} (task {task}) has {len(place.ids)} tokens, expected 1 to "
-                        f"{encoder.max_input_length}; change the text, or give its columns, of which the card says "
-                        "which one may be cut."
+                        f"Text {number} (task {task}) has {len(encoded.ids)} tokens, expected 1 to "
+                        f"{encoder.max_input_length}; change the text, or give its columns, one of which "
+                        "may be cut."
                     )
         else:
-            examples: list[Any] = [read[number] for number in numbers]
-            fitted = encoder.fit_all(card, examples)
-            texts, placed = (
-                [encoder.text(card, example.values) for example, _ in fitted],
-                [place for _, place in fitted],
-            )
-        for number, text, place, ids in zip(numbers, texts, placed, encoder.choices(placed, choices), strict=True):
-            rows[number] = Row(task, text, place.ids, ids)
+            fitted = encoder.fit_all(card, values)
+            inputs, texts = [encoded for _, encoded in fitted], [encoder.text(card, e.values) for e, _ in fitted]
+        own = encoder.format.choices(inputs, choices)
+        for number, text, encoded, ids in zip(numbers, texts, inputs, own, strict=True):
+            rows[number] = Row(task, text, encoded.ids, ids)
     return [rows[number] for number in range(len(given))]
 
 
-def _read(row: int, given: Any, task: str, card: TaskCard | None, raw: bool) -> str | Example:
-    """Check a row; return its text where there is no template to fill, else its columns."""
+def _read(row: int, given: Any, task: str, card: TaskCard | None) -> str | Example:
+    """Check a row; return its text if there is no template to fill, else its columns."""
     where = f"Text {row} (task {task})"
-    if not isinstance(given, str | Mapping) or (raw and not isinstance(given, str)):
-        expected = "a string" if raw else "a string or a mapping of columns"
-        raise MPTError(f"{where}: got {type(given).__name__}, expected {expected}; change `texts`.")
-    if raw or card is None:
+    if card is None:
         if not isinstance(given, str):
-            raise MPTError(f"{where} is given as columns, and the checkpoint has no card of the task; give a text.")
+            raise MPTError(
+                f"{where}: got {type(given).__name__}, expected a string; change `texts`, since raw text, and a task "
+                "without a card, has no template to fill."
+            )
         if not given.strip():
-            raise MPTError(f"{where} is empty; give some text.")
+            raise MPTError(f"{where} is empty, expected some text; change `texts`.")
         return plain_text(given, "text", where)
+    if not isinstance(given, str | Mapping):
+        raise MPTError(
+            f"{where}: got {type(given).__name__}, expected a string or a mapping of columns; change `texts`."
+        )
     columns = card.columns
     if isinstance(given, str):
         if len(columns) > 1:
@@ -100,16 +98,12 @@ def _read(row: int, given: Any, task: str, card: TaskCard | None, raw: bool) -> 
         raise MPTError(f"{where} has no {', '.join(missing)}; the card reads {', '.join(columns)}.")
     values = {column: plain_text(given[column], column, where) for column in columns}
     if card.empty_text != "keep" and (empty := [column for column, text in values.items() if not text.strip()]):
-        raise MPTError(f"{where} has nothing in {', '.join(empty)}; give some text.")
+        raise MPTError(f"{where} has nothing in {', '.join(empty)}, expected some text; change `texts`.")
     return Example(row, values, "", [], "")
 
 
 def plain_text(value: Any, field: str, where: str) -> str:
-    """Return a field's text; numbers are written out.
-
-    Raises:
-        MPTError: it is not text.
-    """
+    """Return a field's text, numbers as digits; raise MPTError if it is not text."""
     plain = isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
     # Halves of surrogate pairs, which JSON can write, are not characters.
     if not plain or re.search("[\0\ud800-\udfff]", str(value)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,13 +9,13 @@ import numpy as np
 from datasets.arrow_dataset import Dataset
 
 from mpt_lightning.data.card import TaskCard
-from mpt_lightning.data.examples import Example, check_columns, read_examples
+from mpt_lightning.data.examples import check_columns, read_examples
 from mpt_lightning.data.source import load_raw, preprocess
 from mpt_lightning.errors import MPTError
 
 Split = Literal["train", "validation", "test"]
 ShotsPer = Literal["class", "task", "balanced"]
-#: Seed of the cuts that make a validation or test split; part of the task's definition, so not an option.
+# Seed of the cuts that make a validation or test split; part of the task's definition, so not an option.
 SPLIT_SEED = 42
 HELD_OUT_ROWS = 1000
 
@@ -31,7 +30,7 @@ class Draw:
             A task without classes counts per task.
         max_rows: Most rows to use. Unset: all.
         seed: Seed of the draw; a larger draw with the same seed contains the smaller one.
-        beside: Another draw, whose rows are left out before this one. Training rows only.
+        beside: Another draw, whose rows are removed before this one. Training rows only.
         options: Names of the user's options behind `k_shot` and `shots_per`, for error messages.
     """
 
@@ -44,7 +43,7 @@ class Draw:
 
 
 def source_rows(card: TaskCard, split: Split, data_root: str | None, cache_dir: str | None) -> Dataset:
-    """The raw rows that a split is made from, before labels are looked at.
+    """Return the raw rows that a split is drawn from, with a `__row__` column.
 
     With `split_rule: held_out`, validation is min(1,000, a tenth) of the training rows, at least one;
     rows of one group stay together.
@@ -54,9 +53,6 @@ def source_rows(card: TaskCard, split: Split, data_root: str | None, cache_dir: 
         split: Our name of the split.
         data_root: See `load_raw`.
         cache_dir: See `load_raw`.
-
-    Returns:
-        Rows with a `__row__` column.
 
     Raises:
         MPTError: If the card has no such split, or if the data cannot be read.
@@ -76,17 +72,17 @@ def source_rows(card: TaskCard, split: Split, data_root: str | None, cache_dir: 
         groups = None
         if card.group is not None and card.group in raw.column_names:
             groups = np.array([str(group) for group in raw.with_format(None)[:][card.group]], dtype=np.object_)
-        held_out, rest = cut(np.arange(len(raw)), groups, max(1, min(HELD_OUT_ROWS, len(raw) // 10)), SPLIT_SEED)
+        held_out, rest = _cut(np.arange(len(raw)), groups, max(1, min(HELD_OUT_ROWS, len(raw) // 10)), SPLIT_SEED)
         raw = raw.select(rest if split == "train" else held_out)
     return raw
 
 
 def select_rows(card: TaskCard, raw: Dataset, split: Split, draw: Draw) -> Dataset:
-    """Check labels and texts, apply the split rule and draw.
+    """Check labels and texts of the rows of `source_rows`, apply the split rule and draw.
 
     Args:
         card: The task.
-        raw: What `source_rows` gave.
+        raw: The raw rows.
         split: Our name of the split.
         draw: Which rows to use.
 
@@ -98,53 +94,45 @@ def select_rows(card: TaskCard, raw: Dataset, split: Split, draw: Draw) -> Datas
     """
     rows = preprocess(card, raw, split)
     check_columns(card, rows)
-    keep, groups, classes = [], [], []
-    for number, example in enumerate(read_examples(card, rows)):
-        if example is not None:
-            keep.append(number)
-            groups.append(example.group)
-            classes.append(example.target)
-    if not keep:
+    examples = enumerate(read_examples(card, rows))
+    found = [(number, example.group, example.target) for number, example in examples if example is not None]
+    if not found:
         raise MPTError(
             f"Task '{card.name}': got no labelled {split} row with text out of {len(rows)}, expected at least one; "
             "change the data, or `unlabelled` and `empty_text` of the card."
         )
-    chosen = np.array(keep)
-    group_of, class_of = np.array(groups, dtype=object), np.array(classes, dtype=object)
-    positions = np.arange(len(chosen))
+    numbers, groups, classes = (np.array(column, dtype=object) for column in zip(*found, strict=True))
+    positions = np.arange(len(found))
     if card.split_rule == "halved" and split != "train":
-        halves = cut(positions, group_of, len(positions) // 2, SPLIT_SEED)
+        halves = _cut(positions, groups, len(positions) // 2, SPLIT_SEED)
         positions = halves[0 if split == "validation" else 1]
         if len(positions) == 0:
             raise MPTError(
-                f"Task '{card.name}': got {len(chosen)} validation rows, which leave the {split} half empty, expected "
+                f"Task '{card.name}': got {len(found)} validation rows, which leave the {split} half empty, expected "
                 "two or more rows (or groups); change the data or `split_rule`."
             )
     if draw.beside is not None:
-        positions = np.setdiff1d(positions, _draw_shots(card, positions, class_of, draw.beside))
+        positions = np.setdiff1d(positions, _draw_shots(card, positions, classes, draw.beside))
         if len(positions) == 0:
             raise MPTError(
-                f"Task '{card.name}': got {draw.beside.options[0]}={draw.beside.k_shot}, which takes all {len(chosen)} "
+                f"Task '{card.name}': got {draw.beside.options[0]}={draw.beside.k_shot}, which takes all {len(found)} "
                 f"training rows, expected some beside them; lower `{draw.beside.options[0]}`."
             )
     if draw.k_shot is not None:
-        positions = _draw_shots(card, positions, class_of, draw)
+        positions = _draw_shots(card, positions, classes, draw)
     if draw.max_rows is not None and draw.max_rows < len(positions):
-        positions, _ = cut(positions, group_of if split != "train" else None, draw.max_rows, draw.seed)
-    return rows.select(chosen[positions])
+        positions, _ = _cut(positions, groups if split != "train" else None, draw.max_rows, draw.seed)
+    return rows.select(numbers[positions])
 
 
-def cut(positions: np.ndarray, groups: np.ndarray | None, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cut positions at random in a part of about `size` and the rest; rows of one group stay together.
+def _cut(positions: np.ndarray, groups: np.ndarray | None, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cut positions at random into two sorted parts; rows of one group stay together.
 
     Args:
         positions: Positions [N].
         groups: Group id by position; "" is no group. Unset: no groups.
         size: Rows of the first part; with groups, the most.
         seed: Seed of the shuffle.
-
-    Returns:
-        Both parts, sorted.
     """
     order = np.random.default_rng(seed).permutation(positions)
     if groups is None or not any(groups[order]):
@@ -166,7 +154,7 @@ def _draw_shots(card: TaskCard, positions: np.ndarray, classes: np.ndarray, draw
     pools = {word: order[classes[order] == word] for word in card.choices or []} if per_class else {"": order}
     drawn = []
     for place, (word, pool) in enumerate(pools.items()):
-        # k rows over C classes: the first classes take one more where k does not divide.
+        # k rows over C classes: the first classes get one more if k is not a multiple of C.
         wanted = shots if draw.shots_per != "balanced" else (shots + len(pools) - 1 - place) // len(pools)
         if len(pool) < wanted:
             what = f"class '{word}'" if per_class else "the task"
@@ -177,16 +165,3 @@ def _draw_shots(card: TaskCard, positions: np.ndarray, classes: np.ndarray, draw
             )
         drawn.append(pool[:wanted])
     return np.sort(np.concatenate(drawn))
-
-
-def examples(card: TaskCard, rows: Dataset) -> Iterator[Example]:
-    """The rows of a split as texts.
-
-    Args:
-        card: The task.
-        rows: What `select_rows` gave.
-
-    Yields:
-        One example per row.
-    """
-    return (example for example in read_examples(card, rows) if example is not None)

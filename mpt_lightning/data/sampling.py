@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence, Sized
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 from torch.utils.data import DistributedSampler
 
+from mpt_lightning.arguments import PositiveFloat, PositiveInt, Range, check_arguments
 from mpt_lightning.errors import MPTError
 
 Sampling = Literal["stochastic", "proportional", "uniform", "temperature", "all"]
+Kappa = Annotated[int, Range(2)] | None
 
 
 class GlobalBatchSampler(DistributedSampler[int]):
     """Yields row numbers in the order of global batches; each rank takes its share of every global batch.
 
-    A `DistributedSampler`, because Lightning leaves those alone and tells them the epoch. All ranks make the same
+    A `DistributedSampler`, because Lightning does not replace those and sets their epoch. All ranks draw the same
     global batches of `batch_size * num_replicas` rows from (seed, epoch) and take every `num_replicas`-th row of each,
-    so no two ranks share a row. Used with `DataLoader(batch_size=batch_size)`.
+    so no two ranks share a row. For `DataLoader(batch_size=batch_size)`.
 
     Args:
         size: Rows of the data set.
@@ -39,23 +41,16 @@ class GlobalBatchSampler(DistributedSampler[int]):
 
     @abstractmethod
     def global_batches(self, rng: np.random.Generator) -> Iterator[Sequence[int]]:
-        """Row numbers of each global batch of an epoch, each a multiple of `num_replicas` long.
+        """Yield the row numbers of each global batch of an epoch, each a multiple of `num_replicas` long.
 
         Args:
             rng: Random numbers of this epoch, the same on every rank.
-
-        Yields:
-            Row numbers.
         """
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch; any but a resumed one starts at its first batch.
-
-        Args:
-            epoch: Epoch, from 0.
-        """
+        """Set the epoch, from 0; any but a resumed one starts at its first batch."""
         if self._resumed_epoch is not None:
-            # A trainer that stopped in mid-epoch and saved afterwards has counted that epoch as done.
+            # A trainer that stopped in mid-epoch and saved afterwards has counted that epoch as finished.
             self._epoch_offset = self._resumed_epoch - epoch
             self._resumed_epoch = None
         if epoch + self._epoch_offset != self.epoch:
@@ -63,12 +58,7 @@ class GlobalBatchSampler(DistributedSampler[int]):
         super().set_epoch(epoch + self._epoch_offset)
 
     def resume(self, epoch: int, batches: int) -> None:
-        """Go on in mid-epoch, whatever number the trainer gives that epoch.
-
-        Args:
-            epoch: The unfinished epoch.
-            batches: Its batches that are done.
-        """
+        """Resume an unfinished epoch after so many batches, whatever number the trainer gives that epoch."""
         super().set_epoch(epoch)
         self.start_batch = batches
         self._resumed_epoch = epoch
@@ -81,21 +71,19 @@ class GlobalBatchSampler(DistributedSampler[int]):
 
 
 class ShuffleSampler(GlobalBatchSampler):
-    """Every row of one task once an epoch; a few twice where rows do not divide over the ranks.
+    """Yields every row of one task once an epoch; a few twice if the rows do not divide over the ranks.
 
     Args:
-        lengths: Length of each row in tokens [N], to put rows of like length into one batch. Unset: plain shuffle.
         size: Rows of the data set.
         batch_size: Rows per rank and batch; the last batch may be smaller.
-        num_replicas: Number of ranks.
-        rank: This rank.
-        seed: Seed of the order.
+        num_replicas, rank, seed: See the base class.
+        lengths: Length of each row in tokens [N], to put rows of similar length into one batch. Unset: plain shuffle.
 
     Raises:
         MPTError: If there are fewer rows than ranks.
     """
 
-    #: Rows are sorted by length within so many batches: enough for little padding, few enough to stay random.
+    # Rows are sorted by length within so many batches: enough for little padding, few enough to stay random.
     WINDOW = 50
 
     def __init__(
@@ -135,12 +123,12 @@ class ShuffleSampler(GlobalBatchSampler):
 
 
 class TaskMixSampler(GlobalBatchSampler):
-    """Rows of several tasks, stored one task after the other, mixed in each batch.
+    """Yields rows of several tasks, which are stored one task after the other, mixed in each batch.
 
     A task's probability is p ~ min(rows, size_limit), its 1/temperature-th power with `temperature`, or equal.
 
-    - `stochastic`: K ~ U{2..kappa} tasks are drawn with p, each gets batch/K rows and one of them the remainder; with
-      fewer rows than K, that many tasks get one row each.
+    - `stochastic`: K ~ U{2..kappa} tasks are drawn with p; each gets batch/K rows and one of them the remainder. With
+      fewer rows than K, as many tasks as rows get one row each.
     - `proportional`, `uniform`, `temperature`: the task of each row is drawn with p.
     - `all`: every task gets batch/T rows, and one drawn task the remainder.
 
@@ -152,12 +140,10 @@ class TaskMixSampler(GlobalBatchSampler):
         batch_size: Rows per rank and batch. The draw is for the batch of all ranks together.
         sampling: How tasks are drawn.
         kappa: Most tasks in a batch, for `stochastic`. Unset: all.
-        temperature: Exponent's inverse, for `temperature`; 1 is proportional, large is uniform.
+        temperature: Inverse of the exponent, for `temperature`; 1 is proportional, large is uniform.
         size_limit: A task counts as at most so many rows.
         replace: Whether `stochastic` may draw a task twice into one batch.
-        num_replicas: Number of ranks.
-        rank: This rank.
-        seed: Seed of the order.
+        num_replicas, rank, seed: See the base class.
 
     Raises:
         MPTError: If an option has an impossible value.
@@ -168,16 +154,17 @@ class TaskMixSampler(GlobalBatchSampler):
         sizes: Sequence[int],
         batch_size: int,
         sampling: Sampling = "stochastic",
-        kappa: int | None = None,
-        temperature: float = 2.0,
-        size_limit: int = 2**18,
+        kappa: Kappa = None,
+        temperature: PositiveFloat = 2.0,
+        size_limit: PositiveInt = 2**18,
         replace: bool = True,
         num_replicas: int = 1,
         rank: int = 0,
         seed: int = 42,
     ) -> None:
+        check_arguments(TaskMixSampler, locals())
+        check_kappa(len(sizes), kappa, replace)
         super().__init__(sum(sizes), batch_size, num_replicas, rank, seed)
-        check_sampling(len(sizes), sampling, kappa, temperature, size_limit, replace)
         if sampling == "all" and self.global_size < len(sizes):
             raise MPTError(
                 f"Got batches of {self.global_size} rows for {len(sizes)} tasks with sampling='all', expected one row "
@@ -231,45 +218,25 @@ def _endless(size: int, rng: np.random.Generator) -> Iterator[int]:
         yield from rng.permutation(size).tolist()
 
 
-def check_sampling(
-    num_tasks: int, sampling: str, kappa: int | None, temperature: float, size_limit: int, replace: bool
-) -> None:
-    """Check the options of task sampling, which needs no data.
-
-    Args:
-        num_tasks: Number of tasks T.
-        sampling: See `TaskMixSampler`.
-        kappa: See `TaskMixSampler`.
-        temperature: See `TaskMixSampler`.
-        size_limit: See `TaskMixSampler`.
-        replace: See `TaskMixSampler`.
-
-    Raises:
-        MPTError: If one has an impossible value.
-    """
-    names = ("stochastic", "proportional", "uniform", "temperature", "all")
-    if sampling not in names:
-        raise MPTError(f"Got sampling={sampling!r}, expected one of {', '.join(names)}; change `sampling`.")
-    if kappa is not None and (kappa < 2 or (not replace and kappa > num_tasks)):
-        most = "" if replace else f" and at most {num_tasks}, the number of tasks"
-        raise MPTError(f"Got kappa={kappa}, expected at least 2{most}; change `kappa` or `replace`.")
-    if not temperature > 0:
-        raise MPTError(f"Got temperature={temperature}, expected a number > 0; change `temperature`.")
-    if size_limit < 1:
-        raise MPTError(f"Got size_limit={size_limit}, expected a number of rows >= 1; change `size_limit`.")
+def check_kappa(num_tasks: int, kappa: int | None, replace: bool) -> None:
+    """Raise MPTError if more tasks are to be drawn without replacement than there are."""
+    if kappa is not None and not replace and kappa > num_tasks:
+        raise MPTError(
+            f"Got kappa={kappa}, expected at most {num_tasks}, the number of tasks; change `kappa` or `replace`."
+        )
 
 
 class EvalSampler(DistributedSampler[int]):
-    """Every row exactly once over all ranks, in order, without padding.
+    """Yields every row exactly once over all ranks, in order.
 
     Args:
         dataset: The rows.
         num_replicas: Number of ranks.
         rank: This rank.
-        even: Give ranks that are a row short one to fill up, the last one again; it counts nowhere.
+        even: Repeat the last row on ranks that are a row short.
 
     Attributes:
-        filling: Rows at the end that only fill up.
+        filling: Number of repeated rows at the end, which must not be counted.
     """
 
     def __init__(self, dataset: Sized, num_replicas: int = 1, rank: int = 0, even: bool = False) -> None:

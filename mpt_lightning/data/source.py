@@ -22,12 +22,12 @@ from mpt_lightning.errors import MPTError
 from mpt_lightning.io import one_line, read_text
 from mpt_lightning.resources import embedded_data
 
-#: Column with the row's number in the Hub's split. Error messages, predictions and references all use it.
+# Column with the row's number in the Hub's split, for error messages and predictions.
 ROW = "__row__"
 _UNNAMED = "__index_level_0__"
-#: The branch with the Hub's own Parquet conversion of a data set that is a loading script.
+# The branch with the Hub's own Parquet conversion of a data set that is a loading script.
 CONVERTED = "refs/convert/parquet"
-# Not `load_dataset`, which reports even the reading of a local file to the Hub and waits where there is no network.
+# Not `load_dataset`, which reports even the reading of a local file to the Hub and waits if there is no network.
 _READERS: dict[str, Callable[..., Dataset]] = {
     ".parquet": Dataset.from_parquet,
     ".jsonl": Dataset.from_json,
@@ -39,21 +39,17 @@ Preprocess = Callable[[dict[str, Any], str], list[dict[str, Any]]]
 
 
 def load_raw(card: TaskCard, hub_split: str, data_root: str | None = None, cache_dir: str | None = None) -> Dataset:
-    """Load one split as it is stored.
+    """Load one split as it is stored, with the rows' numbers in column `__row__`.
 
     Args:
         card: The task.
         hub_split: Name of the split on the Hub.
-        data_root: Folder that stands in for the Hub: `<data_root>/<last part of path>[/<subset>]/<split>.parquet`
+        data_root: Folder to read instead of the Hub: `<data_root>/<last part of path>[/<subset>]/<split>.parquet`
             (or .jsonl, .json, .csv). Unset: the environment variable MPT_DATA_ROOT, else the Hub.
         cache_dir: Folder for cached data. Unset: the `datasets` default.
 
-    Returns:
-        The rows with their number in column `__row__`.
-
     Raises:
-        MPTError: If `data_root` has no file for the split.
-        MPTError: If the data cannot be read or has no rows.
+        MPTError: If `data_root` has no file for the split, or if the data cannot be read or has no rows.
     """
     root = embedded_data(card.path) or data_root or os.environ.get("MPT_DATA_ROOT")
     where = f"'{card.path}'" + (f" ({card.subset})" if card.subset else "") + f", split '{hub_split}'"
@@ -63,7 +59,7 @@ def load_raw(card: TaskCard, hub_split: str, data_root: str | None = None, cache
         where, change = f"'{file}'", "change the file or `data_root`, or remove a damaged copy of it in `cache_dir`"
     try:
         raw = _from_hub(card, hub_split, cache_dir) if file is None else _read(card, file, cache_dir)
-        raw.data.validate(full=True)  # the readers do not look whether texts are UTF-8
+        raw.data.validate(full=True)  # the readers do not check that texts are UTF-8
     except Exception as error:
         # `datasets` reports an empty or broken file in as many ways as it has formats and readers.
         reason = error.__cause__ or error
@@ -74,10 +70,10 @@ def load_raw(card: TaskCard, hub_split: str, data_root: str | None = None, cache
     if len(raw) == 0:
         raise MPTError(f"Task '{card.name}': got an empty data set {where}, expected at least one row; {change}.")
     if taken := {ROW, _UNNAMED} & set(raw.column_names):
-        # A file of comma-separated values gets a column without a name where rows have more fields than the header.
+        # A CSV file gets a column without a name if its rows have more fields than the header.
         raise MPTError(
-            f"Task '{card.name}': got the column '{taken.pop()}' in {where}, expected as many columns as are named in "
-            f"its first line, and none of that name; {change}."
+            f"Task '{card.name}': got the column '{taken.pop()}' in {where}, expected as many columns as its first "
+            f"line names, and none of that name; {change}."
         )
     return raw.add_column(ROW, np.arange(len(raw)), new_fingerprint=Hasher.hash([raw._fingerprint, ROW]))
 
@@ -85,7 +81,7 @@ def load_raw(card: TaskCard, hub_split: str, data_root: str | None = None, cache
 def _read(card: TaskCard, file: Path, cache_dir: str | None) -> Dataset:
     options: dict[str, Any] = {}
     if file.suffix == ".csv":
-        # Texts as they are written: otherwise "NA" is nothing, and "007" is 7.
+        # Texts as they are written: otherwise "NA" becomes nothing and "007" becomes 7.
         options = {"converters": dict.fromkeys(card.columns, str), "keep_default_na": False, "na_values": [""]}
     elif file.suffix != ".parquet":
         _check_json(file)
@@ -93,7 +89,7 @@ def _read(card: TaskCard, file: Path, cache_dir: str | None) -> Dataset:
 
 
 def _check_json(file: Path) -> None:
-    """Refuse values that are no rows; Arrow's reader takes `null` for one, and where it is the first, crashes."""
+    """Raise if a value is not an object; Arrow's reader accepts `null`, and crashes if it is the first one."""
     with file.open("rb") as stream:
         lines = ((number, line.removeprefix(codecs.BOM_UTF8).strip()) for number, line in enumerate(stream, start=1))
         rows = ((number, line) for number, line in lines if line)
@@ -108,12 +104,12 @@ def _check_json(file: Path) -> None:
             place = next(bad, None) if line.startswith(b"{") else number
             wrong = None if place is None else f"line {place}"
     if wrong:
-        raise MPTError(f"{wrong} is no JSON object")
+        raise MPTError(f"{wrong} is not a JSON object")
 
 
 def _from_hub(card: TaskCard, split: str, cache_dir: str | None) -> Dataset:
     if card.revision == CONVERTED:
-        # On this branch a subset is a folder, which `datasets` does not take for a configuration.
+        # On this branch a subset is a folder, which `datasets` does not list as a configuration.
         files = f"{card.subset or 'default'}/{split}/*.parquet"
         return load_dataset(card.path, data_files={split: files}, split=split, revision=CONVERTED, cache_dir=cache_dir)
     return load_dataset(card.path, card.subset, split=split, revision=card.revision, cache_dir=cache_dir)
@@ -131,12 +127,12 @@ def _local_file(card: TaskCard, hub_split: str, root: Path) -> Path:
 
 
 def preprocess(card: TaskCard, raw: Dataset, split: str) -> Dataset:
-    """Apply the card's preprocess function to every row.
+    """Apply the card's preprocess function, if any, to every row, which has a `__row__` column.
 
     Args:
         card: The task.
-        raw: Rows with a `__row__` column.
-        split: Our name of the split, handed to the function.
+        raw: The rows.
+        split: Our name of the split, passed to the function.
 
     Returns:
         The new rows, each with the `__row__` of the raw row that it comes from.
@@ -182,23 +178,17 @@ def preprocess(card: TaskCard, raw: Dataset, split: str) -> Dataset:
 def import_preprocess(card: TaskCard) -> Preprocess:
     """Import the function that `card.preprocess` names.
 
-    A card is data, perhaps somebody else's. So the function must be made for cards: outside of Python's own library,
-    written in the module that the path names (no method, no lambda, nothing that the module has merely imported), with
-    the parameters `row` and `split` by these names.
-
-    Args:
-        card: The task.
-
-    Returns:
-        The function.
+    A card may come from somebody else. So the function must be written for cards: outside of Python's standard library,
+    defined in the module that the path names (not a method, a lambda or something that the module imports), with
+    parameters named `row` and `split`.
 
     Raises:
-        MPTError: If there is no such module or function, or if it is none that a card may name.
+        MPTError: If there is no such module or function, or if a card may not name it.
     """
     module, _, name = str(card.preprocess).rpartition(".")
     where = f"Task '{card.name}': got preprocess={card.preprocess!r}"
     if module.split(".")[0] in sys.stdlib_module_names:
-        raise MPTError(f"{where}, expected a function outside of Python's own library; change `preprocess`.")
+        raise MPTError(f"{where}, expected a function outside of Python's standard library; change `preprocess`.")
     try:
         function = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
@@ -206,22 +196,16 @@ def import_preprocess(card: TaskCard) -> Preprocess:
             f"{where}, which cannot be imported ({error}), expected the dotted path of a function; change `preprocess`."
         ) from error
     if not inspect.isfunction(function) or (function.__module__, function.__qualname__) != (module, name):
-        raise MPTError(f"{where}, expected a function that is written in the module {module}; change `preprocess`.")
+        raise MPTError(f"{where}, expected a function that is defined in the module {module}; change `preprocess`.")
     if list(inspect.signature(function).parameters) != ["row", "split"]:
         raise MPTError(f"{where}, expected a function with the parameters `row` and `split`; change `preprocess`.")
     return function
 
 
 def preprocess_source(card: TaskCard) -> str:
-    """Source code of the module of the card's preprocess function, or "".
+    """Return the source code of the module of the card's preprocess function, or "".
 
-    It is part of every cache key: an edited function must not meet the rows of its old self.
-
-    Args:
-        card: The task.
-
-    Returns:
-        The code.
+    It is part of every cache key: an edited function makes new rows.
     """
     if card.preprocess is None:
         return ""

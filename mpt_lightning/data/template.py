@@ -1,15 +1,76 @@
-"""Patterns of a card: other words around the same columns, and other words for the same classes (PET)."""
+"""Input templates: columns in braces, slots for a prompt's tokens (`[prompt*4]`), and a card's other patterns (PET)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from mpt_lightning.errors import MPTError
 
 if TYPE_CHECKING:
     from mpt_lightning.data.card import TaskCard
+
+_SLOTS = re.compile(r"\[prompt\*(\d+)\]")
+
+
+@lru_cache
+def parse_template(template: str) -> tuple[tuple[str, str | None], ...]:
+    """Return a template's (literal text, column that follows it or None) pairs.
+
+    Raises:
+        ValueError: If it is not a template; the message is what was expected.
+    """
+    try:
+        parsed = list(Formatter().parse(template))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"a template like 'text: {{sentence}}' ({error})") from None
+    for _, column, spec, conversion in parsed:
+        if column is not None and (not column or column.isdigit() or re.search(r"[.\[\]]", column)):
+            raise ValueError("plain column names in braces, like {sentence}")
+        if spec or conversion:
+            raise ValueError("column names without a format, like {sentence}")
+    return tuple((literal, column) for literal, column, _, _ in parsed)
+
+
+def render(card: TaskCard, values: Mapping[str, str]) -> str:
+    """Return the card's template filled with the text of each column."""
+    return "".join(literal + (values[column] if column else "") for literal, column in card.parts)
+
+
+def count_slots(text: str) -> int:
+    """Return the number of prompt tokens that a text has slots for.
+
+    Example:
+        >>> count_slots("[prompt*4] sentence : {sentence} [prompt*2]")
+        6
+    """
+    return sum(int(count) for count in _SLOTS.findall(text))
+
+
+def with_slots(text: str, tokenize: Callable[[str], list[int]]) -> list[int]:
+    """Return a text's token ids, with -1, -2, ... for the prompt's tokens in their order.
+
+    Args:
+        text: The text with its slots.
+        tokenize: Returns the ids of a piece of text, without special tokens.
+
+    Example:
+        >>> with_slots("[prompt*2] a [prompt*1]", lambda piece: [ord(c) for c in piece if c != " "])
+        [-1, -2, 97, -3]
+    """
+    ids: list[int] = []
+    slots = 0
+    for number, piece in enumerate(_SLOTS.split(text)):
+        if number % 2:
+            ids += [-1 - slot for slot in range(slots, slots + int(piece))]
+            slots += int(piece)
+        elif piece.strip():
+            ids += tokenize(piece)
+    return ids
 
 
 @dataclass
@@ -18,7 +79,7 @@ class Pattern:
 
     Args:
         input: Template over columns of the card's own `input`.
-        choices: Words of class 0..C-1 that fit it (a verbaliser). Unset: the card's.
+        choices: Words of class 0..C-1 that fit it (a verbalizer). Unset: the card's.
     """
 
     input: str
@@ -26,18 +87,7 @@ class Pattern:
 
 
 def read_patterns(card: TaskCard, given: Any) -> list[Pattern]:
-    """Make patterns of what a card's file has.
-
-    Args:
-        card: The card.
-        given: A list of patterns, or of mappings with `input` and `choices`.
-
-    Returns:
-        The patterns.
-
-    Raises:
-        MPTError: If it is something else.
-    """
+    """Return the patterns of a card's file, which are mappings with `input` and `choices`; raise if they are not."""
     known = {item.name for item in fields(Pattern)}
     items = given if isinstance(given, list) else [given]
     for number, item in enumerate(items):
@@ -45,29 +95,26 @@ def read_patterns(card: TaskCard, given: Any) -> list[Pattern]:
         if not isinstance(given, list) or not (mapping or isinstance(item, Pattern)):
             raise MPTError(
                 f"Task card '{card.name}': got patterns[{number}]={item!r}, expected a list of mappings with `input` "
-                "and, if its words are others, `choices`; change `patterns`."
+                "and optional `choices`; change `patterns`."
             )
     return [item if isinstance(item, Pattern) else Pattern(**item) for item in items]
 
 
 def apply_pattern(card: TaskCard, number: int) -> TaskCard:
-    """The card with one of its patterns in place of its input.
+    """Return the card with one of its patterns in place of its input, and without further patterns.
 
     Args:
         card: The card.
-        number: Place in `card.patterns`, from 0.
-
-    Returns:
-        The card, without further patterns.
+        number: Index in `card.patterns`, from 0.
 
     Raises:
         MPTError: If there is no such pattern, or if it does not fit the card.
     """
     if not 0 <= number < len(card.patterns):
-        there = f"0 to {len(card.patterns) - 1}" if card.patterns else "none, since the card has no `patterns`"
+        expected = f"0 to {len(card.patterns) - 1}" if card.patterns else "none, since the card has no `patterns`"
         raise MPTError(
-            f"Task '{card.name}': got pattern={number}, expected {there}; change `pattern`, or leave it unset for the "
-            "card's `input`."
+            f"Task '{card.name}': got pattern={number}, expected {expected}; change `pattern`, or leave it unset for "
+            "the card's `input`."
         )
     pattern, where = card.patterns[number], f"Task card '{card.name}', patterns[{number}]"
     try:

@@ -1,4 +1,4 @@
-"""What a tokenizer cannot write: labels that it loses, inputs that it does not know."""
+"""What a tokenizer cannot write: choices and targets that it loses, inputs that it does not know."""
 
 from __future__ import annotations
 
@@ -9,42 +9,34 @@ from transformers import PreTrainedTokenizerBase
 
 from mpt_lightning.backbones.family import Family
 from mpt_lightning.data.card import TaskCard
+from mpt_lightning.data.formats import FORMATS
 from mpt_lightning.data.rows import Split
 from mpt_lightning.data.tokenize import Encoder
 from mpt_lightning.errors import MPTError
 
-#: A larger share of unknown input tokens than this is warned of.
+# A larger share of unknown input tokens ends in a warning.
 _MOST_UNKNOWN = 0.1
 
 
 def unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the id of unknown words; None where none exists, or where it is also the end of sequence (GPT-2)."""
+    """Return the id of unknown words; None if there is none, or if it is also the end of sequence (GPT-2)."""
     unknown = tokenizer.unk_token_id
     return None if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id) else unknown
 
 
 def check_choices(card: TaskCard, tokenizer: PreTrainedTokenizerBase, family: Family) -> None:
-    """Check that a task's choices can be told apart by their tokens.
-
-    Args:
-        card: The task.
-        tokenizer: The backbone's tokenizer.
-        family: The backbone's; for "causal" a choice follows a space.
-
-    Raises:
-        MPTError: If a choice has no tokens or an unknown one, or if two have the same.
-    """
-    words = card.choices or []
-    texts = words if family == "seq2seq" else [f" {word}" for word in words]
+    """Raise MPTError if a task's choice has no tokens or an unknown one, or if two have the same tokens."""
+    choices = card.choices or []
+    texts = [FORMATS[family].gap + choice for choice in choices]
     rows = [tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in texts]
     space = tokenizer(" ", add_special_tokens=False, verbose=False)["input_ids"]
     unknown = unknown_id(tokenizer)
     wrong = []
-    for word, ids in zip(words, rows, strict=True):
-        same = [other for other, own in zip(words, rows, strict=True) if own == ids and other != word]
+    for choice, ids in zip(choices, rows, strict=True):
+        same = [other for other, own in zip(choices, rows, strict=True) if own == ids and other != choice]
         if not ids or list(ids) == space or unknown in ids or same:
             pieces = tokenizer.convert_ids_to_tokens(list(ids))
-            wrong.append(f"{word!r}, which becomes {pieces}" + (f" like {same[0]!r}" if same else ""))
+            wrong.append(f"{choice!r}, which becomes {pieces}" + (f" like {same[0]!r}" if same else ""))
     if wrong:
         raise MPTError(
             f"Task '{card.name}': got the choices {'; '.join(wrong)}; expected words that the tokenizer "
@@ -53,13 +45,7 @@ def check_choices(card: TaskCard, tokenizer: PreTrainedTokenizerBase, family: Fa
 
 
 def check_targets(card: TaskCard, rows: Dataset, split: Split, encoder: Encoder) -> None:
-    """Check that the tokenizer can write a split's targets of free text.
-
-    Args:
-        card: The task.
-        rows: Its encoded rows.
-        split: Our name of the split.
-        encoder: How the backbone reads and writes text.
+    """Check that the tokenizer can write the free-text targets of a split's encoded rows.
 
     Raises:
         MPTError: If a training target has no tokens, or unknown ones only.
@@ -70,9 +56,8 @@ def check_targets(card: TaskCard, rows: Dataset, split: Split, encoder: Encoder)
     if card.choices is not None:
         return
     tokenizer = encoder.tokenizer
-    closing = len(encoder.targets([""])[0]) if encoder.family == "seq2seq" else 1
     lengths, unknown = _counts(rows, "labels", unknown_id(tokenizer))
-    empty = unknown >= lengths - closing
+    empty = unknown >= lengths - encoder.format.num_closing
     if split == "train" and empty.any():
         row = rows[int(empty.argmax())]
         raise MPTError(
@@ -89,7 +74,7 @@ def check_targets(card: TaskCard, rows: Dataset, split: Split, encoder: Encoder)
 
 
 def warn_of_unknown_inputs(card: TaskCard, rows: Dataset, split: Split, encoder: Encoder) -> bool:
-    """Warn if more than a tenth of a split's input tokens are unknown; return whether that is so."""
+    """Warn if more than a tenth of a split's input tokens are unknown; return whether they are."""
     tokenizer = encoder.tokenizer
     lengths, unknown = _counts(rows, "input_ids", unknown_id(tokenizer))
     share = unknown.sum() / max(1, lengths.sum())

@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric
 from mpt_lightning.backbones import Backbone
 from mpt_lightning.data.card import TaskCard
 from mpt_lightning.errors import MPTError
-from mpt_lightning.metrics import TaskMetrics, average
+from mpt_lightning.metrics.task import TaskMetrics, average
 from mpt_lightning.objectives import IGNORE
 
 

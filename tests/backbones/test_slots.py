@@ -6,7 +6,7 @@ import torch
 
 from mpt_lightning import PrefixTuning, PromptTuning, load_task
 from mpt_lightning.backbones import CausalBackbone, Seq2SeqBackbone
-from mpt_lightning.data.slots import count_slots, with_slots
+from mpt_lightning.data.template import count_slots, with_slots
 from mpt_lightning.prompts import PrefixPrompt
 from tests.conftest import KINDS, build_model
 

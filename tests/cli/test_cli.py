@@ -256,7 +256,7 @@ def test_a_methods_help_names_its_arguments_and_explains_them(capsys: pytest.Cap
         (["test", "--config", "mpt/target"], "There is no trained prompt to evaluate: give --ckpt_path"),
         (["test", "--config", "mpt/target", "--ckpt_path", "no.ckpt"], "no.ckpt: there is no such file"),
         (["fit", "--config", "mpt/teachers", "--data.tasks", "[glue/sst3]"], "did you mean glue/sst2"),
-        (["fit", "--config", "mpt/teachers", "--data.kappa", "1"], "kappa=1, expected at least 2"),
+        (["fit", "--config", "mpt/teachers", "--data.kappa", "1"], "kappa: got 1, expected a whole number at least 2"),
         (["fit", "--config", "demo/teachers", "--trainer.limit_val_batches", "2.5"], "invalid value 2.5"),
         (["demo", "--seeds", "0"], "--seeds must be at least 1, got 0"),
     ],

@@ -1,7 +1,6 @@
 """Answers in their places: the ids of a text and of its answer are those of both tokenised together."""
 
 from collections import Counter
-from dataclasses import replace
 from itertools import product
 from random import Random
 
@@ -11,7 +10,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from mpt_lightning.data import TaskDataModule, build_context
 from mpt_lightning.data.examples import Example
-from mpt_lightning.data.tokenize import Encoder
+from mpt_lightning.data.formats import CausalFormat
 
 WORDS = "it was a good film and the bad film was not very good so I am happy to see the sad end of it , again !".split()
 ANSWERS = ["good", "bad", "not good", "the end", "so happy", "xyz", "3.4"]
@@ -55,12 +54,12 @@ def build(kind: str) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="module")
-def encoders() -> dict[str, Encoder]:
-    return {kind: Encoder(build(kind), "causal", 40) for kind in KINDS}
+def formats() -> dict[str, CausalFormat]:
+    return {kind: CausalFormat(build(kind)) for kind in KINDS}
 
 
-def ids_of(encoder: Encoder, text: str) -> list[int]:
-    return list(encoder.tokenizer(text, verbose=False)["input_ids"])
+def ids_of(reader: CausalFormat, text: str) -> list[int]:
+    return list(reader.tokenizer(text, verbose=False)["input_ids"])
 
 
 def is_prefix(ids: list[int], of: list[int]) -> bool:
@@ -73,14 +72,14 @@ def texts(count: int = 150) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_text_and_choice_are_tokenised_as_one(kind: str, encoders: dict[str, Encoder]) -> None:
-    encoder, found, eos = encoders[kind], Counter(), [encoders[kind].tokenizer.eos_token_id]
+def test_text_and_choice_are_tokenised_as_one(kind: str, formats: dict[str, CausalFormat]) -> None:
+    reader, found, eos = formats[kind], Counter(), [formats[kind].tokenizer.eos_token_id]
     choices = ANSWERS[:3]
-    placed = encoder.place(texts(), choices)
-    rows = encoder.choices(placed, choices)
+    placed = reader.encode_inputs(texts(), choices)
+    rows = reader.choices(placed, choices)
     for text, place, own in zip(texts(), placed, rows, strict=True):
-        alone, spaced = ids_of(encoder, text), ids_of(encoder, f"{text} ")
-        together = [ids_of(encoder, f"{text} {choice}") for choice in choices]
+        alone, spaced = ids_of(reader, text), ids_of(reader, f"{text} ")
+        together = [ids_of(reader, f"{text} {choice}") for choice in choices]
         if all(is_prefix(alone, ids) for ids in together):
             border, kind_of_row = alone, "before the space"
         elif all(is_prefix(spaced, ids) for ids in together):
@@ -90,7 +89,7 @@ def test_text_and_choice_are_tokenised_as_one(kind: str, encoders: dict[str, Enc
         found[kind_of_row] += 1
         assert place.ids == border
         for choice, ids, labels in zip(choices, together, own, strict=True):
-            assert labels == (ids[len(border) :] + eos if is_prefix(border, ids) else encoder.targets([choice])[0])
+            assert labels == (ids[len(border) :] + eos if is_prefix(border, ids) else reader.targets([choice])[0])
     joined = {place for place in found if place != "neither"}
     expected = {"across": {"before the space", "after the space"}, "unigram": {"before the space"}}
     assert joined == expected.get(kind, {"before the space"})
@@ -98,68 +97,68 @@ def test_text_and_choice_are_tokenised_as_one(kind: str, encoders: dict[str, Enc
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_free_answers_are_tokenised_with_the_text(kind: str, encoders: dict[str, Encoder]) -> None:
-    encoder, joined = encoders[kind], 0
+def test_free_answers_are_tokenised_with_the_text(kind: str, formats: dict[str, CausalFormat]) -> None:
+    reader, joined = formats[kind], 0
     pairs = list(product(texts(40), ANSWERS))
-    placed = encoder.place([text for text, _ in pairs], None)
+    placed = reader.encode_inputs([text for text, _ in pairs], None)
     for (text, answer), place, labels in zip(
-        pairs, placed, encoder.answers(placed, [answer for _, answer in pairs]), strict=True
+        pairs, placed, reader.answers(placed, [answer for _, answer in pairs]), strict=True
     ):
         # What comes before an answer must not depend on it: when it is generated it is not known.
-        assert place == encoder.place([text], None)[0]
-        together = ids_of(encoder, f"{text} {answer}")
+        assert place == reader.encode_inputs([text], None)[0]
+        together = ids_of(reader, f"{text} {answer}")
         if is_prefix(place.ids, together):
             joined += 1
-            assert [*place.ids, *labels] == [*together, encoder.tokenizer.eos_token_id]
+            assert [*place.ids, *labels] == [*together, reader.tokenizer.eos_token_id]
         else:
-            assert labels == encoder.targets([answer])[0]
+            assert labels == reader.targets([answer])[0]
     assert joined >= 0.6 * len(pairs)
 
 
-def test_space_is_tokenised_with_the_word_before(encoders: dict[str, Encoder]) -> None:
-    encoder = encoders["across"]
-    (placed,) = encoder.place(["it was"], ["good", "bad"])
-    tokens = [*placed.ids, *encoder.choices([placed], ["good"])[0][0]]
-    assert encoder.tokenizer.convert_ids_to_tokens(tokens)[-3:] == ["was▁", "good", "</s>"]
+def test_space_is_tokenised_with_the_word_before(formats: dict[str, CausalFormat]) -> None:
+    reader = formats["across"]
+    (placed,) = reader.encode_inputs(["it was"], ["good", "bad"])
+    tokens = [*placed.ids, *reader.choices([placed], ["good"])[0][0]]
+    assert reader.tokenizer.convert_ids_to_tokens(tokens)[-3:] == ["was▁", "good", "</s>"]
     assert placed.text == "it was "
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_whitespace_at_the_end_of_a_text(kind: str, encoders: dict[str, Encoder]) -> None:
-    encoder = encoders[kind]
-    one, none, line = encoder.place(["it was ", "it was", "it was\n"], ["good"])
+def test_whitespace_at_the_end_of_a_text(kind: str, formats: dict[str, CausalFormat]) -> None:
+    reader = formats[kind]
+    one, none, line = reader.encode_inputs(["it was ", "it was", "it was\n"], ["good"])
     assert one == none
-    (labels,) = encoder.answers([line], ["good"])
-    together = ids_of(encoder, "it was\ngood")
-    assert line.ids == ids_of(encoder, "it was\n")
+    (labels,) = reader.answers([line], ["good"])
+    together = ids_of(reader, "it was\ngood")
+    assert line.ids == ids_of(reader, "it was\n")
     if is_prefix(line.ids, together):
-        assert [*line.ids, *labels] == [*together, encoder.tokenizer.eos_token_id]
+        assert [*line.ids, *labels] == [*together, reader.tokenizer.eos_token_id]
     else:
-        assert labels == encoder.targets(["good"])[0]
+        assert labels == reader.targets(["good"])[0]
 
 
 @pytest.mark.parametrize("kind", ["bytes", "llama", "across"])
-def test_answer_after_a_prompts_place(kind: str, encoders: dict[str, Encoder]) -> None:
-    encoder = encoders[kind]
-    inside, last = encoder.place(["a film [prompt*2] it was", "a film [prompt*2]"], ["good"])
-    (labels, _) = encoder.answers([inside, last], ["good", "good"])
+def test_answer_after_a_prompts_place(kind: str, formats: dict[str, CausalFormat]) -> None:
+    reader = formats[kind]
+    inside, last = reader.encode_inputs(["a film [prompt*2] it was", "a film [prompt*2]"], ["good"])
+    (labels, _) = reader.answers([inside, last], ["good", "good"])
     start = inside.ids.index(-2) + 1
     assert inside.ids[start - 2 : start] == [-1, -2]
-    assert [*inside.ids[start:], *labels] == [*ids_of(encoder, " it was good")[1:], encoder.tokenizer.eos_token_id]
+    assert [*inside.ids[start:], *labels] == [*ids_of(reader, " it was good")[1:], reader.tokenizer.eos_token_id]
     assert last.ids[-2:] == [-1, -2]
 
 
-def test_each_row_is_tokenised_once(encoders: dict[str, Encoder], monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder, counts = replace(encoders["llama"], answer_prefix="label:"), Counter()
-    original = Encoder.inputs
+def test_each_row_is_tokenised_once(formats: dict[str, CausalFormat], monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, counts = CausalFormat(formats["llama"].tokenizer), Counter()
+    original = CausalFormat.inputs
 
-    def counting(self: Encoder, texts: list[str]) -> list[list[int]]:
+    def counting(self: CausalFormat, texts: list[str]) -> list[list[int]]:
         counts["texts"] += len(texts)
         return original(self, texts)
 
-    monkeypatch.setattr(Encoder, "inputs", counting)
-    placed = encoder.place([f"{text} label:" for text in texts(500)], ANSWERS)
-    encoder.choices(placed, ANSWERS)
+    monkeypatch.setattr(CausalFormat, "inputs", counting)
+    placed = reader.encode_inputs([f"{text} label:" for text in texts(500)], ANSWERS)
+    reader.choices(placed, ANSWERS)
     assert 500 <= counts["texts"] <= 500 + len(ANSWERS)
 
 
@@ -167,9 +166,9 @@ def test_each_row_is_tokenised_once(encoders: dict[str, Encoder], monkeypatch: p
 
 
 @pytest.fixture(params=["llama", "across"])
-def module(request, make_card, write_split, tmp_path, encoders) -> TaskDataModule:
+def module(request, make_card, write_split, tmp_path, formats) -> TaskDataModule:
     folder = tmp_path / "backbone"
-    encoders[request.param].tokenizer.save_pretrained(folder)
+    formats[request.param].tokenizer.save_pretrained(folder)
     LlamaConfig().save_pretrained(folder)
     rows = [{"text": text, "label": number % 2} for number, text in enumerate(texts(40))]
     root = write_split(rows)

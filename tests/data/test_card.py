@@ -26,7 +26,7 @@ FIELDS = {"name": "a", "path": "b", "input": "x: {x}", "metrics": ["accuracy"], 
         ({"choices": None}, r"got choices=None, expected a value, because the metric 'accuracy' needs it"),
         ({"choices": [False, True]}, r"expected a list of texts \(in YAML, quote words"),
         ({"choices": ["yes", "Yes"]}, r"expected two or more non-empty words"),
-        ({"choices": ["a", "b", "c"], "metrics": ["f1"]}, r"expected two words"),
+        ({"choices": ["a", "b", "c"], "metrics": ["f1"]}, r"expected 2 words"),
         ({"value_range": (0, 5)}, r"either `choices` or `value_range`"),
         ({"choices": None, "value_range": (5, 0), "metrics": ["pearson"]}, r"\[lowest, highest\]"),
         ({"choices": None, "value_range": 5, "metrics": ["pearson"]}, r"got value_range=5, expected \[lowest"),
@@ -55,7 +55,7 @@ def test_columns_are_listed_once_in_order():
 
 
 def test_literal_braces_stay():
-    assert TaskCard(**{**FIELDS, "input": "{{set}} {x}"}).parts == [("{", None), ("set}", None), (" ", "x")]
+    assert TaskCard(**{**FIELDS, "input": "{{set}} {x}"}).parts == (("{", None), ("set}", None), (" ", "x"))
 
 
 def test_load_from_file_mapping_and_card(tmp_path):

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from mpt_lightning.data.card import card_names, load_card, read_card_file
-from mpt_lightning.data.rows import Draw, examples, select_rows, source_rows
+from mpt_lightning.data.examples import read_examples
+from mpt_lightning.data.rows import Draw, select_rows, source_rows
 
 FIXTURES = Path(__file__).parent / "fixtures"
 DATA_ROOT = Path(os.environ.get("MPT_DATA_ROOT", "no MPT_DATA_ROOT"))
@@ -31,7 +32,7 @@ def load(tmp_path_factory):
         raw = source_rows(card, split, str(root), cache)
         if most is not None:
             raw = raw.select(range(min(most, len(raw))))
-        return list(examples(card, select_rows(card, raw, split, Draw())))
+        return list(read_examples(card, select_rows(card, raw, split, Draw())))
 
     return load
 

@@ -118,8 +118,8 @@ def test_an_encoder_with_bos_gives_the_same_context(make_card, words):
 
 
 def test_no_bos_where_the_tokenizer_adds_none(make_card, backbones):
-    encoder = Encoder.from_backbone(backbones["seq2seq"], 20)  # it only appends </s>, which the input drops
-    encoder.family = "causal"
+    # The tokenizer only appends </s>, which the input drops.
+    encoder = replace(Encoder.from_backbone(backbones["seq2seq"], 20), family="causal")
     context = build_context(make_card(input="{text}"), [example(text="a film")], encoder, "", None)
     assert pairs(context, encoder) == [("a", 2), ("film", 2), ("good", 4), ("</s>", 4)]
 
@@ -184,10 +184,10 @@ def test_encoder_decoder(film, stage):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"context_shots": 0}, "Got context_shots=0, expected 1 or more; change `context_shots`"),
-        ({"context_shots": 1, "max_context_length": 0}, "Got max_context_length=0"),
-        ({"context_shots": 1, "context_per": "row"}, "Got context_per='row', expected one of class, task, balanced"),
-        ({"context_shots": 1, "context_rows": "all"}, "Got context_rows='all', expected one of train, apart"),
+        ({"context_shots": 0}, "context_shots: got 0, expected a whole number at least 1 or null"),
+        ({"context_shots": 1, "max_context_length": 0}, "max_context_length: got 0"),
+        ({"context_shots": 1, "context_per": "row"}, "context_per: got 'row', expected one of class, task, balanced"),
+        ({"context_shots": 1, "context_rows": "all"}, "context_rows: got 'all', expected one of train, apart"),
         (
             {"context_shots": 1, "k_shot": 2},
             "Got k_shot=2 with context_rows='train'.*unset `k_shot`, or set `context_r",

@@ -134,11 +134,11 @@ def test_missing_test_split_says_what_to_do(film, make_card):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "Got batch_size=0, expected 1 or more; change `batch_size`"),
-        ({"k_shot": 0}, "Got k_shot=0"),
-        ({"max_input_length": -1}, "Got max_input_length=-1"),
-        ({"shots_per": "row"}, "Got shots_per='row', expected one of class, task, balanced"),
-        ({"predict_split": "dev"}, "Got predict_split='dev'"),
+        ({"batch_size": 0}, "batch_size: got 0, expected a whole number at least 1"),
+        ({"k_shot": 0}, "k_shot: got 0, expected a whole number"),
+        ({"max_input_length": -1}, "max_input_length: got -1"),
+        ({"shots_per": "row"}, "shots_per: got 'row', expected one of class, task, balanced"),
+        ({"predict_split": "dev"}, "predict_split: got 'dev'"),
     ],
 )
 def test_bad_option(film, options, message):
@@ -151,7 +151,7 @@ def test_bad_multitask_options(two_tasks):
         MultitaskDataModule(**{**two_tasks, "tasks": two_tasks["tasks"][:1] * 2})
     with pytest.raises(ValueError, match="Got group_by_length=True for several tasks"):
         MultitaskDataModule(**two_tasks, group_by_length=True)
-    with pytest.raises(ValueError, match="Got kappa=1"):
+    with pytest.raises(ValueError, match="kappa: got 1"):
         MultitaskDataModule(**two_tasks, kappa=1)
 
 

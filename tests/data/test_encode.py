@@ -2,10 +2,11 @@ from dataclasses import replace
 
 import pytest
 
-from mpt_lightning.data.cache import encoded_split
+from mpt_lightning.data.cache import RowCache
 from mpt_lightning.data.examples import Example
 from mpt_lightning.data.rows import Draw
-from mpt_lightning.data.tokenize import Encoder, render
+from mpt_lightning.data.template import render
+from mpt_lightning.data.tokenize import Encoder
 
 DRAW = Draw()
 
@@ -26,17 +27,16 @@ def example(row_id=0, **values):
 
 def test_inputs_and_targets(encoder):
     ids = encoder.tokenizer.convert_tokens_to_ids
-    (inputs,), (target,) = encoder.inputs(["a good film"]), encoder.targets(["good"])
+    (inputs,), (target,) = encoder.format.inputs(["a good film"]), encoder.format.targets(["good"])
     assert target == ids(["good", "</s>"])
     plain = ids(["a", "good", "film"])
     assert inputs == ([*plain, 1] if encoder.family == "seq2seq" else [3, *plain])
 
 
 def test_trailing_end_of_sequence_of_a_causal_input_goes(backbones):
-    encoder = Encoder.from_backbone(backbones["seq2seq"], 12)
-    encoder.family = "causal"
-    assert encoder.inputs(["a film"]) == [encoder.tokenizer.convert_tokens_to_ids(["a", "film"])]
-    assert encoder.targets(["good"])[0][-2:] == encoder.tokenizer.convert_tokens_to_ids(["good", "</s>"])
+    encoder = replace(Encoder.from_backbone(backbones["seq2seq"], 12), family="causal")
+    assert encoder.format.inputs(["a film"]) == [encoder.tokenizer.convert_tokens_to_ids(["a", "film"])]
+    assert encoder.format.targets(["good"])[0][-2:] == encoder.tokenizer.convert_tokens_to_ids(["good", "</s>"])
 
 
 def test_padding_falls_back_to_the_end_of_sequence(backbones):
@@ -53,7 +53,7 @@ def test_only_the_one_column_is_cut(make_card, encoder, truncate):
     assert text.startswith("question: one two three context: film")
     assert text.endswith(" : yes")
     assert len(placed.ids) == 12
-    assert ids == encoder.inputs([text])[0]
+    assert ids == encoder.format.inputs([text])[0]
 
 
 def test_as_much_as_fits_is_kept(make_card, seq2seq):
@@ -93,11 +93,10 @@ def test_answer_prefix_is_never_cut(make_card, encoder):
 
 @pytest.mark.parametrize(("kind", "bos"), [("causal", [3]), ("bytes", [2]), ("seq2seq", [])])
 def test_inputs_without_what_the_tokenizer_puts_first(backbones, kind, bos):
-    encoder = Encoder.from_backbone(backbones[kind], 12)
-    encoder.family = "causal"
-    assert encoder.opening == bos
-    (ids,) = replace(encoder, with_bos=False).inputs(["a film"])
-    assert [*bos, *ids] == encoder.inputs(["a film"])[0]
+    encoder = replace(Encoder.from_backbone(backbones[kind], 12), family="causal")
+    assert encoder.format.special[0] == bos
+    (ids,) = replace(encoder, with_bos=False).format.inputs(["a film"])
+    assert [*bos, *ids] == encoder.format.inputs(["a film"])[0]
     assert not set(ids) & {encoder.tokenizer.bos_token_id, encoder.tokenizer.eos_token_id}
 
 
@@ -129,8 +128,7 @@ def test_target_limit_is_for_training_only(make_card, seq2seq):
 
 
 def test_input_without_tokens(make_card, backbones):
-    encoder = Encoder.from_backbone(backbones["seq2seq"], 12)
-    encoder.family = "causal"
+    encoder = replace(Encoder.from_backbone(backbones["seq2seq"], 12), family="causal")
     with pytest.raises(ValueError, match="row 0: got an input without tokens"):
         list(encoder.encode(make_card(input="{text}", empty_text="keep"), iter([example(text="")]), "train"))
 
@@ -164,8 +162,8 @@ def encode_calls(monkeypatch):
 
 def test_second_run_reads_the_cache(make_card, write_split, film_rows, seq2seq, tmp_path, encode_calls):
     root, cache = write_split(film_rows(20)), str(tmp_path / "cache")
-    first = encoded_split(make_card(), "train", seq2seq, DRAW, root, cache)
-    second = encoded_split(make_card(), "train", seq2seq, DRAW, root, cache)
+    first = RowCache(root, cache).encoded(make_card(), "train", DRAW, seq2seq)
+    second = RowCache(root, cache).encoded(make_card(), "train", DRAW, seq2seq)
     assert encode_calls == ["film"]
     assert first.to_list() == second.to_list()
     assert len(second) == 20
@@ -177,7 +175,7 @@ def test_any_change_makes_a_new_cache(make_card, write_split, film_rows, backbon
 
     def run(card=None, draw=DRAW, kind="seq2seq", length=12, **options):
         encoder = Encoder.from_backbone(backbones[kind], length, **options)
-        return encoded_split(card or make_card(), "train", encoder, draw, root, cache)
+        return RowCache(root, cache).encoded(card or make_card(), "train", draw, encoder)
 
     run()
     if change == "data":
@@ -200,5 +198,5 @@ def test_any_change_makes_a_new_cache(make_card, write_split, film_rows, backbon
 def test_an_error_leaves_nothing_in_the_cache(make_card, write_split, film_rows, seq2seq, tmp_path):
     root, cache = write_split([*film_rows(1500), {"text": "a", "label": 9}]), tmp_path / "cache"
     with pytest.raises(ValueError, match="row 1500: got label 9"):
-        encoded_split(make_card(), "train", seq2seq, DRAW, root, str(cache))
+        RowCache(root, str(cache)).encoded(make_card(), "train", DRAW, seq2seq)
     assert not list((cache / "generator").rglob("*.arrow"))

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mpt_lightning.data import rows as rows_module
-from mpt_lightning.data.rows import Draw, examples, select_rows, source_rows
+from mpt_lightning.data.examples import read_examples
+from mpt_lightning.data.rows import Draw, select_rows, source_rows
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def read(tmp_path):
 
     def read(card, root, split="train", **draw):
         raw = source_rows(card, split, root, str(tmp_path / "cache"))
-        return list(examples(card, select_rows(card, raw, split, Draw(**draw))))
+        return list(read_examples(card, select_rows(card, raw, split, Draw(**draw))))
 
     return read
 
@@ -171,9 +172,7 @@ def test_damaged_file(make_card, tmp_path, read):
 
 def test_missing_file_says_where_it_looked(make_card, write_split, read):
     root = write_split([{"text": "a", "label": 1}])
-    with pytest.raises(
-        FileNotFoundError, match=r"no file for split 'test' in '.*film', expected test\{.parquet,.jsonl"
-    ):
+    with pytest.raises(ValueError, match=r"no file for split 'test' in '.*film', expected test\{.parquet,.jsonl"):
         read(make_card(), root, "test")
 
 

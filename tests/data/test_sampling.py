@@ -130,11 +130,11 @@ def test_one_task_and_tiny_data_still_give_a_batch():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampling": "random"}, "Got sampling='random', expected one of stochastic"),
-        ({"kappa": 1}, "Got kappa=1, expected at least 2"),
+        ({"sampling": "random"}, "sampling: got 'random', expected one of stochastic"),
+        ({"kappa": 1}, "kappa: got 1, expected a whole number at least 2 or null"),
         ({"kappa": 4, "replace": False}, "at most 3, the number of tasks"),
-        ({"temperature": 0.0}, "Got temperature=0.0"),
-        ({"size_limit": 0}, "Got size_limit=0"),
+        ({"temperature": 0.0}, "temperature: got 0.0, expected a number above 0"),
+        ({"size_limit": 0}, "size_limit: got 0"),
         ({"sampling": "all", "batch_size": 2}, "Got batches of 2 rows for 3 tasks"),
     ],
 )

@@ -1,0 +1,201 @@
+"""How each family of models reads inputs and writes answers as token ids; a new family is one class here."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+from tokenizers import models
+from transformers import PreTrainedTokenizerBase
+
+from mpt_lightning.backbones.family import Family
+from mpt_lightning.data.template import count_slots, with_slots
+
+# Most answers that are cached, which bounds the memory of a task with free text.
+_CACHED = 100_000
+
+
+@dataclass(frozen=True)
+class EncodedInput:
+    """An input up to its answer.
+
+    Args:
+        text: The text as it was tokenised. It ends with the space before the answer if the tokenizer joins that space
+            to the text's last word.
+        ids: Token ids of the text; -1, -2, ... in the slots for a prompt's tokens.
+        gap: What stands between the text and the answer: a space or nothing.
+    """
+
+    text: str
+    ids: list[int]
+    gap: str = ""
+
+
+class Format(ABC):
+    """How a family of models reads inputs and writes answers. By default, an answer does not depend on its input.
+
+    Args:
+        tokenizer: The backbone's tokenizer.
+        with_bos: Whether inputs begin with the tokenizer's opening tokens. Decoder-only models.
+    """
+
+    # Whether an answer continues its input in one sequence, so that its ids depend on the input.
+    continues: ClassVar[bool] = False
+    # What stands before an answer that is tokenised on its own.
+    gap: ClassVar[str] = ""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, with_bos: bool = True) -> None:
+        self.tokenizer, self.with_bos = tokenizer, with_bos
+
+    @cached_property
+    def special(self) -> tuple[list[int], list[int]]:
+        """Ids that the tokenizer puts before a text (BOS, or none) and after it."""
+        encoded = self.tokenizer("a", return_special_tokens_mask=True, verbose=False)
+        ids, special = list(encoded["input_ids"]), [*encoded["special_tokens_mask"]]
+        return ids[: [*special, 0].index(0)], ids[len(ids) - [*special[::-1], 0].index(0) :]
+
+    def plain(self, texts: list[str]) -> list[list[int]]:
+        """Return the token ids of B texts without special tokens around them."""
+        return self._ids(texts, add_special_tokens=False)
+
+    def inputs(self, texts: list[str]) -> list[list[int]]:
+        """Return the token ids of B input texts, of any length; -1, -2, ... in slots for a prompt's tokens."""
+        if any(count_slots(text) for text in texts):
+            return [self._enclose(with_slots(text, lambda piece: self.plain([piece])[0])) for text in texts]
+        return self._inputs(texts)
+
+    def encode_inputs(self, texts: list[str], choices: list[str] | None) -> list[EncodedInput]:
+        """Tokenise B texts up to their answers; the task's choices, if any, may decide how, the right one never."""
+        return [EncodedInput(text, ids) for text, ids in zip(texts, self.inputs(texts), strict=True)]
+
+    def answers(self, inputs: list[EncodedInput], answers: list[str]) -> list[list[int]]:
+        """Return the label ids of B answers, each after its input, closed by the end of sequence."""
+        return self.targets(answers)
+
+    def choices(self, inputs: list[EncodedInput], choices: list[str] | None) -> list[list[list[int]]]:
+        """Return the label ids of each of a task's choices after B inputs [B, C]; B empty lists without choices."""
+        columns = [self.answers(inputs, [choice] * len(inputs)) for choice in choices or []]
+        return [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in inputs]
+
+    @property
+    def num_closing(self) -> int:
+        """Number of tokens that close a target."""
+        return len(self.targets([""])[0]) - len(self.plain([self.gap])[0])
+
+    @abstractmethod
+    def targets(self, answers: list[str]) -> list[list[int]]:
+        """Return the label ids of B answers on their own, closed by the end of sequence."""
+
+    @abstractmethod
+    def _inputs(self, texts: list[str]) -> list[list[int]]: ...
+
+    @abstractmethod
+    def _enclose(self, ids: list[int]) -> list[int]: ...
+
+    def _ids(self, texts: list[str], **options: Any) -> list[list[int]]:
+        encoded = self.tokenizer(texts, return_attention_mask=False, verbose=False, **options)["input_ids"]
+        return [list(row) for row in encoded]
+
+
+class Seq2SeqFormat(Format):
+    """Encoder-decoders: the tokenizer closes inputs and targets as it was pretrained."""
+
+    def targets(self, answers: list[str]) -> list[list[int]]:
+        """See the base class."""
+        encoded = self.tokenizer(text_target=answers, verbose=False)["input_ids"] if answers else []
+        return [list(row) for row in encoded]
+
+    def _inputs(self, texts: list[str]) -> list[list[int]]:
+        return self._ids(texts)
+
+    def _enclose(self, ids: list[int]) -> list[int]:
+        return [*self.special[0], *ids, *self.special[1]]
+
+
+class CausalFormat(Format):
+    """Decoder-only models: the input stays open, and the answer's ids are those that it adds to the input's.
+
+    Most tokenizers join a space to the word after it ("it was| good"), some to the word before it ("it was |good").
+    An answer is tokenised together with its input, as long as the input's ids are a prefix of the ids of both; else on
+    its own, after a space.
+    """
+
+    continues = True
+    gap = " "
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, with_bos: bool = True) -> None:
+        super().__init__(tokenizer, with_bos)
+        model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+        # These models merge neighbouring tokens only, so that the last ones decide what an answer adds.
+        self._local = isinstance(model, models.BPE | models.WordPiece | models.WordLevel)
+        self._added: dict[tuple[tuple[int, ...], str], list[int] | None] = {}
+
+    def targets(self, answers: list[str]) -> list[list[int]]:
+        """See the base class."""
+        ids = self.plain([f"{self.gap}{answer}" for answer in answers]) if answers else []
+        return [[*row, self.tokenizer.eos_token_id] for row in ids]
+
+    def answers(self, inputs: list[EncodedInput], answers: list[str]) -> list[list[int]]:
+        """Return the ids that each answer adds to its input; its target if the input's ids are not a prefix."""
+        added = self._continuations(inputs, answers)
+        alone = iter(self.targets([answer for answer, ids in zip(answers, added, strict=True) if ids is None]))
+        return [next(alone) if ids is None else [*ids, self.tokenizer.eos_token_id] for ids in added]
+
+    def encode_inputs(self, texts: list[str], choices: list[str] | None) -> list[EncodedInput]:
+        """Tokenise B texts up to their answers.
+
+        Args:
+            texts: B texts. One space at the end is the one before the answer; other whitespace there replaces it.
+            choices: The task's choices, if any.
+
+        Returns:
+            B inputs. The space before the answer is tokenised with the answer, unless only the ids of the text with
+            the space are a prefix for each of the choices.
+        """
+        stems = [text.removesuffix(" ") for text in texts]
+        encoded = [
+            EncodedInput(stem, ids, "" if text == stem and text[-1:].isspace() else " ")
+            for text, stem, ids in zip(texts, stems, self.inputs(stems), strict=True)
+        ]
+        moved = [row for row, fits in enumerate(self._fits(encoded, choices)) if not fits and encoded[row].gap]
+        if moved:
+            spaced = [f"{stems[row]} " for row in moved]
+            wider = [EncodedInput(text, ids) for text, ids in zip(spaced, self.inputs(spaced), strict=True)]
+            for row, fits, input_ in zip(moved, self._fits(wider, choices), wider, strict=True):
+                encoded[row] = input_ if fits else encoded[row]
+        return encoded
+
+    def _fits(self, inputs: list[EncodedInput], choices: list[str] | None) -> list[bool]:
+        columns = [self._continuations(inputs, [choice] * len(inputs)) for choice in choices or [""]]
+        return [None not in row for row in zip(*columns, strict=True)]
+
+    def _continuations(self, inputs: list[EncodedInput], answers: list[str]) -> list[list[int] | None]:
+        """Return the ids that B answers add to their inputs; None if the input's ids are not a prefix."""
+        keys = [
+            (tuple(input_.ids[-2:] if self._local else input_.ids), input_.gap + answer)
+            for input_, answer in zip(inputs, answers, strict=True)
+        ]
+        found = {key: self._added[key] for key in keys if key in self._added}
+        new = {key: input_ for key, input_ in zip(keys, inputs, strict=True) if key not in found}
+        if new:
+            joined = self.inputs([input_.text + continuation for (_, continuation), input_ in new.items()])
+            for (key, input_), ids in zip(new.items(), joined, strict=True):
+                size = len(input_.ids)
+                found[key] = ids[size:] if ids[:size] == input_.ids else None
+            if len(self._added) + len(new) > _CACHED:
+                self._added.clear()
+            self._added |= {key: found[key] for key in new}
+        return [found[key] for key in keys]
+
+    def _inputs(self, texts: list[str]) -> list[list[int]]:
+        eos = self.tokenizer.eos_token_id
+        ids = self._ids(texts, add_special_tokens=self.with_bos)
+        return [row[:-1] if row[-1:] == [eos] else row for row in ids]
+
+    def _enclose(self, ids: list[int]) -> list[int]:
+        return [*self.special[0], *ids] if self.with_bos else ids
+
+
+FORMATS: dict[Family, type[Format]] = {"seq2seq": Seq2SeqFormat, "causal": CausalFormat}

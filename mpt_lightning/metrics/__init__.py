@@ -1,0 +1,1 @@
+"""Metrics by the names on a card: a light registry of names, and `TaskMetrics`, which computes them."""
