@@ -23,9 +23,10 @@ from mpt_lightning.cli import exit as leaving
 from mpt_lightning.cli.main import main
 
 DOCS = Path(__file__).parents[2] / "docs"
-ROWS, BATCH, EPOCHS = 64, 8, 8
+ROWS, BATCH, EPOCHS = 64, 8, 6
 STEPS = EPOCHS * ROWS // BATCH
 SECONDS = 120
+TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 VARIABLES = {
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]),
@@ -122,15 +123,19 @@ def machines() -> Iterator[list[Machine]]:
         yield pair
 
 
+def fit(folder: str) -> None:
+    main(["fit", "--config", recipe(Path(folder)), "--config", "trainer/cpu", *TWO])
+
+
 @pytest.fixture(scope="module")
-def whole(machines: list[Machine], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that nothing happened to."""
-    run = Torchrun(machines, tmp_path_factory.mktemp("launch") / "whole")
-    assert end(run.start(0), run.start(1)) == [0, 0], run.log(0).read_text()[-3000:]
-    return run.folder
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two processes that nothing happened to."""
+    folder = tmp_path_factory.mktemp("launch") / "whole"
+    launch(fit, str(folder))
+    return folder
 
 
-def test_two_machines_train_as_one_process(whole: Path, machines: list[Machine]) -> None:
+def test_two_processes_train_as_one(whole: Path) -> None:
     alone = whole.parent / "alone"
     main(["fit", "--config", recipe(alone, BATCH), "--config", "trainer/cpu"])
     one, first, second = recorded(alone), recorded(whole), recorded(whole, 1)
@@ -142,16 +147,6 @@ def test_two_machines_train_as_one_process(whole: Path, machines: list[Machine])
         epoch = one[start : start + ROWS // BATCH]
         assert len({row for line in epoch for row in line["rows"]}) == ROWS
     torch.testing.assert_close(weights(whole / "last.ckpt"), weights(alone / "last.ckpt"), rtol=0, atol=1e-10)
-    # The first rank writes alone, and says that there was nothing to go on from.
-    log = (whole / "machine0.log").read_text() + (whole / "machine1.log").read_text()
-    assert log.count("there is no last checkpoint available") == 1
-    assert {file.name for file in whole.iterdir()} == {
-        "best.ckpt", "last.ckpt", "logs", "recipe.yaml", "machine0.log", "machine1.log",
-        "steps.rank0.jsonl", "steps.rank1.jsonl",
-    }  # fmt: skip
-    assert sorted(file.name for file in (whole / "logs").rglob("*")) == [
-        "config.yaml", "hparams.yaml", "metrics.csv", "version_0"
-    ]  # fmt: skip
 
 
 def test_a_machine_is_lost_and_comes_back(whole: Path, machines: list[Machine]) -> None:
@@ -168,21 +163,38 @@ def test_a_machine_is_lost_and_comes_back(whole: Path, machines: list[Machine]) 
     assert steps[again:] == [*range(steps[again], STEPS + 1)]
     assert 12 <= steps[again] - 1 <= again
     assert torch.equal(weights(run.folder / "last.ckpt"), weights(whole / "last.ckpt"))
+    # The first rank writes alone, and reports once, at the first start, that there was no checkpoint.
+    log = run.log(0).read_text() + run.log(1).read_text()
+    assert log.count("there is no last checkpoint available") == 1
+    assert {file.name for file in run.folder.iterdir()} == {
+        "best.ckpt", "last.ckpt", "logs", "recipe.yaml", "machine0.log", "machine1.log",
+        "steps.rank0.jsonl", "steps.rank1.jsonl",
+    }  # fmt: skip
+    assert sorted({file.name for file in (run.folder / "logs").rglob("*")}) == [
+        "config.yaml", "hparams.yaml", "metrics.csv", "version_0", "version_1"
+    ]  # fmt: skip
 
 
+# The tasks are forked, so that they share one import.
 SRUN = f"""#!{sys.executable}
-import os, signal, subprocess, sys, time
-command = [word for word in sys.argv[1:] if not word.startswith("--kill-on-bad-exit")] if len(sys.argv) > 2 else []
-tasks = []
-for task in map(str, range(int(os.environ["SLURM_NTASKS"]))):
-    own = dict(SLURM_PROCID=task, SLURM_NODEID=task, SLURM_LOCALID="0")
-    tasks.append(subprocess.Popen(command, env=os.environ | own))
-signal.signal(signal.SIGUSR1, lambda number, _: [task.send_signal(number) for task in tasks])
-while None in (codes := [task.poll() for task in tasks]):
-    if any(codes):
-        [task.terminate() for task in tasks]
-    time.sleep(0.05)
-sys.exit(max(codes, key=abs))
+import os, signal, sys, time
+import mpt_lightning.cli.trainer, transformers.models.t5.modeling_t5
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from mpt_lightning.cli.main import main
+tasks = {{}}
+for task in range(int(os.environ["SLURM_NTASKS"])):
+    if not (pid := os.fork()):
+        os.environ.update(SLURM_PROCID=str(task), SLURM_NODEID=str(task), SLURM_LOCALID="0")
+        rank_zero_only.rank, sys.argv = task, sys.argv[sys.argv.index("mpt"):]
+        sys.exit(main())
+    tasks[pid] = None
+signal.signal(signal.SIGUSR1, lambda number, _: [os.kill(task, number) for task in tasks])
+while None in tasks.values():
+    pid, status = os.wait()
+    tasks[pid] = os.waitstatus_to_exitcode(status)
+    if tasks[pid]:
+        [os.kill(task, signal.SIGTERM) for task, code in tasks.items() if code is None]
+sys.exit(max(tasks.values(), key=abs))
 """
 
 
@@ -232,10 +244,10 @@ def test_slurm_requeues_a_job_that_goes_on(whole: Path, machines: list[Machine])
 def resume(folder: str) -> None:
     """One of two machines that do not share their checkpoints: the first one alone has one."""
     leaving.PATIENCE = 0
-    words = ["fit", "--config", recipe(Path(folder, os.environ["RANK"])), "--config", "trainer/cpu"]
+    words = ["fit", "--config", recipe(Path(folder, os.environ["RANK"])), "--config", "trainer/cpu", *TWO]
     printed = io.StringIO()
     with pytest.raises(SystemExit), contextlib.redirect_stderr(printed):
-        main([*words, "--trainer.devices", "2", "--trainer.strategy", "ddp", "--ckpt_path", "last"])
+        main([*words, "--ckpt_path", "last"])
     assert f"Rank 0 goes on from step {STEPS}, and rank 1 from the beginning" in printed.getvalue()
 
 
