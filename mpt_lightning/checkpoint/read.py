@@ -1,10 +1,11 @@
-"""Reading a checkpoint, or a folder that can stand for one."""
+"""Reading a checkpoint, or a folder that takes the place of one."""
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mpt_lightning.backbones import Backbone
-from mpt_lightning.checkpoint.format import PromptCheckpoint, parse_checkpoint
+from mpt_lightning.checkpoint.format import FORMAT, KEY, PromptCheckpoint
 from mpt_lightning.checkpoint.io import load_plain
 from mpt_lightning.checkpoint.peft import import_peft
 from mpt_lightning.errors import MPTError
@@ -16,14 +17,14 @@ def read_checkpoint(
     """Read a checkpoint; nothing in it is executed (`weights_only=True`).
 
     Args:
-        path: the file.
-        argument: the argument that named it, for messages.
-        folder: a PEFT folder will do too: an export of this package, or PEFT's own (`interop.import_peft`). Training
+        path: The file.
+        argument: The argument that named it, for messages.
+        folder: Also accept a PEFT folder: an export of this package, or PEFT's own (`interop.import_peft`). Training
             can start from one, and cannot be resumed from one.
-        backbone: the model a folder is to be used with; its own check, as PEFT's folders have no fingerprint.
+        backbone: The model that a folder is used with, for PEFT's folders, which have no fingerprint.
 
     Raises:
-        MPTError: there is no such file, it is cut off, or it is not one of ours.
+        MPTError: If the file does not exist, is damaged, or is not a checkpoint of this package.
     """
     file = Path(path).expanduser()
     if file.is_dir() and folder:
@@ -35,7 +36,41 @@ def read_checkpoint(
         )
     if not file.is_file():
         raise MPTError(f"{argument} {path}: there is no such file. Give the path of a .ckpt file.")
-    content = load_plain(file, f"{argument} {path}")
-    if not isinstance(content, Mapping):
-        raise MPTError(f"{argument} {path} is no checkpoint: it holds a {type(content).__name__}.")
-    return parse_checkpoint(content, str(path))
+    return parse_checkpoint(load_plain(file, f"{argument} {path}"), str(path))
+
+
+def parse_checkpoint(content: Any, path: str) -> PromptCheckpoint:
+    """Return a loaded file's content as a checkpoint.
+
+    Raises:
+        MPTError: If it is not one of this package's, is of a later format, or its tensors are not as described.
+    """
+    found = content.get(KEY) if isinstance(content, Mapping) else None
+    if not isinstance(found, Mapping) or not isinstance(content.get("state_dict"), Mapping):
+        raise MPTError(f"{path} is not a checkpoint of mpt_lightning. Use one that its modules saved.")
+    if found.get("format") != FORMAT:
+        raise MPTError(
+            f"{path} has the checkpoint format {found.get('format')!r}; this version reads {FORMAT}. "
+            "Update mpt_lightning."
+        )
+    checkpoint = PromptCheckpoint(
+        path=path,
+        state_dict=dict(content["state_dict"]),
+        hyper_parameters=dict(content.get("hyper_parameters", {})),
+        data=dict(content.get("datamodule_hyper_parameters", {})),
+        metrics=_scores(content, Path(path).name),
+        **{key: value for key, value in found.items() if key != "format"},
+    )
+    checkpoint.check_tensors()
+    return checkpoint
+
+
+def _scores(content: Mapping[str, Any], name: str) -> dict[str, float]:
+    """Return the scores for which ModelCheckpoint saved a file of this name, by metric."""
+    return {
+        state["monitor"]: float(score)
+        for state in content.get("callbacks", {}).values()
+        if state.get("monitor")
+        for file, score in state.get("best_k_models", {}).items()
+        if Path(file).name == name
+    }

@@ -1,37 +1,22 @@
 """Writing exports: folders that appear whole or not at all."""
 
-import json
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import replace as with_changes
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from mpt_lightning.backbones import Backbone, load_backbone
 from mpt_lightning.checkpoint import PromptCheckpoint, read_checkpoint
-from mpt_lightning.checkpoint.folder import (
-    DESCRIPTION,
-    FIELDS,
-    FORMAT,
-    content_digest,
-    digest,
-    for_backbone,
-    read_tensors,
-)
+from mpt_lightning.checkpoint.export import for_backbone
 from mpt_lightning.errors import MPTError
 from mpt_lightning.io import LONGEST_NAME, can_be_path
 from mpt_lightning.prompts import Prompt
 
 # What an export's own files end with; a task's folder of such a name could be in the place of one.
 OWN_SUFFIXES = (".safetensors", ".json", ".md")
-# Arguments that are not exported: paths of the machine that trained, and what `cards` contains.
-PRIVATE = ("teachers", "source", "init_checkpoint", "cache_dir", "card", "tasks")
-# What an export contains in place of a `data_root`: that the data was local, but not where.
-LOCAL = "<local files>"
 
 
 def task_path(task: str) -> str:
@@ -62,47 +47,10 @@ def task_paths(tasks: Iterable[str]) -> dict[str, str]:
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file, and check that it holds the same bits.
-
-    Raises:
-        MPTError: it does not.
-    """
+    """Write a safetensors file."""
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     # safetensors' own save_file gives the file mode 0600, whatever the umask.
     file.write_bytes(save(plain, metadata={"format": "pt"}))
-    written = read_tensors(file)
-    same = written.keys() == plain.keys() and all(
-        value.dtype == plain[name].dtype
-        and value.shape == plain[name].shape
-        and torch.equal(value.view(torch.uint8), plain[name].view(torch.uint8))
-        for name, value in written.items()
-    )
-    if not same:
-        raise MPTError(f"{file} was not written as it should be. Check the disk.")
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Write plain values."""
-    file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def write_description(folder: Path, checkpoint: PromptCheckpoint, files: Iterable[str]) -> None:
-    """Write what `import_peft` needs beside the tensors, with a digest of each file that it will trust."""
-    values = {name: getattr(checkpoint, name) for name in FIELDS}
-    for name in ("hyper_parameters", "data"):
-        values[name] = {key: value for key, value in values[name].items() if key not in PRIVATE and _is_plain(value)}
-    if values["data"].get("data_root") is not None:
-        values["data"]["data_root"] = LOCAL
-    content = {"format": FORMAT, **values, "files": {name: digest(folder / name) for name in files}}
-    write_json(folder / DESCRIPTION, {**content, "sha256": content_digest(content)})
-
-
-def _is_plain(value: Any) -> bool:
-    try:
-        json.dumps(value)
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 def as_checkpoint(checkpoint: PromptCheckpoint | str | Path) -> PromptCheckpoint:

@@ -14,7 +14,7 @@ from mpt_lightning.backbones import Backbone
 from mpt_lightning.backbones.family import family_of
 from mpt_lightning.backbones.load import load_config
 from mpt_lightning.checkpoint import PromptCheckpoint
-from mpt_lightning.checkpoint.folder import DESCRIPTION, STATE
+from mpt_lightning.checkpoint.export import DESCRIPTION, STATE, write_description, write_json
 from mpt_lightning.checkpoint.peft import ADAPTER, TASKS
 from mpt_lightning.interop.examples import Layout
 from mpt_lightning.interop.folder import (
@@ -22,8 +22,6 @@ from mpt_lightning.interop.folder import (
     only,
     task_paths,
     trained_prompt,
-    write_description,
-    write_json,
     write_tensors,
 )
 from mpt_lightning.interop.hub import model_card

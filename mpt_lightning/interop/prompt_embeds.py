@@ -7,13 +7,12 @@ from mpt_lightning.backbones import Backbone
 from mpt_lightning.backbones.family import family_of
 from mpt_lightning.backbones.load import load_config
 from mpt_lightning.checkpoint import PromptCheckpoint
-from mpt_lightning.checkpoint.folder import digest
+from mpt_lightning.checkpoint.export import digest, write_json
 from mpt_lightning.interop.folder import (
     as_checkpoint,
     only,
     task_paths,
     trained_prompt,
-    write_json,
     write_tensors,
 )
 from mpt_lightning.interop.hub import CARD, model_card

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mpt_lightning import objectives
-from mpt_lightning.checkpoint.validation import trainable
+from mpt_lightning.checkpoint.state import trainable
 from mpt_lightning.data.vocabulary import check_choices
 from mpt_lightning.distributed import ranks
 from mpt_lightning.errors import MPTError

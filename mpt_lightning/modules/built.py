@@ -15,9 +15,16 @@ from lightning.pytorch.utilities import rank_zero_warn
 from mpt_lightning.backbones import Backbone, load_backbone
 from mpt_lightning.backbones.quantization import Quantization
 from mpt_lightning.checkpoint import KEY, PromptCheckpoint, read_checkpoint
-from mpt_lightning.checkpoint.format import close_finished_epoch, metadata, parse_checkpoint
+from mpt_lightning.checkpoint.format import metadata
 from mpt_lightning.checkpoint.io import CheckedCheckpointIO
-from mpt_lightning.checkpoint.validation import check_state, check_training_state, keep_trainable, trainable
+from mpt_lightning.checkpoint.read import parse_checkpoint
+from mpt_lightning.checkpoint.state import (
+    check_state,
+    check_training_state,
+    close_finished_epoch,
+    keep_trainable,
+    trainable,
+)
 from mpt_lightning.distributed.preemption import ReleaseOnException, SaveOnTermination
 from mpt_lightning.distributed.strategy import ShardedStrategy, check_strategy, share_random_numbers
 from mpt_lightning.errors import MPTError, find_error

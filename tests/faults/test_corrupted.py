@@ -1,8 +1,6 @@
 """Damaged and hostile checkpoints and exports: each is refused with a clear message, by all that read one."""
 
-import gzip
 import io
-import json
 import pickle
 import struct
 import zipfile
@@ -52,48 +50,43 @@ def from_end(low: int, high: int) -> Callable[[bytes, Random], int]:
     return lambda content, random: len(content) - random.randrange(low, high)
 
 
+def as_folder(content: bytes, random: Random) -> bytes:
+    """Set the one bit of the archive's directory at which torch leaves a tensor uninitialized."""
+    place = content.rindex(b"PK\x01\x02", 0, content.rindex(b"/data/0")) + 38
+    return content[:place] + bytes([content[place] | 0x10]) + content[place + 1 :]
+
+
 def byte_damages() -> Iterator[tuple[str, Damage]]:
-    for size in (0, 1, 2, 21, 100):
+    for size in (0, 1, 100):
         yield f"first {size} bytes", lambda c, r, size=size: c[:size]
-    for less in (1, 2, 22, 71, 93, 400):
+    for less in (1, 22, 400):
         yield f"last {less} bytes gone", lambda c, r, less=less: c[:-less]
-    for number in range(4):
-        yield f"cut at random {number}", lambda c, r: c[: r.randrange(1, len(c))]
+    yield "cut at random", lambda c, r: c[: r.randrange(1, len(c))]
     for number in range(12):
         yield f"bit at random {number}", flip(lambda c, r: r.randrange(len(c)))
-    for name in ("data.pkl", "data/0", "version", "byteorder"):
+    for name in ("data.pkl", "data/0", "version"):
         for part in ("header", "content", "checksum"):
             yield f"bit in {part} of {name.replace('/', ' ')}", flip(inside(name, part))
     yield "bit in padding", flip(inside("data/0", "padding"))
-    yield "bit in directory", flip(from_end(200, 400))
-    yield "bit in directory's end", flip(from_end(72, 93))
-    yield "bit in seal's mark", flip(from_end(65, 72))
-    yield "bit in seal's digest", flip(from_end(1, 65))
+    for number in range(6):
+        yield f"bit in directory {number}", flip(from_end(100, 1000))
+    for number in range(6):
+        yield f"bit in directory's end {number}", flip(from_end(1, 99))
+    yield "a tensor marked as a folder", as_folder
     yield "byte before", lambda c, r: b"\0" + c
     yield "byte after", lambda c, r: c + b"\0"
     yield "text after", lambda c, r: c + b"more than there was" * 9
     yield "twice", lambda c, r: c + c
-    for number in range(3):
-        yield f"byte lost {number}", lambda c, r: c[: (at := r.randrange(len(c)))] + c[at + 1 :]
-        yield f"byte more {number}", lambda c, r: c[: (at := r.randrange(len(c)))] + b"x" + c[at:]
-        yield (
-            f"block of zeros {number}",
-            lambda c, r: c[: (at := r.randrange(len(c) - 512))] + bytes(512) + c[at + 512 :],
-        )
+    yield "byte lost", lambda c, r: c[: (at := r.randrange(len(c)))] + c[at + 1 :]
+    yield "byte more", lambda c, r: c[: (at := r.randrange(len(c)))] + b"x" + c[at:]
+    yield "block of zeros", lambda c, r: c[: (at := r.randrange(len(c) - 512))] + bytes(512) + c[at + 512 :]
     yield "blocks swapped", lambda c, r: c[512:1024] + c[:512] + c[1024:]
-    yield "all zeros", lambda c, r: bytes(len(c))
     yield "random bytes", lambda c, r: r.randbytes(len(c))
-    yield "yaml", lambda c, r: b"trainer:\n  max_steps: 3\n"
-    yield "json", lambda c, r: json.dumps({KEY: {}}).encode()
     yield "text", lambda c, r: b"prompt\n" * 30
-    yield "png", lambda c, r: b"\x89PNG\r\n\x1a\n" + r.randbytes(200)
     yield "safetensors", lambda c, r: save({"prompt.prompt_embeddings": torch.zeros(2, 4, 32)})
-    yield "gzip", lambda c, r: gzip.compress(c)
     yield "another zip", lambda c, r: zipped({"readme.txt": b"text"})
-    yield "empty zip", lambda c, r: zipped({})
     yield "bare pickle", lambda c, r: pickle.dumps({KEY: {}})
     yield "a tensor", lambda c, r: saved(torch.zeros(3))
-    yield "a list", lambda c, r: saved([1, 2])
     yield "a state dict", lambda c, r: saved({"weight": torch.zeros(3)})
 
 
@@ -137,33 +130,36 @@ def same(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
-BYTES = list(byte_damages())
 BYTE_CASES = [
-    pytest.param(name, damage, stage, entry, sealed, id=f"{name}-{stage}-{entry}-{'sealed' if sealed else 'unsealed'}")
-    for number, (name, damage) in enumerate(BYTES)
-    for round_, sealed in enumerate((True, False))
-    for stage, entry in [(list(STAGES)[(number + round_) % 3], ENTRIES[(number * 3 + round_ * 4) % 8])]
+    pytest.param(name, damage, list(STAGES)[number % 3], ENTRIES[number % 8], id=name)
+    for number, (name, damage) in enumerate(byte_damages())
 ]
 
 
-@pytest.mark.parametrize(("name", "damage", "stage", "entry", "sealed"), BYTE_CASES)
+@pytest.mark.parametrize(("name", "damage", "stage", "entry"), BYTE_CASES)
 def test_changed_bytes(
-    name: str, damage: Damage, stage: str, entry: str, sealed: bool, world: World, tmp_path: Path, outcome: Outcome
+    name: str, damage: Damage, stage: str, entry: str, world: World, tmp_path: Path, outcome: Outcome
 ) -> None:
-    whole = world.checkpoints[stage].read_bytes() if sealed else saved(world.plain(stage))
+    whole = world.checkpoints[stage].read_bytes()
     path = tmp_path / "best.ckpt"
     path.write_bytes(damage(whole, Random(f"{name} {stage}")))
     assert path.read_bytes() != whole
     message = outcome(lambda: enter("read", path, stage, world))
     if message is None:
-        # Accepted only where the change is in no place that anybody reads.
+        # Accepted only if nothing that is read has changed.
         assert same(torch.load(path, weights_only=True), world.plain(stage))
-        assert not sealed
         return
     assert str(path) in message
     again = outcome(lambda: enter(entry, path, stage, world))
     assert again is not None
     assert str(path) in again
+
+
+def test_a_sealed_checkpoint_of_an_earlier_version_loads(world: World, tmp_path: Path) -> None:
+    """Earlier versions wrote a digest into the archive's comment."""
+    comment, path = b"sha256:" + b"0" * 64, tmp_path / "sealed.ckpt"
+    path.write_bytes(saved(world.plain("PromptTuning"))[:-2] + struct.pack("<H", len(comment)) + comment)
+    assert read_checkpoint(str(path)).tasks == ["one", "two"]
 
 
 def tensor(change: Callable[[torch.Tensor], Any], name: str = "prompt.prompt_embeddings") -> Callable[[Any], None]:
@@ -187,62 +183,17 @@ def nan_in_the_optimizer(content: Any) -> None:
     next(iter(content["optimizer_states"][0]["state"].values()))["exp_avg"].view(-1)[3] = float("nan")
 
 
-def terabytes(content: Any) -> None:
-    """A few bytes that stand for terabytes, as the description says."""
-    content[KEY]["prompt_config"]["length"] = HUGE
-    content["state_dict"]["prompt.prompt_embeddings"] = torch.zeros(1).expand(2, HUGE, 32)
-
-
-def no_state(content: Any) -> None:
-    content["callbacks"] = dict.fromkeys(content["callbacks"])
-
-
-def no_score(content: Any) -> None:
-    for state in content["callbacks"].values():
-        state.update({"best_k_models": {"best.ckpt": "high"}} if "monitor" in state else {})
-
-
-HUGE = 10**14
 CONFIG = (KEY, "prompt_config")
-WRONG: dict[str, dict[str, list[Any]]] = {
-    "PromptTuning": {
-        "stage": [None, 5, "", "../x", ["PromptTuning"]],
-        "backbone": [None, 5, "", ["x"]],
-        "fingerprint": [None, "", "xyz", 7],
-        "prompt_class": [None, "Nothing", [], "MultitaskPrompt", "EmptyPrompt"],
-        "prompt_config": [None, [], {}, "text", {1: 2}],
-        "cards": [None, [], {"one": None}, {"one": {"name": "one"}}, {"one": {"colour": "red"}}, {3: {}}],
-        "format": [None, "1", 2, [1]],
-    },
-    "config": {
-        "num_tasks": [0, -1, 3, HUGE, 2.5, "2", None],
-        "length": [0, -4, 5, HUGE, 10**30, "4", None, [4]],
-        "dim": [0, 31, HUGE, "32", None],
-        "tasks": [None, "ab", [], ["one"], ["one", "one"], [1, 2], {"one": 0, "two": 1}, [["one"], "two"]],
-        "more": [1],
-    },
-    "CPT config": {
-        "token_ids": [None, [], [1], ["a"] * 16, [-1] * 16, [1.5] * 16, "sixteen letters!", HUGE],
-        "token_types": [None, [], [1], [-5] * 16, ["a"] * 16, [4] * 16],
-        "epsilon": [0, -1.0, float("nan"), "x", [0.2]],
-        "trained": ["everything", None, 3],
-        "dim": [16, HUGE],
-    },
-}
 
 
 def content_damages() -> Iterator[tuple[str, str, str, Change]]:
-    """Give what is wrong, the stage, the entry that must refuse it, and the change."""
-    for field, values in WRONG["PromptTuning"].items():
-        yield f"no {field}", "PromptTuning", "read", drop(KEY, field)
-        for number, value in enumerate(values):
-            yield f"{field} {number}", "PromptTuning", "read", put(KEY, field, value=value)
-    for stage, kind in (("PromptTuning", "config"), ("CPT", "CPT config")):
-        for field, values in WRONG[kind].items():
-            if field != "more":
-                yield f"no {field}", stage, "read", drop(*CONFIG, field)
-            for number, value in enumerate(values):
-                yield f"{field} {number} of the prompt", stage, "read", put(*CONFIG, field, value=value)
+    """Yield what is wrong, the stage, the entry that must refuse it, and the change."""
+    for number, value in enumerate([None, "1", 2]):
+        yield f"format {number}", "PromptTuning", "read", put(KEY, "format", value=value)
+    for field, value in {"num_tasks": 3, "length": 5, "dim": 31}.items():
+        yield f"another {field}", "PromptTuning", "read", put(*CONFIG, field, value=value)
+    yield "an unknown prompt", "PromptTuning", "read", put(KEY, "prompt_class", value="Nothing")
+    yield "another prompt", "PromptTuning", "read", put(KEY, "prompt_class", value="MultitaskPrompt")
     yield "token beyond the vocabulary", "CPT", "predictor", put(*CONFIG, "token_ids", 3, value=9999)
     yield "another stage's class", "MPTSource", "load", put(KEY, "stage", value="PromptTuning")
     yield "a stage that is a module", "PromptTuning", "load", put(KEY, "stage", value="base")
@@ -255,16 +206,10 @@ def content_damages() -> Iterator[tuple[str, str, str, Change]]:
     yield "other tasks", "PromptTuning", "test", put(*CONFIG, "tasks", value=["three", "four"])
     for name in (KEY, "state_dict"):
         yield f"no {name}", "PromptTuning", "read", drop(name)
-        for value in (None, [], "text", 3):
-            yield f"{name} is {value!r}", "PromptTuning", "read", put(name, value=value)
     table = "prompt.prompt_embeddings"
     for what, change in {
-        "NaN": with_one(float("nan")), "inf": with_one(float("inf")), "-inf": with_one(float("-inf")),
-        "int64": lambda v: v.long(), "bool": lambda v: v > 0, "complex": lambda v: v.to(torch.complex64),
-        "flat": lambda v: v.flatten(), "transposed": lambda v: v.mT.contiguous(), "one row": lambda v: v[:1].clone(),
-        "empty": lambda v: v[:0].clone(), "a number": lambda v: v.sum(), "a list": lambda v: v.tolist(),
-        "none": lambda v: None, "sparse": lambda v: v.to_sparse(), "on no device": lambda v: v.to("meta"),
-        "repeated": lambda v: torch.zeros(1).expand(v.shape), "wider": lambda v: torch.cat([v, v], dim=-1),
+        "NaN": with_one(float("nan")), "inf": with_one(float("inf")), "flat": lambda v: v.flatten(),
+        "one row": lambda v: v[:1].clone(), "wider": lambda v: torch.cat([v, v], dim=-1),
     }.items():  # fmt: skip
         yield f"tensor {what}", "PromptTuning", "read", tensor(change)
     yield "NaN in a factor", "MPTSource", "source", tensor(with_one(float("nan")), "prompt.prefix_task_rows")
@@ -273,15 +218,9 @@ def content_damages() -> Iterator[tuple[str, str, str, Change]]:
     yield "tensor missing", "MPTSource", "export", drop("state_dict", "prompt.prefix_task_cols")
     yield "tensor too many", "PromptTuning", "load", put("state_dict", "prompt.more", value=torch.zeros(2))
     yield "foreign tensor", "PromptTuning", "load", put("state_dict", "backbone.more", value=torch.zeros(2))
-    yield "terabytes in a few bytes", "PromptTuning", "read", terabytes
     yield "NaN in the optimizer", "PromptTuning", "fit", nan_in_the_optimizer
     for name, value in {
-        "epoch": "x", "global_step": None, "pytorch-lightning_version": 5, "loops": [], "callbacks": 5,
-        "optimizer_states": {}, "lr_schedulers": 5, "hyper_parameters": None, "datamodule_hyper_parameters": [1],
-    }.items():  # fmt: skip
-        yield f"{name} is {value!r}", "PromptTuning", "read", put(name, value=value)
-    for name, value in {
-        "loops": {}, "optimizer_states": [{}], "lr_schedulers": [5], "pytorch-lightning_version": "two",
+        "loops": {}, "optimizer_states": [{}], "lr_schedulers": [5],
     }.items():  # fmt: skip
         yield f"{name} is {value!r}", "PromptTuning", "fit", put(name, value=value)
     for name in ("loops", "optimizer_states", "lr_schedulers"):
@@ -290,7 +229,6 @@ def content_damages() -> Iterator[tuple[str, str, str, Change]]:
     yield "no fit loop", "MPTSource", "fit", drop("loops", "fit_loop")
     yield "no progress", "PromptTuning", "fit", drop("loops", "fit_loop", "epoch_progress", "current")
     yield "progress as text", "PromptTuning", "fit", put("loops", "fit_loop", "epoch_progress", value="half")
-    yield "callbacks without a state", "PromptTuning", "fit", no_state
     for number, value in enumerate([[{}], [{"epoch": "x", "batches": 1, "rows": 4}], [5], [{"batches": -1}]]):
         where = ("loops", "fit_loop", "state_dict", "combined_loader")
         yield f"state of the loader {number}", "PromptTuning", "fit", put(*where, value=value)
@@ -300,14 +238,10 @@ def content_damages() -> Iterator[tuple[str, str, str, Change]]:
     }.items():  # fmt: skip
         entry = ("load", "test")[len(name) % 2]
         yield f"{name}={value!r} in the arguments", "PromptTuning", entry, put("hyper_parameters", name, value=value)
-    another = put("hyper_parameters", "_class_path", value="mpt_lightning.modules.CPT")
-    yield "arguments of another class", "PromptTuning", "test", another
     yield "an instantiator", "PromptTuning", "load", put("hyper_parameters", "_instantiator", value="os.system")
-    yield "numbers for names", "PromptTuning", "read", put("hyper_parameters", 5, value=5)
     for name, value in {"max_input_length": "x", "answer_prefix": 5}.items():
         change = put("datamodule_hyper_parameters", name, value=value)
         yield f"{name}={value!r} of the data", "PromptTuning", "predictor", change
-    yield "a score that is none", "PromptTuning", "read", no_score
 
 
 CONTENT_CASES = [

@@ -191,7 +191,7 @@ def comparison_damages() -> Iterator[tuple[str, Change]]:
         ],
         "arguments": [5, "x", [1], {"model.lr": "$"}],
         "prepare": [5, [1], {"k": {"recipe": "demo/target"}}, {"a": None}],
-        "metric": [5, [1], {}], "name": ["../x", "a/b", "x" * 300, ["x"], "nul"], "keep_checkpoints": ["perhaps", 7],
+        "metric": [5, [1], {}], "name": ["../x", "a/b", "x" * 300, ["x"]], "keep_checkpoints": ["perhaps", 7],
         "few_shot_arguments": [5, [1]], "colour": ["red"],
     }.items():  # fmt: skip
         for number, value in enumerate(values):

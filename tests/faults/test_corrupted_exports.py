@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import lightning.pytorch as L
 import pytest
@@ -13,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mpt_lightning import MPTSource, MPTTarget, Predictor, PromptTuning, export_peft, import_peft, load_backbone
-from mpt_lightning.checkpoint.folder import content_digest, digest
+from mpt_lightning.checkpoint.export import digest
 from mpt_lightning.cli.main import main
 from mpt_lightning.interop import export_prompt_embeds
 from tests.faults.conftest import Outcome, Sprung, World
-from tests.faults.damage import Change, Damage, drop, flip, put
+from tests.faults.damage import Change, Damage, flip, put
 from tests.modules.conftest import AnyData
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -118,8 +117,16 @@ FILES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("what", "damage"), list(byte_damages()), ids=[name for name, _ in byte_damages()])
-@pytest.mark.parametrize(("name", "file"), FILES)
+BYTE_CASES = [
+    pytest.param(name, file, what, damage, id=f"{what}-{name}-{file.replace('/', ' ')}")
+    for name, file in FILES
+    for what, damage in byte_damages()
+    # A description may be edited; what it describes is checked.
+    if file != OURS or what in ("gone", "empty", "half", "png")
+]
+
+
+@pytest.mark.parametrize(("name", "file", "what", "damage"), BYTE_CASES)
 def test_changed_bytes(
     name: str, file: str, what: str, damage: Damage | None, folders: dict[str, Path], world: World, tmp_path: Path,
     outcome: Outcome,
@@ -143,33 +150,18 @@ def test_changed_bytes(
 
 def description_damages() -> Iterator[tuple[str, Change]]:
     yield "a later format", put("format", value=2)
-    yield "another field", put("more", value=1)
-    for field, values in {
-        "stage": [None, 5], "backbone": [None, ["x"]], "fingerprint": [None, 5], "prompt_class": [5, [], "No"],
-        "prompt_config": [None, [], {}, {"num_tasks": HUGE, "length": 4, "dim": 32, "tasks": ["one"]}],
-        "cards": [None, [1], {"one": 5}, {"one": {"name": "../one"}}], "hyper_parameters": [None, [1]],
-        "data": [None, "text"], "metrics": [None, {"val/average": "high"}, [0.5]],
-        "files": [None, [], {}, {ADAPTER: None}, {"../task": "0"}, {"/etc/hostname": "0"}, {"a\0b": "0"}],
-    }.items():  # fmt: skip
-        yield f"no {field}", drop(field)
-        for number, value in enumerate(values):
-            yield f"{field} {number}", put(field, value=value)
-    for field, value in {"length": 5, "dim": "32", "num_tasks": 0, "tasks": "o"}.items():
-        yield f"{field} of the prompt", put("prompt_config", field, value=value)
+    yield "an unknown prompt", put("prompt_class", value="Nothing")
+    yield "another prompt", put("prompt_config", value={"num_tasks": 1, "length": 5, "dim": 32, "tasks": ["one"]})
+    yield "a missing file", put("files", "more.safetensors", value="0")
+    yield "another digest", put("files", ADAPTER, value="0")
 
 
 @pytest.mark.parametrize("change", [pytest.param(change, id=name) for name, change in description_damages()])
-def test_a_wrong_description_with_a_right_digest(
+def test_a_wrong_description(
     change: Change, folders: dict[str, Path], world: World, tmp_path: Path, outcome: Outcome
 ) -> None:
     shutil.copytree(folders["task"], folder := tmp_path / "task")
-
-    def sign(content: Any) -> None:
-        change(content)
-        content.pop("sha256")
-        content["sha256"] = content_digest(content)
-
-    change_json(folder / OURS, sign)
+    change_json(folder / OURS, change)
     refused(folder, 1, world, outcome)
 
 
@@ -187,7 +179,6 @@ def test_values_that_are_not_finite(
     if (folder / OURS).is_file():
         content = json.loads((folder / OURS).read_text())
         content["files"][file.name] = digest(file)
-        content["sha256"] = content_digest({name: value for name, value in content.items() if name != "sha256"})
         (folder / OURS).write_text(json.dumps(content))
     message = outcome(lambda: import_peft(folder))
     assert message is not None
@@ -196,23 +187,21 @@ def test_values_that_are_not_finite(
 
 
 def peft_damages() -> Iterator[tuple[str, str, Callable[[Path], object]]]:
-    for name, values in {
-        "peft_type": [None, 5, [], {}, "LORA", "P_TUNING"], "task_type": [5, [], "SEQ_CLS", "CAUSAL"],
-        "num_virtual_tokens": [None, "4", -1, True, HUGE, 4.0, [4]], "token_dim": ["x", 0, HUGE, [32]],
-        "num_transformer_submodules": ["x", 3, True, HUGE], "base_model_name_or_path": [5, ["x"], {}],
+    for folder, fields in {
+        "PEFT": {
+            "peft_type": [None, "LORA"], "task_type": ["SEQ_CLS"], "num_virtual_tokens": [None, "4", 0, 5],
+            "token_dim": [31], "num_transformer_submodules": [3],
+        },
+        "PEFT group": {"num_tasks": [3], "num_ranks": [3]},
+        "PEFT CPT": {
+            "cpt_token_ids": [None, IDS[1:], [9999] * 8], "cpt_tokens_type_mask": [None, TYPES[1:], [-7] * 8],
+            "opt_projection_epsilon": [-1], "base_model_name_or_path": [None, "/gone"],
+        },
     }.items():  # fmt: skip
-        for number, value in enumerate(values):
-            yield f"{name} {number}", "PEFT", lambda f, n=name, v=value: change_json(f / CONFIG, put(n, value=v))
-    for name, values in {"num_tasks": ["2", 0, HUGE], "num_ranks": ["1", 3, HUGE]}.items():
-        for number, value in enumerate(values):
-            yield f"{name} {number}", "PEFT group", lambda f, n=name, v=value: change_json(f / CONFIG, put(n, value=v))
-    for name, values in {
-        "cpt_token_ids": [None, "sixteen!", 5, {}, ["a"] * 8, [-1] * 8, [1.5] * 8, [9999] * 8, IDS[1:], [None] * 8],
-        "cpt_tokens_type_mask": [None, 5, ["a"] * 8, TYPES[1:], [-7] * 8], "opt_projection_epsilon": ["x", -1, []],
-        "base_model_name_or_path": [None, "/gone"],
-    }.items():  # fmt: skip
-        for number, value in enumerate(values):
-            yield f"{name} {number}", "PEFT CPT", lambda f, n=name, v=value: change_json(f / CONFIG, put(n, value=v))
+        for name, values in fields.items():
+            for value in values:
+                change = put(name, value=value)
+                yield f"{name} {value}", folder, lambda f, c=change: change_json(f / CONFIG, c)
     for name, content in {
         "list": b"[]", "text": b"peft", "empty": b"", "cut": b'{"peft_type": "PROM', "UTF-16": "{}".encode("utf-16"),
         "latin-1": b'{"peft_type": "\xff"}', "deep": b'{"a":' * 3000, "NaN": b'{"num_virtual_tokens": NaN}',
@@ -220,7 +209,6 @@ def peft_damages() -> Iterator[tuple[str, str, Callable[[Path], object]]]:
         yield f"config {name}", "PEFT", lambda f, c=content: (f / CONFIG).write_bytes(c)
     for name, content in {
         "list": b"[]", "text": b"one", "too few": b'{"one": 0}', "twice": b'{"one": 0, "two": 0}',
-        "texts": b'{"one": "0", "two": "1"}', "null": b'{"one": null, "two": 1}', "lists": b'{"one": [0], "two": [1]}',
     }.items():  # fmt: skip
         yield f"tasks {name}", "PEFT group", lambda f, c=content: (f / TASKS).write_bytes(c)
     for name, change in {
@@ -230,15 +218,12 @@ def peft_damages() -> Iterator[tuple[str, str, Callable[[Path], object]]]:
     }.items():  # fmt: skip
         yield f"tensors' {name}", "PEFT", lambda f, h=change: (f / ADAPTER).write_bytes(h((f / ADAPTER).read_bytes()))
     for name, change in {
-        "int64": lambda t: t.update(prompt_embeddings=t["prompt_embeddings"].long()),
         "another shape": lambda t: t.update(prompt_embeddings=t["prompt_embeddings"][:3]),
         "flat": lambda t: t.update(prompt_embeddings=t["prompt_embeddings"].flatten()),
         "another name": lambda t: t.update(prompts=t.pop("prompt_embeddings")),
         "one more": lambda t: t.update(more=torch.zeros(1)),
     }.items():
         yield f"tensors {name}", "PEFT", lambda f, h=change: change_tensors(f / ADAPTER, h)
-    for name, content in {"list": [1], "numbers": {"prompt_embeddings": 3}, "a tensor": torch.zeros(2)}.items():
-        yield f"bin {name}", "PEFT bin", lambda f, c=content: torch.save(c, f / PICKLED)
 
 
 PEFT_CASES = [

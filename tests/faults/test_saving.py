@@ -166,7 +166,7 @@ def test_a_full_disk_ends_the_run_with_one_message(fit: Any, tmp_path: Path) -> 
 
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        with pytest.raises(ValueError, match=r"cannot be written: File too large.*go on with --ckpt_path last"):
+        with pytest.raises(ValueError, match=r"cannot be written: File too large.*resume with --ckpt_path last"):
             fit(At("on_train_batch_start", 5, fill))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)

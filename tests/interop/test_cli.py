@@ -50,7 +50,7 @@ def test_export_from_the_command_line(
         (["no.ckpt", "dest"], "checkpoint no.ckpt: there is no such file"),
         (["CKPT", "source"], "source exists. Expected a path that does not exist"),
         (["CKPT", "dest", "--task", "three"], "Unknown task 'three'. This prompt has: glue/one, two"),
-        (["source", "dest"], "source is no PEFT folder: it has no adapter_config.json"),
+        (["source", "dest"], "source is not a PEFT folder: it has no adapter_config.json"),
         (["CKPT", "dest", "--push", "a/b/c"], "dest was not pushed to 'a/b/c'"),
     ],
 )

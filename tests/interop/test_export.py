@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from mpt_lightning import export_peft, import_peft
 from mpt_lightning.backbones import Backbone
 from mpt_lightning.checkpoint import PromptCheckpoint, read_checkpoint
-from mpt_lightning.checkpoint.folder import content_digest
 from mpt_lightning.checkpoint.io import CheckedCheckpointIO
 from mpt_lightning.interop import export_prompt_embeds
 from tests.conftest import KINDS
@@ -180,17 +179,6 @@ def test_nothing_is_left_of_an_export_that_fails(
     assert (kept / "adapter_model.safetensors").read_bytes() == before
 
 
-def test_a_file_that_is_written_wrongly_is_told(
-    checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        "mpt_lightning.checkpoint.folder.load_file", lambda _: {"prompt_embeddings": torch.zeros(5, 32)}
-    )
-    with pytest.raises(ValueError, match="was not written as it should be"):
-        export_peft(checkpoint("t5", "PromptTuning"), tmp_path / "export", "two")
-    assert not (tmp_path / "export").exists()
-
-
 def test_mistakes_get_one_message(checkpoint: Make, backbones: Give, tmp_path: Path) -> None:
     source = checkpoint("llama", "MPTSource")
     (tmp_path / "other.txt").write_text("text")
@@ -198,7 +186,7 @@ def test_mistakes_get_one_message(checkpoint: Make, backbones: Give, tmp_path: P
         ((source, tmp_path / "e", "three"), {}, "Unknown task 'three'. This prompt has: glue/one, two"),
         ((tmp_path / "no.ckpt", tmp_path / "e"), {}, "no.ckpt: there is no such file"),
         ((tmp_path / "other.txt", tmp_path / "e"), {}, "other.txt cannot be read"),
-        ((tmp_path, tmp_path / "e"), {}, "is no PEFT folder: it has no adapter_config.json"),
+        ((tmp_path, tmp_path / "e"), {}, "is not a PEFT folder: it has no adapter_config.json"),
         ((source, tmp_path / "e"), {"backbone": backbones("gpt2")}, "was trained on the backbone"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -220,32 +208,21 @@ def add_one(folder: Path) -> None:
     save_file({name: value + 1 for name, value in tensors.items()}, folder / "adapter_model.safetensors")
 
 
-def edit(folder: Path, old: str, new: str) -> None:
-    file = folder / "mpt_lightning.json"
-    assert old in file.read_text()
-    file.write_text(file.read_text().replace(old, new))
-
-
 SMALLER = {"num_tasks": 1, "length": 9, "dim": 32, "rank": 3, "tasks": ["a"]}
-OTHER = "is damaged. The checkpoint's tensors do not fit this model"
+OTHER = "does not fit this model. Its tensors differ"
 OWN = {
     "later": (lambda f: describe(f, format=2), "has the export format 2; this version reads 1"),
     "damaged": (lambda f: (f / "mpt_lightning.json").write_text("{}"), "has the export format None"),
-    "field": (lambda f: describe(f, more=1), "is damaged: it has the fields"),
     "changed": (add_one, "was changed after the export"),
     "gone": (lambda f: (f / "adapter_model.safetensors").unlink(), "is missing or was changed"),
-    "other arguments": (lambda f: describe(f, prompt_config={"size": 1}), "is damaged"),
-    "no files": (lambda f: describe(f, files=[]), "is damaged: it has the fields"),
     "other shape": (lambda f: describe(f, prompt_config=SMALLER), OTHER),
-    "edited": (lambda f: edit(f, '"rank": 3', '"rank": 1'), "was changed after the export: its own digest"),
 }
 
 
 def describe(folder: Path, **values: object) -> None:
     file = folder / "mpt_lightning.json"
     content = json.loads(file.read_text()) | values
-    del content["sha256"]
-    file.write_text(json.dumps(content | {"sha256": content_digest(content)}))
+    file.write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize("case", OWN)

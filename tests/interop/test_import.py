@@ -122,10 +122,10 @@ def test_the_encoders_half_is_taken(kind: str, backbones: Give, tmp_path: Path) 
 def test_a_map_beside_it_names_the_tasks(backbones: Give, tmp_path: Path) -> None:
     save_with_peft(backbones("t5"), "MULTITASK_PROMPT_TUNING", tmp_path)
     for content, message in [
-        ({"b": 1, "a": 0}, "must give each of 3 tasks its number"),
-        ({"b": 1, "a": 0, "c": 3}, "must give each of 3 tasks its number"),
-        ({"b": 1, "a": 0, "c": "2"}, "must give each of 3 tasks its number"),
-        (["a", "b", "c"], "expected a JSON object"),
+        ({"b": 1, "a": 0}, "must map each of 3 tasks to its number"),
+        ({"b": 1, "a": 0, "c": 3}, "must map each of 3 tasks to its number"),
+        ({"b": 1, "a": 0, "c": "x"}, "must map each of 3 tasks to its number"),
+        (["a", "b", "c"], "cannot be read as a JSON object: it is a list"),
     ]:
         (tmp_path / "tasks.json").write_text(json.dumps(content))
         with pytest.raises(ValueError, match=message):
@@ -225,29 +225,32 @@ def tensors(folder: Path, change: Callable[[dict], object]) -> None:
 
 
 BAD = {
-    "no config": (lambda f: (f / "adapter_config.json").unlink(), "is no PEFT folder: it has no adapter_config.json"),
-    "broken config": (lambda f: (f / "adapter_config.json").write_text("{"), "cannot be read as JSON"),
+    "no config": (
+        lambda f: (f / "adapter_config.json").unlink(),
+        "is not a PEFT folder: it has no adapter_config.json",
+    ),
+    "broken config": (lambda f: (f / "adapter_config.json").write_text("{"), "cannot be read as a JSON object"),
     "another type": (
         lambda f: edit(f, peft_type="P_TUNING"),
-        "holds the PEFT type 'P_TUNING'; a prompt can be made of",
+        "has the peft_type 'P_TUNING'. Expected PROMPT_TUNING or",
     ),
-    "no type": (lambda f: edit(f, peft_type=None), "holds the PEFT type None"),
+    "no type": (lambda f: edit(f, peft_type=None), "has the peft_type None"),
     "another task": (lambda f: edit(f, task_type="SEQ_CLS"), "has the task_type 'SEQ_CLS'"),
-    "no length": (lambda f: edit(f, num_virtual_tokens=None), "has num_virtual_tokens=None; expected a number"),
+    "no length": (lambda f: edit(f, num_virtual_tokens=None), "has no number as num_virtual_tokens"),
     "another length": (lambda f: edit(f, num_virtual_tokens=7), r"got .*\[4, 32\].*; expected .*\[7, 32\]"),
-    "three parts": (lambda f: edit(f, num_transformer_submodules=3), "num_transformer_submodules=3; expected 1, or 2"),
-    "other tasks": (lambda f: edit(f, num_tasks=9), r"expected prefix_task_cols \[9, 4, 2\]"),
-    "no tensors": (lambda f: (f / "adapter_model.safetensors").unlink(), "has no tensors: expected adapter_model"),
+    "three parts": (lambda f: edit(f, num_transformer_submodules=3), r"got .*\[4, 32\].*; expected .*\[12, 32\]"),
+    "other tasks": (lambda f: edit(f, num_tasks=9), r"expected .*'prefix_task_cols': \[9, 4, 2\]"),
+    "no tensors": (lambda f: (f / "adapter_model.safetensors").unlink(), "has no tensors. Expected adapter_model"),
     "cut off": (
         lambda f: (f / "adapter_model.safetensors").write_bytes(b"\0" * 9),
         "adapter_model.safetensors cannot be",
     ),
     "missing": (
         lambda f: tensors(f, lambda t: t.pop("prefix_task_cols")),
-        "does not hold what its adapter_config.json",
+        "does not contain what its adapter_config.json",
     ),
-    "missing table": (lambda f: tensors(f, lambda t: t.pop("prompt_embeddings")), "got prefix_task_cols .*; expected"),
-    "extra": (lambda f: tensors(f, lambda t: t.update(head=torch.ones(2))), r"got head \[2\], prefix"),
+    "missing table": (lambda f: tensors(f, lambda t: t.pop("prompt_embeddings")), "got {'prefix_task_cols.*; expected"),
+    "extra": (lambda f: tensors(f, lambda t: t.update(head=torch.ones(2))), r"got {'head': \[2\], 'prefix"),
 }
 
 
@@ -262,9 +265,7 @@ def test_what_is_wrong_with_a_folder_is_told(case: str, backbones: Give, tmp_pat
 
 def test_what_is_wrong_with_other_folders_is_told(backbones: Give, tmp_path: Path) -> None:
     save_with_peft(backbones("llama"), "LORA", tmp_path / "lora")
-    with pytest.raises(
-        ValueError, match="holds the PEFT type 'LORA'; a prompt can be made of PROMPT_TUNING, MULTITASK"
-    ):
+    with pytest.raises(ValueError, match=r"has the peft_type 'LORA'\. Expected PROMPT_TUNING or MULTITASK"):
         import_peft(tmp_path / "lora")
     with pytest.raises(ValueError, match="there is no such folder"):
         import_peft(tmp_path / "nothing")
@@ -273,7 +274,7 @@ def test_what_is_wrong_with_other_folders_is_told(backbones: Give, tmp_path: Pat
     with pytest.raises(ValueError, match="has 15 cpt_token_ids; expected 16"):
         import_peft(tmp_path / "cpt")
     edit(tmp_path / "cpt", cpt_token_ids=IDS, base_model_name_or_path=None)
-    with pytest.raises(ValueError, match="does not name its backbone"):
+    with pytest.raises(ValueError, match="needs its backbone ''"):
         import_peft(tmp_path / "cpt")
     edit(tmp_path / "cpt", base_model_name_or_path="/gone")
     with pytest.raises(ValueError, match="looks like a folder, and there is none"):
@@ -290,11 +291,7 @@ def test_code_in_a_folder_is_not_run(backbones: Give, tmp_path: Path) -> None:
             return (open, (str(tmp_path / "sprung"), "w"))
 
     save_with_peft(backbones("llama"), "PROMPT_TUNING", tmp_path / "bin", safe=False)
-    for content, message in [
-        ({"prompt_embeddings": Trap()}, "cannot be read"),
-        ({"a": 3}, "something else than tensors"),
-    ]:
-        torch.save(content, tmp_path / "bin/adapter_model.bin")
-        with pytest.raises(ValueError, match=message):
-            import_peft(tmp_path / "bin")
+    torch.save({"prompt_embeddings": Trap()}, tmp_path / "bin/adapter_model.bin")
+    with pytest.raises(ValueError, match="cannot be read"):
+        import_peft(tmp_path / "bin")
     assert not (tmp_path / "sprung").exists()

@@ -101,9 +101,8 @@ def test_a_cut_off_file_is_told(keep: float, chain: dict[str, str], tmp_path: Pa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.pop(KEY), "is no checkpoint of mpt_lightning"),
+        (lambda c: c.pop(KEY), "is not a checkpoint of mpt_lightning"),
         (lambda c: c[KEY].update(format=99), "has the checkpoint format 99; this version reads 1"),
-        (lambda c: c[KEY].pop("fingerprint"), "is damaged: its description has the fields"),
         (lambda c: c["state_dict"].pop("prompt.prefix_task_cols"), "missing: prompt.prefix_task_cols"),
         (lambda c: c["state_dict"].update(other=torch.ones(1)), "not expected: other"),
         (
@@ -111,7 +110,7 @@ def test_a_cut_off_file_is_told(keep: float, chain: dict[str, str], tmp_path: Pa
             r"prompt.prompt_embeddings: \[5, 32\] instead of \[4, 32\]",
         ),
     ],
-    ids=["foreign", "later format", "damaged", "missing tensor", "extra tensor", "other shape"],
+    ids=["foreign", "later format", "missing tensor", "extra tensor", "other shape"],
 )
 def test_a_wrong_content_is_told(
     change: Callable[[dict], None], message: str, chain: dict[str, str], tmp_path: Path
@@ -126,7 +125,7 @@ def test_a_checkpoint_with_code_in_it_is_not_run(tmp_path: Path) -> None:
             return (open, (str(tmp_path / "sprung"), "w"))
 
     torch.save({KEY: {}, "state_dict": {}, "trap": Trap()}, tmp_path / "trap.ckpt")
-    with pytest.raises(ValueError, match="holds more than tensors and plain values"):
+    with pytest.raises(ValueError, match="contains more than tensors and plain values"):
         read_checkpoint(str(tmp_path / "trap.ckpt"))
     assert not (tmp_path / "sprung").exists()
 
