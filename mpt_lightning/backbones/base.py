@@ -1,8 +1,9 @@
 """The interface between prompts and a frozen language model, and what both kinds of model share."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +13,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mpt_lightning.backbones.compilation import compile_parts
-from mpt_lightning.backbones.family import Family
 from mpt_lightning.backbones.fingerprint import fingerprint
 from mpt_lightning.backbones.outputs import BackboneOutput, EncodedPrompts, Prompts
-from mpt_lightning.backbones.tokenizer import load_tokenizer
+from mpt_lightning.backbones.pretrained import load_tokenizer
 from mpt_lightning.errors import MPTError
 from mpt_lightning.prompts import PromptOutput
 
+Family = Literal["seq2seq", "causal"]
+# A faster way to bring prompts to rows than copying their keys and values for every row.
+Way = Literal["packed", "shared"]
+
+# The label of padding, Hugging Face's and torch's convention.
 IGNORE = -100
-"""The label of padding, Hugging Face's and torch's convention."""
 
 
 class Backbone(nn.Module, ABC):
@@ -42,6 +46,8 @@ class Backbone(nn.Module, ABC):
     """
 
     family: ClassVar[Family]
+    # The class of transformers that loads such models.
+    auto_model: ClassVar[Any]
 
     def __init__(
         self,
@@ -56,6 +62,8 @@ class Backbone(nn.Module, ABC):
         self.name = name
         self.dropout = dropout
         self.gradient_checkpointing = gradient_checkpointing
+        # The faster ways that give the model's own results; `check_backbone` removes the others.
+        self.ways: set[Way] = set()
         # Whether each rank holds a part of the model only (see `sharding`): then all ranks must make the same passes.
         self.sharded = False
         # What the model multiplies the embeddings of ids by, but not embeddings that it is given (Marian, Pegasus).
@@ -71,6 +79,28 @@ class Backbone(nn.Module, ABC):
         if compiled:
             compile_parts(model, name)
         self.train(self.training)
+
+    @classmethod
+    @abstractmethod
+    def takes(cls, config: Any) -> bool:
+        """Return whether a model of this configuration belongs to the family.
+
+        Raises:
+            MPTError: If it does, and is known to give wrong results.
+        """
+
+    @abstractmethod
+    def bare_logits(self, inputs: Callable[[Tensor], dict[str, Tensor]], text: Tensor, answer: Tensor) -> Tensor:
+        """Run the bare model on one row without padding; `probe` compares this with `forward`.
+
+        Args:
+            inputs: Turns token ids into the model's arguments: ids or embeddings.
+            text: [1, L] token ids.
+            answer: [1, M] token ids.
+
+        Returns:
+            The answer's logits `[1, M, V]`.
+        """
 
     @property
     def dim(self) -> int:

@@ -1,6 +1,7 @@
 """Bottleneck adapters (Houlsby et al., 2019): small networks after the sublayers of a model."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -11,31 +12,41 @@ from mpt_lightning.errors import MPTError
 
 Places = Literal["houlsby", "pfeiffer"]
 
-# The last projection of a sublayer, by the names of the layers in it: T5; GPT-2; Llama and its kin; BLOOM, GPT-NeoX.
-ATTENTION = {
-    ("q", "k", "v", "o"): "o",
-    ("c_attn", "c_proj"): "c_proj",
-    ("q_proj", "k_proj", "v_proj", "o_proj"): "o_proj",
-    ("query_key_value", "dense"): "dense",
-}
-FEED_FORWARD = {
-    ("wi", "wo"): "wo",
-    ("wi_0", "wi_1", "wo"): "wo",
-    ("c_fc", "c_proj"): "c_proj",
-    ("gate_proj", "up_proj", "down_proj"): "down_proj",
-    ("dense_h_to_4h", "dense_4h_to_h"): "dense_4h_to_h",
-}
+
+@dataclass(frozen=True)
+class Architecture:
+    """The names of the linear layers in the sublayers of a model; an adapter comes after the last one.
+
+    Attributes:
+        name: Of the model, for messages.
+        attention: Of the layers in an attention module.
+        feed_forward: Of the layers in a feed-forward network.
+    """
+
+    name: str
+    attention: tuple[str, ...]
+    feed_forward: tuple[str, ...]
+
+
+ARCHITECTURES = (
+    Architecture("T5", ("q", "k", "v", "o"), ("wi", "wo")),
+    Architecture("T5 1.1", ("q", "k", "v", "o"), ("wi_0", "wi_1", "wo")),
+    Architecture("GPT-2", ("c_attn", "c_proj"), ("c_fc", "c_proj")),
+    Architecture("Llama", ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")),
+    Architecture("BLOOM", ("query_key_value", "dense"), ("dense_h_to_4h", "dense_4h_to_h")),
+    Architecture("GPT-NeoX", ("query_key_value", "dense"), ("dense_h_to_4h", "dense_4h_to_h")),
+)
 
 
 class Bottleneck(nn.Module):
     """An adapter: down to a few features, a nonlinearity, and up again, added to its input.
 
-    It begins as the identity, since the way up begins at zero. It computes in its own precision.
+    It starts as the identity, since the up-projection starts at zero. It computes in its own precision.
 
     Args:
         dim: H.
-        size: features in between.
-        dropout: of these features, in training.
+        size: Features in between.
+        dropout: Of these features, in training.
     """
 
     def __init__(self, dim: int, size: int, dropout: float = 0.0) -> None:
@@ -47,7 +58,7 @@ class Bottleneck(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Give `[..., H]` for `[..., H]`."""
+        """Return adapted hidden states `[..., H]`."""
         change = self.up(self.dropout(torch.relu(self.down(hidden.to(self.down.weight.dtype)))))
         return hidden + change.to(hidden.dtype)
 
@@ -57,48 +68,45 @@ def _adapted(module: nn.Module, _: Any, output: Tensor) -> Tensor:
     return adapter(output)
 
 
-def _projections(model: nn.Module, sublayers: dict[tuple[str, ...], str]) -> Iterator[nn.Module]:
+def _projections(model: nn.Module, sublayers: list[tuple[str, ...]]) -> Iterator[nn.Module]:
     for module in model.modules():
         children = dict(module.named_children())
-        for names, last in sublayers.items():
-            if children.keys() >= set(names):
-                yield children[last]
-                break
+        if names := next((names for names in sublayers if children.keys() >= set(names)), None):
+            yield children[names[-1]]
 
 
 def add_adapters(backbone: Backbone, size: int, places: Places = "houlsby", dropout: float = 0.0) -> list[Bottleneck]:
-    """Put an adapter after sublayers of each layer of a model, before what they give is added to the residual.
+    """Put an adapter after sublayers of each layer of a model, before their output is added to the residual.
 
     Args:
-        backbone: its model is changed.
-        size: features of the bottleneck.
+        backbone: Its model is changed.
+        size: Features of the bottleneck.
         places: "houlsby" after attention (a decoder's cross-attention too) and feed-forward, "pfeiffer" after
             feed-forward only.
-        dropout: of the bottleneck.
+        dropout: Of the bottleneck.
 
     Returns:
         The adapters, trainable, in fp32.
 
     Raises:
-        MPTError: the model's layers are of no known kind.
+        MPTError: If the names of the model's layers are unknown.
     """
-    found = {kind: list(_projections(backbone.model, known)) for kind, known in _KINDS.items()}
+    found = {
+        "attention": list(_projections(backbone.model, [row.attention for row in ARCHITECTURES])),
+        "feed-forward": list(_projections(backbone.model, [row.feed_forward for row in ARCHITECTURES])),
+    }
     if unknown := [kind for kind, projections in found.items() if not projections]:
         raise MPTError(
-            f"{type(backbone.model).__name__} ({backbone.name}) has no {' and no '.join(unknown)} sublayer of a known "
-            "kind. Adapters know the layers of T5, GPT-2, Llama (and models with its layers), BLOOM and GPT-NeoX; "
-            "use one of these as --model.backbone, or PEFTModule."
+            f"{type(backbone.model).__name__} ({backbone.name}) has no known {' or '.join(unknown)} layers. "
+            f"Use a model with the layers of {', '.join(row.name for row in ARCHITECTURES)}, or PEFTModule."
         )
     chosen = found["feed-forward"] if places == "pfeiffer" else [*found["attention"], *found["feed-forward"]]
     adapters = []
     for projection in chosen:
         width: Any = getattr(projection, "out_features", None) or projection.nf  # GPT-2's Conv1D has `nf`
         adapter = Bottleneck(width, size, dropout)
-        # A hook leaves the projection what it is: models look at its weight.
+        # A hook keeps the projection's class and weight, which some models read.
         projection.adapter = adapter
         projection.register_forward_hook(_adapted)
         adapters.append(adapter)
     return adapters
-
-
-_KINDS = {"attention": ATTENTION, "feed-forward": FEED_FORWARD}

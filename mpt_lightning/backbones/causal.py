@@ -6,14 +6,16 @@ as one packed sequence where the model allows it (`packed`), otherwise the promp
 """
 
 import inspect
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from mpt_lightning.backbones.attention import NAME
 from mpt_lightning.backbones.base import IGNORE, Backbone, align, log_likelihood
@@ -26,23 +28,20 @@ from mpt_lightning.backbones.sharding import tie
 from mpt_lightning.errors import MPTError
 from mpt_lightning.prompts import PromptOutput
 
-Way = Literal["packed", "shared"]
-"""A faster way to bring prompts to rows than copying their keys and values for every row."""
-
 
 class CausalBackbone(Backbone):
     """A frozen decoder-only model; see `Backbone` for the arguments.
 
     Attributes:
-        ways: those that give the model's own results; `check_backbone` takes away the others. "packed" runs prompts and
-            rows in one pass where gradients are wanted; "shared" lets rows of one prompt read its keys and values
-            without copies where they are not.
+        ways: With "packed", prompts and rows run in one pass if gradients are needed; with "shared", rows of one prompt
+            read its keys and values without copies if gradients are not needed.
 
     Raises:
-        MPTError: the model has layers other than attention, whose state a prefix cannot be split off from.
+        MPTError: If the model has layers other than attention, whose state cannot be split at a prefix.
     """
 
     family = "causal"
+    auto_model = AutoModelForCausalLM
 
     def __init__(self, model: PreTrainedModel, name: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, name, *args, **kwargs)
@@ -60,7 +59,7 @@ class CausalBackbone(Backbone):
         # weights would have to be kept.
         takes_ours = config._attn_implementation == "sdpa" and model._supports_attention_backend
         ours = takes_ours and not attention_windows(config)
-        self.ways: set[Way] = {"packed", "shared"} if ours else set()
+        self.ways = {"packed", "shared"} if ours else set()
         if ours:
             model.set_attn_implementation(NAME)
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
@@ -68,6 +67,19 @@ class CausalBackbone(Backbone):
             if isinstance(layer, GradientCheckpointingLayer):
                 # Our caches are read-only, so that recomputing a layer with them is safe.
                 layer._can_checkpoint_with_cache = True
+
+    @classmethod
+    def takes(cls, config: Any) -> bool:
+        """Return whether the model is decoder-only; encoders with a causal head in transformers are not."""
+        kind = config.model_type
+        encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+        return not config.is_encoder_decoder and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not encoder
+
+    def bare_logits(self, inputs: Callable[[Tensor], dict[str, Tensor]], text: Tensor, answer: Tensor) -> Tensor:
+        """Return the bare model's logits of an answer; see `Backbone.bare_logits`."""
+        whole = torch.cat([text, answer], dim=1)
+        logits: Tensor = self.model(**inputs(whole), use_cache=False).logits
+        return logits[:, -answer.shape[1] - 1 : -1]
 
     @property
     def max_positions(self) -> int | None:

@@ -12,8 +12,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from mpt_lightning.backbones.base import Backbone
-from mpt_lightning.backbones.causal import CausalBackbone, Way
+from mpt_lightning.backbones.base import Backbone, Way
 from mpt_lightning.backbones.miniature import miniature
 from mpt_lightning.errors import MPTError
 from mpt_lightning.io import one_line
@@ -48,8 +47,7 @@ def check_backbone(backbone: Backbone) -> None:
         except Exception as failure:  # sizes of a configuration that depend on each other in an unknown way
             logger.info("%s is checked with all its weights: %s", backbone.name, one_line(failure))
         else:
-            if isinstance(backbone, CausalBackbone) and isinstance(small, CausalBackbone):
-                backbone.ways &= small.ways
+            backbone.ways &= small.ways
             return
     training = backbone.training
     _choose_ways(backbone.eval())
@@ -57,16 +55,14 @@ def check_backbone(backbone: Backbone) -> None:
 
 
 def _choose_ways(backbone: Backbone) -> None:
-    """Take away the faster ways that are wrong; raise if the plain one is."""
-    probe, checked = _Probe(backbone), False
-    if isinstance(backbone, CausalBackbone):
-        for way in sorted(backbone.ways):
-            if problem := probe.problem(way):
-                backbone.ways.discard(way)
-                logger.info("%s: prompts are copied, not %s: %s", backbone.name, way, problem)
-        # A shared prefix is a cached one without its copies: where it is right, so are they.
-        checked = "shared" in backbone.ways
-    if not checked and (problem := probe.problem()):
+    """Remove the faster ways that give wrong results; raise if the plain one does."""
+    probe = _Probe(backbone)
+    for way in sorted(backbone.ways):
+        if problem := probe.problem(way):
+            backbone.ways.discard(way)
+            logger.info("%s: prompts are copied, not %s: %s", backbone.name, way, problem)
+    # A shared prefix is a cached one without its copies: if it is right, so are the copies.
+    if "shared" not in backbone.ways and (problem := probe.problem()):
         raise MPTError(probe.refusal(problem))
 
 
@@ -131,16 +127,9 @@ class _Probe:
 
     def _bare(self, inputs: Callable[[Tensor], dict[str, Tensor]]) -> Tensor:
         """Run the model itself on each row alone, without padding; logits `[2, ANSWER, V]` of the answers."""
-        model, logits = self.backbone.model, []
-        for row, size in enumerate(TEXTS):
-            before, answer = torch.cat([self.prompt, self.ids[row, :size]])[None], self.answers[row : row + 1]
-            if self.backbone.family == "seq2seq":
-                decoded = model.prepare_decoder_input_ids_from_labels(answer)
-                found = model(**inputs(before), decoder_input_ids=decoded, use_cache=False).logits
-            else:
-                found = model(**inputs(torch.cat([before, answer], dim=1)), use_cache=False).logits[:, :-1]
-            logits.append(found[:, -ANSWER:])
-        return torch.cat(logits)
+        texts = [torch.cat([self.prompt, self.ids[row, :size]])[None] for row, size in enumerate(TEXTS)]
+        answers = self.answers.split(1)
+        return torch.cat([self.backbone.bare_logits(inputs, *row) for row in zip(texts, answers, strict=True)])
 
     def _error(self, logits: Tensor, expected: Tensor) -> float:
         """Return the root mean square of the difference, in standard deviations of the expected logits."""

@@ -1,11 +1,13 @@
 """Encoder-decoders (T5, BART, ...): the prompt goes before the encoder's input."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 from mpt_lightning.backbones.base import IGNORE, Backbone, align, log_likelihood
 from mpt_lightning.backbones.outputs import BackboneOutput, EncodedPrompts, Prompts, Segment
@@ -21,6 +23,7 @@ class Seq2SeqBackbone(Backbone):
     """
 
     family = "seq2seq"
+    auto_model = AutoModelForSeq2SeqLM
 
     def __init__(self, model: PreTrainedModel, name: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, name, *args, **kwargs)
@@ -32,6 +35,26 @@ class Seq2SeqBackbone(Backbone):
             )
         if model.config.model_type != "fsmt":  # scales whatever it is given
             self.input_scale = float(getattr(model.get_encoder(), "embed_scale", 1.0))
+
+    @classmethod
+    def takes(cls, config: Any) -> bool:
+        """Return whether the model is an encoder-decoder.
+
+        Raises:
+            MPTError: If it is a ProphetNet.
+        """
+        if config.model_type == "prophetnet":
+            raise MPTError(
+                "ProphetNet models cannot be backbones: in transformers itself their results depend on the padding of "
+                "the batch. Use a T5 or BART model."
+            )
+        return config.is_encoder_decoder and config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+
+    def bare_logits(self, inputs: Callable[[Tensor], dict[str, Tensor]], text: Tensor, answer: Tensor) -> Tensor:
+        """Return the bare model's logits of an answer; see `Backbone.bare_logits`."""
+        read = self.model.prepare_decoder_input_ids_from_labels(answer)
+        logits: Tensor = self.model(**inputs(text), decoder_input_ids=read, use_cache=False).logits
+        return logits
 
     def _encode(
         self, prompts: Prompts, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, hidden_states: bool = False

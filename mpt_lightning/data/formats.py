@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from tokenizers import models
 from transformers import PreTrainedTokenizerBase
 
-from mpt_lightning.backbones.family import Family
+from mpt_lightning.backbones.base import Family
 from mpt_lightning.data.template import count_slots, with_slots
 
 # Most answers that are cached, which bounds the memory of a task with free text.

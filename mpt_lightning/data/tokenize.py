@@ -12,9 +12,9 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from mpt_lightning.arguments import PositiveInt, check_arguments
-from mpt_lightning.backbones.family import Family, family_of
-from mpt_lightning.backbones.load import load_config
-from mpt_lightning.backbones.tokenizer import load_tokenizer
+from mpt_lightning.backbones.base import Family
+from mpt_lightning.backbones.load import family_of
+from mpt_lightning.backbones.pretrained import load_config, load_tokenizer
 from mpt_lightning.data.card import TaskCard
 from mpt_lightning.data.examples import Example
 from mpt_lightning.data.formats import FORMATS, EncodedInput, Format

@@ -7,7 +7,7 @@ from datasets.arrow_dataset import Dataset
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
-from mpt_lightning.backbones.family import Family
+from mpt_lightning.backbones.base import Family
 from mpt_lightning.data.card import TaskCard
 from mpt_lightning.data.formats import FORMATS
 from mpt_lightning.data.rows import Split

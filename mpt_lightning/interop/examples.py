@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from mpt_lightning.backbones.family import Family
+from mpt_lightning.backbones.base import Family
 from mpt_lightning.checkpoint import PromptCheckpoint
 from mpt_lightning.resources import EMBEDDED
 

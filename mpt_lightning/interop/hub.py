@@ -7,8 +7,9 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCardData
 
-from mpt_lightning.backbones.family import Family, family_of
-from mpt_lightning.backbones.load import load_config
+from mpt_lightning.backbones.base import Family
+from mpt_lightning.backbones.load import family_of
+from mpt_lightning.backbones.pretrained import load_config
 from mpt_lightning.checkpoint import PromptCheckpoint
 from mpt_lightning.errors import MPTError
 from mpt_lightning.interop.examples import Layout, loading_code

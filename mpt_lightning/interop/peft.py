@@ -11,8 +11,8 @@ from peft import MultitaskPromptTuningConfig, PromptTuningConfig, TaskType
 from torch import Tensor
 
 from mpt_lightning.backbones import Backbone
-from mpt_lightning.backbones.family import family_of
-from mpt_lightning.backbones.load import load_config
+from mpt_lightning.backbones.load import family_of
+from mpt_lightning.backbones.pretrained import load_config
 from mpt_lightning.checkpoint import PromptCheckpoint
 from mpt_lightning.checkpoint.export import DESCRIPTION, STATE, write_description, write_json
 from mpt_lightning.checkpoint.peft import ADAPTER, TASKS

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from mpt_lightning.backbones import Backbone
-from mpt_lightning.backbones.family import family_of
-from mpt_lightning.backbones.load import load_config
+from mpt_lightning.backbones.load import family_of
+from mpt_lightning.backbones.pretrained import load_config
 from mpt_lightning.checkpoint import PromptCheckpoint
 from mpt_lightning.checkpoint.export import digest, write_json
 from mpt_lightning.interop.folder import (

@@ -211,7 +211,7 @@ def test_likelihoods_of_half_precision_logits_are_precise() -> None:
     torch.testing.assert_close(log_likelihood(logits, labels).double(), exact, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("name", "message"), [("./no/such/folder", "there is none"), ("/no/such", "there is none")])
+@pytest.mark.parametrize(("name", "message"), [("./no/such/folder", "does not exist"), ("/no/such", "does not exist")])
 def test_a_missing_model_is_told(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_backbone(name)

@@ -55,7 +55,7 @@ def test_a_model_with_scaled_inputs_is_refused(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("kind", ["t5", "gpt2", "llama"])
 def test_good_models_pass_in_any_precision(kind: str, dtype: Any, model_folder: Callable[[str], str]) -> None:
     backbone = load_backbone(model_folder(kind), dtype=dtype)
-    assert getattr(backbone, "ways", {"packed", "shared"}) == {"packed", "shared"}
+    assert backbone.ways == (set() if kind == "t5" else {"packed", "shared"})
 
 
 @pytest.mark.parametrize("kind", ["t5", "gpt2", "llama"])

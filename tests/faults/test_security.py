@@ -15,8 +15,7 @@ import yaml
 
 import mpt_lightning
 from mpt_lightning import PEFTModule, Predictor, PromptTuning, SoftPrompt, export_peft, load_backbone
-from mpt_lightning.backbones.load import load_config
-from mpt_lightning.backbones.tokenizer import load_tokenizer
+from mpt_lightning.backbones.pretrained import load_config, load_tokenizer
 from mpt_lightning.checkpoint import KEY, PromptCheckpoint, read_checkpoint
 from mpt_lightning.cli.main import main
 from mpt_lightning.data.card import card_names, load_card

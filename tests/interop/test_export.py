@@ -198,7 +198,7 @@ def test_mistakes_get_one_message(checkpoint: Make, backbones: Give, tmp_path: P
     content = torch.load(gone, weights_only=True)
     content["mpt_lightning"]["backbone"] = str(tmp_path / "gone")
     torch.save(content, gone)
-    with pytest.raises(ValueError, match="looks like a folder, and there is none"):
+    with pytest.raises(ValueError, match="looks like a folder, which does not exist"):
         export_peft(gone, tmp_path / "e")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.txt", "source"]
 

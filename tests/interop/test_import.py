@@ -277,7 +277,7 @@ def test_what_is_wrong_with_other_folders_is_told(backbones: Give, tmp_path: Pat
     with pytest.raises(ValueError, match="needs its backbone ''"):
         import_peft(tmp_path / "cpt")
     edit(tmp_path / "cpt", base_model_name_or_path="/gone")
-    with pytest.raises(ValueError, match="looks like a folder, and there is none"):
+    with pytest.raises(ValueError, match="looks like a folder, which does not exist"):
         import_peft(tmp_path / "cpt")
     save_with_peft(backbones("llama"), "PROMPT_TUNING", tmp_path / "bin", safe=False)
     (tmp_path / "bin/adapter_model.bin").write_bytes(b"text")

@@ -97,7 +97,7 @@ def test_a_model_of_another_build_is_told() -> None:
         vocab_size=50, hidden_size=16, num_attention_heads=2, num_hidden_layers=1, ffn_dim=32, word_embed_proj_dim=16
     )
     backbone = CausalBackbone(OPTForCausalLM(config), "opt")
-    with pytest.raises(ValueError, match=r"OPTForCausalLM \(opt\) has no attention and no feed-forward sublayer"):
+    with pytest.raises(ValueError, match=r"OPTForCausalLM \(opt\) has no known attention or feed-forward layers"):
         add_adapters(backbone, 4)
 
 
