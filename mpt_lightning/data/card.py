@@ -11,22 +11,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, NoReturn
 
+from mpt_lightning.arguments import PositiveInt, check_arguments
 from mpt_lightning.data.template import Pattern, apply_pattern, parse_template, read_patterns
 from mpt_lightning.errors import MPTError
 from mpt_lightning.io import LONGEST_NAME, can_be_path, read_yaml
 from mpt_lightning.metrics.registry import METRICS
 from mpt_lightning.resources import packaged, packaged_names
 
-SplitRule = Literal["given", "halved", "held_out"]
-Unlabelled = Literal["error", "drop"]
-EmptyText = Literal["error", "drop", "keep"]
 _SPLITS = ("train", "validation", "test")
-_TEXTS = ("path", "input", "label")
-_OPTIONAL_TEXTS = ("subset", "revision", "truncate", "group", "preprocess")
-_NOTES = ("language", "licence", "citation", "homepage")
-_OPTIONS = {"split_rule": SplitRule, "unlabelled": Unlabelled, "empty_text": EmptyText}
 
 
 @dataclass
@@ -79,14 +73,14 @@ class TaskCard:
     value_range: tuple[float, float] | None = None
     value_step: float = 0.2
     splits: dict[str, str] = field(default_factory=lambda: {name: name for name in _SPLITS})
-    split_rule: SplitRule = "given"
+    split_rule: Literal["given", "halved", "held_out"] = "given"
     truncate: str | None = None
     group: str | None = None
     preprocess: str | None = None
-    unlabelled: Unlabelled = "error"
-    empty_text: EmptyText = "error"
+    unlabelled: Literal["error", "drop"] = "error"
+    empty_text: Literal["error", "drop", "keep"] = "error"
     patterns: list[Pattern] = field(default_factory=list)
-    max_target_length: int | None = None
+    max_target_length: PositiveInt | None = None
     language: str = ""
     licence: str = ""
     citation: str = ""
@@ -95,21 +89,18 @@ class TaskCard:
     def __post_init__(self) -> None:
         """Check every field, so that a mistake shows before any data is read."""
         _check_name(self.name)
-        for option in (*_TEXTS, *_OPTIONAL_TEXTS, *_NOTES):
-            value = getattr(self, option)
-            unset = option not in _TEXTS and value == ("" if option in _NOTES else None)
-            if not unset and (not isinstance(value, str) or not value.strip() or "\0" in value):
-                self._fail(option, value, "a text")
-        for option, kind in _OPTIONS.items():
-            if getattr(self, option) not in get_args(kind):
-                self._fail(option, getattr(self, option), f"one of {', '.join(get_args(kind))}")
+        try:
+            check_arguments(TaskCard, vars(self))
+        except MPTError as error:
+            raise MPTError(f"Task card '{self.name}': {error} Change this field.") from None
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, str) and value != item.default and (not value.strip() or "\0" in value):
+                self._fail(item.name, value, "a text")
         if not self.columns:
             self._fail("input", self.input, "a template that names at least one column, like 'text: {sentence}'")
         if self.truncate is not None and self.truncate not in self.columns:
             self._fail("truncate", self.truncate, f"a column of the template ({', '.join(self.columns)})")
-        longest = self.max_target_length
-        if longest is not None and not (type(longest) is int and longest >= 1):
-            self._fail("max_target_length", longest, "a number of tokens >= 1")
         if self.preprocess is not None and not re.fullmatch(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+", self.preprocess, re.ASCII):
             self._fail("preprocess", self.preprocess, "a dotted path 'package.module.function'")
         self._check_splits()
@@ -149,7 +140,7 @@ class TaskCard:
 
     def _check_labels(self) -> None:
         if self.choices is not None:
-            if not isinstance(self.choices, list) or any(not isinstance(word, str) for word in self.choices):
+            if any(not isinstance(word, str) for word in self.choices):
                 self._fail("choices", self.choices, "a list of texts (in YAML, quote words such as 'yes' and '1')")
             words = [word.strip().casefold() for word in self.choices]
             if len(words) < 2 or len(set(words)) < len(words) or not all(words):
@@ -167,7 +158,7 @@ class TaskCard:
                 self._fail("value_step", self.value_step, "a multiple of 0.1, no wider than `value_range`")
 
     def _check_metrics(self) -> None:
-        if not isinstance(self.metrics, list) or not self.metrics:
+        if not self.metrics:
             self._fail("metrics", self.metrics, f"a list of metric names out of {', '.join(METRICS)}")
         for metric in self.metrics:
             if not isinstance(metric, str) or metric not in METRICS:

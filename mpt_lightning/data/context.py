@@ -66,9 +66,8 @@ def build_context(
     inside = replace(encoder, with_bos=False)
     ids = list(encoder.format.special[0])
     types, ends = [0] * len(ids), []
-    for number, example in enumerate(examples):
-        fitted, encoded = inside.fit(card, example)
-        (answer,) = inside.format.answers([encoded], [example.target])
+    for number, (fitted, encoded) in enumerate(inside.fit(card, list(examples))):
+        (answer,) = inside.format.answers([encoded], [fitted.target])
         ids += [*encoded.ids, *answer, *between]
         types += [4 * number + kind for kind in _input_types(card, fitted, inside, encoded)]
         types += [4 * number + ANSWER] * len(answer) + [0] * len(between)

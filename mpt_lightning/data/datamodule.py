@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from datasets.arrow_dataset import Dataset
 from datasets.combine import concatenate_datasets
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
@@ -179,12 +178,9 @@ class PromptDataModule(L.LightningDataModule):
         trainer = self.trainer
         if stage is None and trainer is not None and trainer.state.fn is not None:
             stage = trainer.state.fn.value
-        if stage == TrainerFn.VALIDATING.value:
-            return ["validation"]
-        if stage == TrainerFn.TESTING.value:
-            return ["test"]
-        if stage == TrainerFn.PREDICTING.value:
-            return [self.predict_split]
+        evaluated: dict[Any, Split] = {"validate": "validation", "test": "test", "predict": self.predict_split}
+        if stage in evaluated:
+            return [evaluated[stage]]
         return ["train"] if trainer is not None and trainer.limit_val_batches == 0 else ["train", "validation"]
 
     def _load(self, split: Split) -> None:

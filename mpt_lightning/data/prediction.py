@@ -62,7 +62,7 @@ def encode_rows(
                         "may be cut."
                     )
         else:
-            fitted = encoder.fit_all(card, values)
+            fitted = encoder.fit(card, values)
             inputs, texts = [encoded for _, encoded in fitted], [encoder.text(card, e.values) for e, _ in fitted]
         own = encoder.format.choices(inputs, choices)
         for number, text, encoded, ids in zip(numbers, texts, inputs, own, strict=True):

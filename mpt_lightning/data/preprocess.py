@@ -1,10 +1,10 @@
 """Row functions of the tasks whose raw rows need more than a template.
 
 A card names one by its dotted path (`preprocess: mpt_lightning.data.preprocess.multirc`). Each is pure:
-`(row, split) -> list of rows`, where `row` is one raw row of the Hub data set, `split` is `train`,
-`validation` or `test`, and the rows that come back hold the columns of the card's template and its label. The
-input is never changed. Training and evaluation differ only where a row has several right answers: training
-gets one target a row, evaluation gets all of them as references.
+`(row, split) -> list of rows`, where `row` is one raw row of the Hub data set, `split` is `train`, `validation` or
+`test`, and the rows returned have the columns of the card's template and its label. Training and evaluation differ only
+if a row has several right answers: training rows have one target each, evaluation rows have all of them as references.
+All raise MPTError if a column is missing or has an unusable value.
 """
 
 from __future__ import annotations
@@ -25,19 +25,16 @@ _COPA_QUESTIONS = {"cause": "What was the cause?", "effect": "What was the effec
 
 
 def multirc(row: Row, split: str) -> list[Row]:
-    """Clean a MultiRC row and name the question it belongs to.
+    """Remove the markup of a MultiRC row and name its question.
 
     Args:
         row: `paragraph`, `question`, `answer` (texts), `label` (0 or 1) and `idx` (a mapping with `paragraph`
             and `question`).
-        split: Not used: the rows of all splits are alike.
+        split: Not used.
 
     Returns:
-        One row: the texts without markup, and `group`, the id of the question, such as `3-17`. Rows of one
-        question share it, so that they stay in one half when a split is halved and are scored together.
-
-    Raises:
-        MPTError: If a column is missing.
+        One row with the texts and `group`, the id of the question, such as `3-17`: rows of one question stay in one
+        half when a split is halved, and are scored together.
     """
     _need(row, "MultiRC", "paragraph", "question", "answer", "idx")
     idx = row["idx"]
@@ -52,21 +49,18 @@ def record(row: Row, split: str) -> list[Row]:
 
     Args:
         row: `passage`, `query` (with `@placeholder`), `entities` and `answers` (lists of texts), `idx`.
-        split: `train` or another name; see above.
+        split: `train` or another name.
 
     Returns:
         Rows with `query`, `entities` (one text, comma separated), `passage` (the highlights as sentences),
         `label` (a text in training, a list of texts otherwise) and `group`, the id of the query.
-
-    Raises:
-        MPTError: If a column is missing or there is no answer.
     """
     _need(row, "ReCoRD", "passage", "query", "entities", "answers")
     answers = _unique(row["answers"])
     if not answers:
         raise MPTError(
-            "ReCoRD row: got no answers, expected at least one; the Hub's test split has none, so the card's "
-            "`splits` must not use it."
+            "ReCoRD row: got no answers, expected at least one; change the card's `splits` not to use the Hub's test "
+            "split, which has none."
         )
     idx = row.get("idx")
     clean = {
@@ -75,9 +69,7 @@ def record(row: Row, split: str) -> list[Row]:
         "passage": _highlights(row["passage"]),
         "group": f"{idx['passage']}-{idx['query']}" if isinstance(idx, Mapping) else "",
     }
-    if split == "train":
-        return [{**clean, "label": answer} for answer in answers]
-    return [{**clean, "label": answers}]
+    return [{**clean, "label": answer} for answer in (answers if split == "train" else [answers])]
 
 
 def wsc(row: Row, split: str) -> list[Row]:
@@ -86,14 +78,11 @@ def wsc(row: Row, split: str) -> list[Row]:
     Args:
         row: `text`, `span1_text`, `span1_index`, `span2_text`, `span2_index` (index of the span's first word,
             words being separated by white space) and `label`.
-        split: Not used: the rows of all splits are alike.
+        split: Not used.
 
     Returns:
-        One row, `text` with the marks. Case does not count when a span is looked up, and where a row gives an
-        index that is a little off (the data set has some), the nearest occurrence of the span is marked.
-
-    Raises:
-        MPTError: If a column is missing or a span does not occur in the text.
+        One row, `text` with the marks. Case is ignored when a span is looked up; if an index is slightly wrong (the
+        data set has some), the nearest occurrence of the span is marked.
     """
     _need(row, "WSC", "text", "span1_text", "span1_index", "span2_text", "span2_index")
     text: str = row["text"]
@@ -105,17 +94,14 @@ def wsc(row: Row, split: str) -> list[Row]:
 
 
 def squad_answers(row: Row, split: str) -> list[Row]:
-    """Take the answer texts out of SQuAD's `answers` mapping.
+    """Extract the answer texts of SQuAD's `answers` mapping.
 
     Args:
         row: `question`, `context` and `answers` (`{"text": [...], "answer_start": [...]}` or a list).
-        split: `train` or another name; see below.
+        split: `train` or another name.
 
     Returns:
         One row with `label`: the first answer in training, otherwise all different answers.
-
-    Raises:
-        MPTError: If a column is missing or there is no answer.
     """
     _need(row, "SQuAD", "question", "context", "answers")
     answers = row["answers"]
@@ -129,18 +115,7 @@ def squad_answers(row: Row, split: str) -> list[Row]:
 
 
 def winogrande(row: Row, split: str) -> list[Row]:
-    """Turn the answer of a WinoGrande row, `1` or `2`, into a class index.
-
-    Args:
-        row: `sentence` with a blank `_`, `option1`, `option2` and `answer`.
-        split: Not used: the rows of all splits are alike.
-
-    Returns:
-        One row with both options and `label` 0 (the first) or 1 (the second).
-
-    Raises:
-        MPTError: If a column is missing or the answer is something else (the Hub's test split has none).
-    """
+    """Turn the `answer` of a WinoGrande row, `1` or `2`, into `label`, 0 or 1; the Hub's test split has none."""
     _need(row, "WinoGrande", "sentence", "option1", "option2", "answer")
     if str(row["answer"]) not in ("1", "2"):
         raise MPTError(f"WinoGrande row: got answer={row['answer']!r}, expected '1' or '2'.")
@@ -148,18 +123,7 @@ def winogrande(row: Row, split: str) -> list[Row]:
 
 
 def copa(row: Row, split: str) -> list[Row]:
-    """Write COPA's `question` (`cause` or `effect`) as a question.
-
-    Args:
-        row: `premise`, `choice1`, `choice2`, `question` and `label`.
-        split: Not used: the rows of all splits are alike.
-
-    Returns:
-        One row with `question` in words.
-
-    Raises:
-        MPTError: If a column is missing or `question` is something else.
-    """
+    """Write COPA's `question` (`cause` or `effect`) as a question."""
     _need(row, "COPA", "premise", "choice1", "choice2", "question")
     if row["question"] not in _COPA_QUESTIONS:
         raise MPTError(f"COPA row: got question={row['question']!r}, expected 'cause' or 'effect'.")
@@ -167,19 +131,16 @@ def copa(row: Row, split: str) -> list[Row]:
 
 
 def webnlg(row: Row, split: str) -> list[Row]:
-    """Write the triples of a WebNLG row as one text, with all its references.
+    """Write the triples of a WebNLG row as one text.
 
     Args:
         row: `input` (list of `subject | relation | object`), `target` (a text), `references` (a list of
             texts, empty in training).
-        split: `train` or another name; see below.
+        split: `train` or another name.
 
     Returns:
         One row with `triples` (`subject | relation | object && ...`, without underscores and quotes) and
         `label`: the target in training, otherwise all references.
-
-    Raises:
-        MPTError: If a column is missing, a triple has not three parts, or there is no text to learn.
     """
     _need(row, "WebNLG", "input", "target")
     triples = []
@@ -196,7 +157,6 @@ def webnlg(row: Row, split: str) -> list[Row]:
 
 
 def _need(row: Row, task: str, *columns: str) -> None:
-    """Refuse a row without the columns, which means that the card points to other data."""
     missing = [column for column in columns if row.get(column) is None]
     if missing:
         raise MPTError(
@@ -206,26 +166,25 @@ def _need(row: Row, task: str, *columns: str) -> None:
 
 
 def _plain(text: str) -> str:
-    """The text without markup, words separated by one space."""
+    """Return the text without markup, words separated by one space."""
     return " ".join(_TAG.sub(" ", _SENTENCE_MARK.sub(" ", text)).split())
 
 
 def _highlights(passage: str) -> str:
-    """The passage with its `@highlight` bullets as sentences."""
-    parts = [_plain(part) for part in _HIGHLIGHT.split(passage)]
-    parts = [part for part in parts if part]
-    # A bullet has no full stop of its own: without one it would run into the next.
+    """Return the passage with its `@highlight` bullets as sentences."""
+    parts = [part for bullet in _HIGHLIGHT.split(passage) if (part := _plain(bullet))]
+    # A bullet has no full stop.
     ended = [part if part[-1] in ".?!\"'" else f"{part}." for part in parts[:-1]]
     return " ".join([*ended, *parts[-1:]])
 
 
 def _unique(texts: Iterable[str]) -> list[str]:
-    """The non-empty texts, stripped, in order, each once."""
+    """Return the non-empty texts, stripped, in order, each once."""
     return list(dict.fromkeys(stripped for text in texts if (stripped := text.strip())))
 
 
 def _find_span(text: str, span: str, index: int) -> tuple[int, int]:
-    """Start and end (characters) of the occurrence of a span that is nearest to the word with that index."""
+    """Return start and end (characters) of the occurrence of a span that is nearest to the word with that index."""
     starts = [match.start() for match in re.finditer(r"\S+", text)]
     pattern = r"(?<!\w)" + r"\s+".join(re.escape(word) for word in span.split()) + r"(?!\w)"
     found = [match.span() for match in re.finditer(pattern, text, re.IGNORECASE)] if span.strip() else []

@@ -114,12 +114,13 @@ class ShuffleSampler(GlobalBatchSampler):
             window = self.WINDOW * self.global_size
             parts = [order[start : start + window] for start in range(0, len(order), window)]
             order = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in parts])
-        batches = [order[start : start + self.global_size] for start in range(0, len(order), self.global_size)]
-        # Full batches change places, so that lengths do not rise through the window; a partial one stays last.
-        full = len(order) // self.global_size
-        turn = rng.permutation(full) if self.lengths is not None else range(full)
-        for number in [*turn, *range(full, len(batches))]:
-            yield batches[number].tolist()
+        batches = np.split(order, range(self.global_size, len(order), self.global_size))
+        if self.lengths is not None:
+            # Full batches change places, so that lengths do not rise through the window; a partial one stays last.
+            full = len(order) // self.global_size
+            batches[:full] = [batches[number] for number in rng.permutation(full)]
+        for batch in batches:
+            yield batch.tolist()
 
 
 class TaskMixSampler(GlobalBatchSampler):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from string import Formatter
 from typing import TYPE_CHECKING, Any
@@ -86,18 +86,15 @@ class Pattern:
     choices: list[str] | None = None
 
 
-def read_patterns(card: TaskCard, given: Any) -> list[Pattern]:
-    """Return the patterns of a card's file, which are mappings with `input` and `choices`; raise if they are not."""
-    known = {item.name for item in fields(Pattern)}
-    items = given if isinstance(given, list) else [given]
-    for number, item in enumerate(items):
-        mapping = isinstance(item, Mapping) and "input" in item and set(item) <= known
-        if not isinstance(given, list) or not (mapping or isinstance(item, Pattern)):
-            raise MPTError(
-                f"Task card '{card.name}': got patterns[{number}]={item!r}, expected a list of mappings with `input` "
-                "and optional `choices`; change `patterns`."
-            )
-    return [item if isinstance(item, Pattern) else Pattern(**item) for item in items]
+def read_patterns(card: TaskCard, given: list[Any]) -> list[Pattern]:
+    """Return the patterns of a card's file, which are mappings with `input` and `choices`."""
+    try:
+        return [item if isinstance(item, Pattern) else Pattern(**item) for item in given]
+    except TypeError:
+        raise MPTError(
+            f"Task card '{card.name}': got patterns={given!r}, expected a list of mappings with `input` and optional "
+            "`choices`; change `patterns`."
+        ) from None
 
 
 def apply_pattern(card: TaskCard, number: int) -> TaskCard:

@@ -86,21 +86,27 @@ class Encoder:
         joined = not self.answer_prefix or self.answer_prefix[0].isspace() or not text or text[-1].isspace()
         return f"{text}{self.answer_prefix}" if joined else f"{text} {self.answer_prefix}"
 
-    def fit(self, card: TaskCard, example: Example) -> tuple[Example, EncodedInput]:
-        """Cut one column, the card's `truncate` or else the row's longest, until the input fits.
+    def fit(self, card: TaskCard, examples: list[Example]) -> list[tuple[Example, EncodedInput]]:
+        """Cut one column of each example, the card's `truncate` or else the row's longest, until its input fits.
 
         Returns:
-            The example as it fits (the same object if nothing was cut) and its input.
+            Each example as it fits (the same object if nothing was cut) and its input [B].
 
         Raises:
-            MPTError: If the input has no tokens, or if the rest of the row leaves no room for any of that column.
+            MPTError: If an input has no tokens, or if the rest of a row leaves no room for any of that column.
         """
+        return [
+            (example, encoded) if 0 < len(encoded.ids) <= self.max_input_length else self._cut(card, example, encoded)
+            for example, encoded in zip(examples, self._encode_inputs(card, examples), strict=True)
+        ]
+
+    def _encode_inputs(self, card: TaskCard, examples: list[Example]) -> list[EncodedInput]:
+        return self.format.encode_inputs([self.text(card, example.values) for example in examples], card.choices)
+
+    def _cut(self, card: TaskCard, example: Example, encoded: EncodedInput) -> tuple[Example, EncodedInput]:
         where = f"Task '{card.name}', row {example.row_id}"
-        encoded = self._encode_row(card, example)
         if not encoded.ids:
             raise MPTError(f"{where}: got an input without tokens, expected some; change the data.")
-        if len(encoded.ids) <= self.max_input_length:
-            return example, encoded
         column = card.truncate or max(card.columns, key=lambda name: len(example.values[name]))
         whole = example.values[column]
         ends = self._token_ends(whole)
@@ -110,7 +116,7 @@ class Encoder:
             kept = max(0, kept - (len(encoded.ids) - self.max_input_length))
             part = whole[: ends[kept - 1]].rstrip() if kept else ""
             fitted = replace(example, values={**example.values, column: part})
-            encoded = self._encode_row(card, fitted)
+            (encoded,) = self._encode_inputs(card, [fitted])
         if not kept:
             raise MPTError(
                 f"{where}: got {len(encoded.ids)} tokens without column '{column}', the one that may be cut, expected "
@@ -118,17 +124,6 @@ class Encoder:
                 "or `input` of the card."
             )
         return fitted, encoded
-
-    def fit_all(self, card: TaskCard, examples: list[Example]) -> list[tuple[Example, EncodedInput]]:
-        """Return `fit` of B examples, with few calls of the tokenizer."""
-        inputs = self.format.encode_inputs([self.text(card, example.values) for example in examples], card.choices)
-        return [
-            (example, encoded) if 0 < len(encoded.ids) <= self.max_input_length else self.fit(card, example)
-            for example, encoded in zip(examples, inputs, strict=True)
-        ]
-
-    def _encode_row(self, card: TaskCard, example: Example) -> EncodedInput:
-        return self.format.encode_inputs([self.text(card, example.values)], card.choices)[0]
 
     def _token_ends(self, text: str) -> list[int]:
         if not self.tokenizer.is_fast:
@@ -148,7 +143,7 @@ class Encoder:
             MPTError: If an input has no tokens or cannot be cut to fit, or a training target is too long.
         """
         while chunk := list(islice(rows, _CHUNK)):
-            fitted = self.fit_all(card, chunk)
+            fitted = self.fit(card, chunk)
             inputs = [encoded for _, encoded in fitted]
             targets = self.format.answers(inputs, [example.target for example in chunk])
             choices = self.format.choices(inputs, card.choices if self.format.continues else None)

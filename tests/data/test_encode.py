@@ -47,7 +47,7 @@ def test_padding_falls_back_to_the_end_of_sequence(backbones):
 def test_only_the_one_column_is_cut(make_card, encoder, truncate):
     card = make_card(input="question: {question} context: {context} : yes", truncate=truncate)
     row = example(question="one two three", context="film " * 50)
-    fitted, placed = encoder.fit(card, row)
+    ((fitted, placed),) = encoder.fit(card, [row])
     ids = placed.ids
     text = encoder.text(card, fitted.values)
     assert text.startswith("question: one two three context: film")
@@ -58,14 +58,14 @@ def test_only_the_one_column_is_cut(make_card, encoder, truncate):
 
 def test_as_much_as_fits_is_kept(make_card, seq2seq):
     card = make_card(input="task {text}")
-    fitted, placed = seq2seq.fit(card, example(text="one two three four five six seven eight nine ten 0 1 2"))
+    ((fitted, placed),) = seq2seq.fit(card, [example(text="one two three four five six seven eight nine ten 0 1 2")])
     assert fitted.values == {"text": "one two three four five six seven eight nine ten"}
     assert len(placed.ids) == 12
 
 
 def test_what_fits_is_left_alone(make_card, seq2seq):
     row = example(text="one ")
-    assert seq2seq.fit(make_card(input="task {text}"), row)[0] is row
+    assert seq2seq.fit(make_card(input="task {text}"), [row])[0][0] is row
 
 
 @pytest.mark.parametrize(
@@ -107,12 +107,12 @@ def test_no_room_for_the_column(make_card, seq2seq):
         ValueError,
         match=r"'film', row 7: got 31 tokens without column 'context'.*max_input_length=12; raise `max_input_length`",
     ):
-        seq2seq.fit(card, row)
+        seq2seq.fit(card, [row])
 
 
 def test_slow_tokenizers_are_cut_by_characters(make_card, seq2seq, monkeypatch):
     monkeypatch.setattr(type(seq2seq.tokenizer), "is_fast", False)
-    fitted, placed = seq2seq.fit(make_card(input="task {text}"), example(text="one " * 40))
+    ((fitted, placed),) = seq2seq.fit(make_card(input="task {text}"), [example(text="one " * 40)])
     assert len(placed.ids) == 12
     assert fitted.values["text"].startswith("one one")
 

@@ -57,8 +57,8 @@ def test_a_card_without_patterns_is_told() -> None:
         ([PATTERNS[0], {"input": "no column"}], r"patterns\[1\]: .*a template that names at least one column"),
         ([{"input": "{a}", "choices": ["x", "y", "z"]}], "got 3 choices, expected 2, one for each"),
         ([{"input": "{a}", "choices": ["x", "X"]}], "two or more non-empty words that differ"),
-        ([{"text": "{a}"}], r"got patterns\[0\]={'text': '{a}'}, expected a list of mappings with `input`"),
-        ({"input": "{a}"}, "expected a list of mappings"),
+        ([{"text": "{a}"}], r"got patterns=\[{'text': '{a}'}\], expected a list of mappings with `input`"),
+        ({"input": "{a}"}, "patterns: got {'input': '{a}'}, expected a list"),
     ],
 )
 def test_a_wrong_pattern_is_told_by_the_card(patterns: object, message: str) -> None:
