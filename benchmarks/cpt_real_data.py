@@ -19,7 +19,7 @@ from collections import Counter
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import lightning.pytorch as L
@@ -31,7 +31,6 @@ from rich.table import Column, Table
 
 from mpt_lightning import CPT, load_task
 from mpt_lightning.data import TaskDataModule, load_card
-from mpt_lightning.modules.options import Method
 
 Wording = dict[str, Any]
 
@@ -77,6 +76,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "authors": AUTHORS,
 }
 #: Everything that a result depends on beside its own row.
+Method = Literal["cpt", "prompt_tuning", "instruction", "icl"]
 SETTINGS: dict[str, Any] = {
     "tasks": TASKS,
     "wordings": WORDINGS,

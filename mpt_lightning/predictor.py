@@ -20,6 +20,7 @@ from mpt_lightning.errors import MPTError
 from mpt_lightning.io import one_line, read_text, write_file
 from mpt_lightning.modules import evaluation
 from mpt_lightning.modules.base import PromptModule
+from mpt_lightning.modules.checkpointing import read_cards
 from mpt_lightning.objectives import IGNORE
 from mpt_lightning.prompts import Prompt
 
@@ -113,7 +114,7 @@ class Predictor:
             options.get("answer_prefix", ""),
             options.get("context_shots") is None,
         )
-        cards = evaluation.read_cards(found.cards)
+        cards = read_cards(found.cards)
         return cls(model.to(device), prompt.to(device), cards, encoder, batch_size)
 
     @property
@@ -184,7 +185,7 @@ class Predictor:
         inputs = (self._encoded, of_row.to(self.device), ids.to(self.device), mask.to(self.device))
         if not ranked:
             options = {"max_new_tokens": max_new_tokens, "num_beams": 1}
-            texts = evaluation.generated_texts(self.backbone, inputs, options)
+            texts = evaluation.generated_texts(self.backbone, inputs, **options)
             return [Prediction(row.task, row.text, text) for row, text in zip(rows, texts, strict=True)]
         most = max(len(row.choices) for row in rows)
         # A row of fewer choices is filled up with choices of nothing but padding, which do not exist.

@@ -16,7 +16,8 @@ import mpt_lightning.modules
 from mpt_lightning.checkpoint import PromptCheckpoint, read_checkpoint
 from mpt_lightning.errors import MPTError, find_error
 from mpt_lightning.io import one_line, read_yaml
-from mpt_lightning.modules.base import NO_PROMPT, PromptModule
+from mpt_lightning.modules.base import PromptModule
+from mpt_lightning.modules.evaluation import NO_PROMPT
 from mpt_lightning.resources import Kind, packaged, packaged_names
 
 TASK_MODULES = (mpt_lightning.data.TaskDataModule, mpt_lightning.data.MultitaskDataModule)

@@ -1,4 +1,4 @@
-"""LightningModules: a prompt, a backbone, an objective and an optimizer, wired together."""
+"""LightningModules, one per method: a prompt, a backbone, an objective and an optimizer, wired together."""
 
 from mpt_lightning.modules.adapters import Adapters
 from mpt_lightning.modules.base import PromptModule

@@ -1,4 +1,4 @@
-"""The mean of the loss over an optimizer step, whose batches may be several micro-batches on several ranks."""
+"""The mean of the loss over an optimizer step, whose rows may be in several micro-batches on several ranks."""
 
 from collections.abc import Mapping
 
@@ -9,13 +9,13 @@ from torch import Tensor
 class StepMean:
     """Weighs the batches of an optimizer step by their label tokens, so that each token of the step counts once.
 
-    The loss of a batch is a mean over its own label tokens. The mean of these means would give a token more weight, the
-    fewer others are in its batch. Instead the loss of a batch counts with the batch's share of all tokens so far, and
-    the gradients of the batches before it with theirs. So `.grad` is at any time the gradient of the mean over all
-    tokens so far, and after DDP's average over ranks that of the whole step.
+    The loss of a batch is a mean over its label tokens. A mean of these means would weigh a token more in a batch of
+    few tokens. Instead the loss of a batch is weighted by the batch's share of all tokens so far, and the gradients of
+    the batches before it by theirs. So `.grad` is at any time the gradient of the mean over all tokens so far, and
+    after DDP's average over ranks that of the whole step.
 
     Usage, for each batch: `add`, scale the gradients by `kept` unless it is None, multiply the loss by `share`, and
-    `backward`. A new step begins with a new object. Nothing here waits for a device.
+    `backward`. A new step begins with a new object. The host never waits for the device here.
     """
 
     def __init__(self) -> None:

@@ -1,11 +1,11 @@
 """Bottleneck adapters in a frozen backbone."""
 
-from typing import Any
+from typing import Annotated, Any
 
+from mpt_lightning.arguments import NonNegativeFloat, PositiveInt, Range
 from mpt_lightning.backbones import Backbone
 from mpt_lightning.backbones.bottleneck import Places, add_adapters
-from mpt_lightning.errors import MPTError
-from mpt_lightning.modules.adapted import AdaptedModule
+from mpt_lightning.modules.finetuning import AdaptedModule
 
 
 class Adapters(AdaptedModule):
@@ -16,34 +16,30 @@ class Adapters(AdaptedModule):
     Args:
         backbone: Hub id ("google-t5/t5-base") or folder of the frozen model: T5, GPT-2, Llama or one with its layers,
             BLOOM, GPT-NeoX.
-        size: features of the bottleneck.
+        size: Features of the bottleneck.
         places: "houlsby" puts one after each attention and each feed-forward sublayer, "pfeiffer" (Pfeiffer et al.,
             2021) after the feed-forward sublayer only.
-        dropout: dropout of the bottleneck's features.
-        lr: learning rate.
-        **kwargs: see `BuiltModule`.
-
-    Raises:
-        MPTError: an argument has an impossible value.
+        dropout: Dropout of the bottleneck's features.
+        lr: Learning rate.
+        **kwargs: See `BackboneModule`.
     """
 
     def __init__(
         self,
         backbone: str,
-        size: int = 64,
+        size: PositiveInt = 64,
         places: Places = "houlsby",
-        dropout: float = 0.0,
-        lr: float = 1e-3,
+        dropout: Annotated[float, Range(0, 1, below=True)] = 0.0,
+        lr: NonNegativeFloat = 1e-3,
         **kwargs: Any,
     ) -> None:
         super().__init__(backbone=backbone, **kwargs)
-        if not 0 <= dropout < 1:
-            raise MPTError(f"dropout must be at least 0 and below 1, got {dropout}.")
+        self.size, self.places, self.dropout, self.lr = size, places, dropout, lr
 
     def adaptation(self) -> dict[str, Any]:
-        """Give the adapters' shape and places."""
-        return {name: self.hparams[name] for name in ("size", "places")}
+        """Return the adapters' shape and places."""
+        return {"size": self.size, "places": self.places}
 
     def change(self, backbone: Backbone) -> None:
         """Put the adapters into the model."""
-        add_adapters(backbone, self.hparams["size"], self.hparams["places"], self.hparams["dropout"])
+        add_adapters(backbone, self.size, self.places, self.dropout)

@@ -10,7 +10,7 @@ from mpt_lightning.errors import MPTError
 
 Batch = dict[str, Any]
 
-#: Tensors of a batch by key, and their dimensions. Evaluation adds `choices`.
+# Tensors of a batch by key, and their dimensions. Evaluation adds `choices`.
 SHAPES = {"input_ids": "BL", "attention_mask": "BL", "labels": "BM", "task_ids": "B"}
 _OPTIONAL = {"choices": "BCK", "context_examples": "B"}
 
@@ -18,7 +18,7 @@ _OPTIONAL = {"choices": "BCK", "context_examples": "B"}
 def check_batch(batch: Any, tasks: Sequence[str]) -> Batch:
     """Check a batch against the contract between DataModules and modules.
 
-    A batch is a mapping. Any DataModule may make it; this package's do. Its tensors, on one device:
+    A batch is a mapping, from any DataModule. Its tensors, on one device:
 
     - `input_ids [B, L]`, integers: the text's tokens. -1, -2, ... are places of a prompt's first, second, ... token.
     - `attention_mask [B, L]`: 1 at tokens, 0 at padding, on any side.
@@ -33,8 +33,8 @@ def check_batch(batch: Any, tasks: Sequence[str]) -> Batch:
     `cards`), `texts`, `groups`, `row_ids`. There is one evaluation loader per task, in the order of `tasks`.
 
     Args:
-        batch: What a DataModule gave.
-        tasks: Names that `task_ids` count along [T].
+        batch: A DataModule's batch.
+        tasks: Names that `task_ids` index [T].
 
     Returns:
         The batch, with `task_ids` of zeros where it had none and there is one task.

@@ -1,6 +1,7 @@
 """Context-aware prompt tuning (Blau et al., 2024), and the methods it stands between, as arguments."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -8,11 +9,11 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from mpt_lightning import objectives
+from mpt_lightning.arguments import NonNegativeFloat, PositiveFloat, PositiveInt, Range
 from mpt_lightning.backbones import Backbone, CausalBackbone
 from mpt_lightning.errors import MPTError
 from mpt_lightning.modules.base import PromptModule
 from mpt_lightning.modules.batch import Batch
-from mpt_lightning.modules.options import Method
 from mpt_lightning.objectives import Normalize
 from mpt_lightning.prompts import ContextPrompt
 from mpt_lightning.prompts.context import INSTRUCTION, EpsilonScale, Trained
@@ -21,63 +22,78 @@ from mpt_lightning.prompts.init import vocabulary_ids
 TRAINED: dict[str, Trained] = {
     "cpt": "inputs", "prompt_tuning": "all", "instruction": "instruction", "icl": "nothing",
 }  # fmt: skip
+NO_CONTEXT = (
+    "CPT needs examples to put before every row, and the data has no `context`. Set --data.context_shots, or give a "
+    "DataModule with an attribute `context` that has `token_ids` and `token_types`."
+)
 
 
 class CPT(PromptModule):
     """CPT: a few training examples stand before every row, and their embeddings are trained within small balls.
 
-    The examples come from the DataModule's `context`, which has `token_ids` and `token_types` (`ContextPrompt` says
-    what they mean); `TaskDataModule(card, context_shots=4)` makes one. Decoder-only backbones only: the method trains
+    The examples come from the DataModule's `context`, which has `token_ids` and `token_types` (their meaning is that of
+    `ContextPrompt`); `TaskDataModule(card, context_shots=4)` builds one. Decoder-only backbones only: the method trains
     on the context's own labels, which an encoder does not predict. The context is run once per step, not once per row.
 
     Args:
         backbone: Hub id ("gpt2") or folder of the frozen model.
         method: "cpt"; or what it is compared with: "icl", in-context learning, which trains nothing (`validate`, `test`
-            and `predict` need no checkpoint); "prompt_tuning", every token of the context trained, labels too;
+            and `predict` need no checkpoint); "prompt_tuning", which trains every token of the context, labels too;
             "instruction", instruction prompt tuning: free tokens before a frozen context.
-        epsilon: radius of the ball of an input token's perturbation, times sqrt(H / 2048); null: no bound. 0.2 is the
+        epsilon: Radius of the ball of an input token's perturbation, times sqrt(H / 2048); null: no bound. 0.2 is the
             authors' value.
-        template_epsilon: the same for templates, separators and instructions. 0.1 is the authors' value.
+        template_epsilon: The same for templates, separators and instructions. 0.1 is the authors' value.
         epsilon_scale: "width" as above, "embedding" for shares of each token's embedding's norm.
-        context_loss: train on the context's labels too; by default with "cpt" alone.
-        decay: weight of a context label: decay^(examples from it to the row). Above 0, at most 1. 0.95 is the authors'.
+        context_loss: Train on the context's labels too; by default with "cpt" alone.
+        decay: Weight of a context label: decay^(examples from it to the row). 0.95 is the authors' value, 1 weighs all
+            examples equally.
         normalize: "paper" takes the mean over label tokens, whatever their weights; "weights" the weighted mean.
-        leave_one_out: a training row does not see its own copy in the context (Lu et al., 2025).
-        instruction_length: tokens of method="instruction", drawn from the most frequent ones.
-        instruction_text: a text to start them from instead.
-        lr: learning rate. 1e-4 is the authors'.
-        **kwargs: see `BuiltModule`.
-
-    Raises:
-        MPTError: an argument has an impossible value.
+        leave_one_out: A training row does not attend to its own copy in the context (Lu et al., 2025).
+        instruction_length: Tokens of method="instruction", drawn from the most frequent ones.
+        instruction_text: A text to start them from instead.
+        lr: Learning rate. 1e-4 is the authors' value.
+        **kwargs: See `BackboneModule`.
     """
+
+    title, paper = "Context-aware prompt tuning", "2410.17222"
+    summary = "a context of training examples whose embeddings were trained within small balls"
+    fixed_arguments = (*PromptModule.fixed_arguments, "method")
+    initial_arguments = (*PromptModule.initial_arguments, "instruction_length", "instruction_text")
 
     def __init__(
         self,
         backbone: str,
-        method: Method = "cpt",
-        epsilon: float | None = 0.2,
-        template_epsilon: float | None = 0.1,
+        method: Literal["cpt", "prompt_tuning", "instruction", "icl"] = "cpt",
+        epsilon: PositiveFloat | None = 0.2,
+        template_epsilon: PositiveFloat | None = 0.1,
         epsilon_scale: EpsilonScale = "width",
         context_loss: bool | None = None,
-        decay: float = 0.95,
+        decay: Annotated[float, Range(0, 1, above=True)] = 0.95,
         normalize: Normalize = "paper",
         leave_one_out: bool = False,
-        instruction_length: int = 16,
+        instruction_length: PositiveInt = 16,
         instruction_text: str | None = None,
-        lr: float = 1e-4,
+        lr: NonNegativeFloat = 1e-4,
         **kwargs: Any,
     ) -> None:
         super().__init__(backbone=backbone, **kwargs)
+        self.method = method
+        self.epsilon, self.template_epsilon = epsilon, template_epsilon
+        self.epsilon_scale: EpsilonScale = epsilon_scale
         self.trains_on_context = method == "cpt" if context_loss is None else context_loss
+        self.decay = decay
+        self.normalize: Normalize = normalize
+        self.leave_one_out = leave_one_out
+        self.instruction_length, self.instruction_text = instruction_length, instruction_text
+        self.lr = lr
 
-    def _fits(self) -> bool:
+    def _builds_prompt(self) -> bool:
         # In-context learning has no training that a prompt could come from.
-        return super()._fits() or (self.hparams["method"] == "icl" and self._trainer is not None)
+        return super()._builds_prompt() or (self.method == "icl" and self._trainer is not None)
 
     @classmethod
-    def needs_checkpoint(cls, arguments: Any) -> bool:
-        """Say whether evaluating with these arguments takes a trained prompt."""
+    def needs_checkpoint(cls, arguments: Mapping[str, Any]) -> bool:
+        """Return whether evaluating with these arguments takes a trained prompt."""
         return bool(arguments.get("method") != "icl")
 
     def setup(self, stage: str) -> None:
@@ -89,23 +105,22 @@ class CPT(PromptModule):
                 f"CPT has the context of one task, and the data has {len(names)} ({', '.join(names)}). "
                 "Run it once per task, with --data.class_path TaskDataModule."
             )
-        if self.hparams["method"] == "icl":
+        if self.method == "icl":
             if stage == "fit":
                 raise MPTError(
                     "method='icl' trains nothing: run `mpt validate` or `mpt test` (in Python trainer.validate or "
                     "trainer.test), or choose another --model.method."
                 )
             self.tasks = names
-        if self._fits() and getattr(self._datamodule(), "context", None) is None:
+        if self._builds_prompt() and getattr(self._datamodule(), "context", None) is None:
             raise MPTError(NO_CONTEXT)
 
     def build_prompt(self, backbone: Backbone) -> ContextPrompt:
-        """Make the prompt from the data's context, with an instruction before it where there is one.
+        """Build the prompt from the data's context; with method="instruction" an instruction comes before it.
 
         Raises:
-            MPTError: the backbone is an encoder-decoder.
+            MPTError: If the backbone is an encoder-decoder.
         """
-        options = self.hparams
         if not isinstance(backbone, CausalBackbone):
             raise MPTError(
                 f"CPT trains on the labels in its context, and the encoder of {backbone.name} does not predict them. "
@@ -113,17 +128,23 @@ class CPT(PromptModule):
             )
         context = self._datamodule().context
         ids, types = list(context.token_ids), list(context.token_types)
-        if options["method"] == "instruction":
+        if self.method == "instruction":
             instruction = self._instruction(backbone)
             ids, types = [*instruction, *ids], [INSTRUCTION] * len(instruction) + types
         prompt = ContextPrompt(
-            ids, types, backbone.dim, self.tasks, TRAINED[options["method"]], options["epsilon"],
-            options["template_epsilon"], options["epsilon_scale"],
-        )  # fmt: skip
+            ids,
+            types,
+            backbone.dim,
+            self.tasks,
+            trained=TRAINED[self.method],
+            epsilon=self.epsilon,
+            template_epsilon=self.template_epsilon,
+            epsilon_scale=self.epsilon_scale,
+        )
         if self.trains_on_context and not len(prompt.label_ids):
             raise MPTError("The context has no label tokens to train on (types 4, 8, ...); set --model.context_loss.")
         prompt.attach(backbone.embeddings)
-        bounded = prompt.radius.isfinite() & (prompt.moves > 0 if options["method"] == "cpt" else prompt.radius > 0)
+        bounded = prompt.radius.isfinite() & (prompt.moves > 0 if self.method == "cpt" else prompt.radius > 0)
         if bounded.any():
             share = (prompt.radius / prompt.embeddings.norm(dim=1, keepdim=True))[bounded]
             rank_zero_info(
@@ -133,17 +154,17 @@ class CPT(PromptModule):
         return prompt
 
     def _instruction(self, backbone: Backbone) -> list[int]:
-        tokenizer, length = backbone.tokenizer, self.hparams["instruction_length"]
-        text = self.hparams["instruction_text"]
+        tokenizer, text = backbone.tokenizer, self.instruction_text
         if text is None:
-            return vocabulary_ids(len(backbone.embeddings), length, exclude=tokenizer.all_special_ids)
+            size = len(backbone.embeddings)
+            return vocabulary_ids(size, self.instruction_length, exclude=tokenizer.all_special_ids)
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         if not ids:
             raise MPTError(f"instruction_text={text!r} has no tokens; give at least one word.")
         return ids
 
     def _check_positions(self, backbone: Backbone, prompt: Any) -> None:
-        """Refuse a context that leaves too little room for rows."""
+        """Raise if the context leaves too little room for rows."""
         longest, limit = getattr(self._datamodule(), "max_input_length", None), backbone.max_positions
         if limit is None or prompt.length + (longest or 1) <= limit:
             return
@@ -159,7 +180,7 @@ class CPT(PromptModule):
         super()._match_tasks()
         (_, prompt), data = self.parts(), self._datamodule()
         if not hasattr(data, "context") or not isinstance(prompt, ContextPrompt):
-            return  # somebody else's data: the batches are laid out as its author says
+            return  # other DataModules: the batches are laid out as their authors chose
         context: Any = data.context
         start = sum(kind == INSTRUCTION for kind in prompt.token_types)
         if context is None or list(context.token_ids) != prompt.token_ids[start:]:
@@ -170,27 +191,32 @@ class CPT(PromptModule):
             )
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Give "loss", and its parts unweighted: "row" and, where the context is trained on, "context"."""
+        """Return "loss", and its parts unweighted: "row" and, if the context is trained on, "context"."""
         backbone, prompt = self.parts()
         if not isinstance(backbone, CausalBackbone) or not isinstance(prompt, ContextPrompt):
             raise RuntimeError("build_prompt has not run")
-        rows = self.task_rows(batch)
-        options, labels = self.hparams, batch["labels"]
-        wanted = prompt.label_positions - 1 if self.trains_on_context else None
-        mask = None
-        if options["leave_one_out"]:
-            mask = prompt.visible(self._own_examples(batch))
+        rows, labels = self.task_rows(batch), batch["labels"]
         output = backbone(
-            prompt(rows[:1]), torch.zeros_like(rows), batch["input_ids"], batch["attention_mask"], labels,
-            prompt_mask=mask, predict_at=wanted,
-        )  # fmt: skip
-        logits = output.logits
-        row = objectives.token_cross_entropy(logits, labels)
+            prompt(rows[:1]),
+            torch.zeros_like(rows),
+            batch["input_ids"],
+            batch["attention_mask"],
+            labels,
+            prompt_mask=prompt.visible(self._own_examples(batch)) if self.leave_one_out else None,
+            predict_at=prompt.label_positions - 1 if self.trains_on_context else None,
+        )
+        row = objectives.token_cross_entropy(output.logits, labels)
         if output.prompt_logits is None:
             return {"loss": row, "row": row.detach()}
         predicted = output.prompt_logits[0]
         loss = objectives.context_cross_entropy(
-            predicted, prompt.label_ids, prompt.label_distances, logits, labels, options["decay"], options["normalize"]
+            predicted,
+            prompt.label_ids,
+            prompt.label_distances,
+            output.logits,
+            labels,
+            decay=self.decay,
+            normalize=self.normalize,
         )
         of_context = objectives.token_cross_entropy(predicted.detach()[None], prompt.label_ids[None])
         return {"loss": loss, "row": row.detach(), "context": of_context}
@@ -200,8 +226,8 @@ class CPT(PromptModule):
         _, prompt = self.parts()
         if not self.trains_on_context or not isinstance(prompt, ContextPrompt):
             return super().label_tokens(batch)
-        weights = self.hparams["decay"] ** prompt.label_distances.to(prompt.delta_embedding.dtype)
-        return objectives.context_tokens(weights, batch["labels"], self.hparams["normalize"])
+        weights = self.decay ** prompt.label_distances.to(prompt.delta_embedding.dtype)
+        return objectives.context_tokens(weights, batch["labels"], self.normalize)
 
     def _own_examples(self, batch: Batch) -> Tensor:
         if "context_examples" not in batch:
@@ -213,20 +239,14 @@ class CPT(PromptModule):
         return own
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Give one group: the perturbation."""
+        """Return one group: the perturbation."""
         _, prompt = self.parts()
-        return [{"params": list(prompt.parameters()), "lr": self.hparams["lr"], "name": "context"}]
+        return [{"params": list(prompt.parameters()), "lr": self.lr, "name": "context"}]
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Make the optimizer; each of its steps ends with the projection, before anyone can see the parameters."""
-        made = super().configure_optimizers()
+        """Build the optimizer; each of its steps ends with the projection onto the balls."""
+        built = super().configure_optimizers()
         _, prompt = self.parts()
         if isinstance(prompt, ContextPrompt):
-            made["optimizer"].register_step_post_hook(lambda *_: prompt.project())
-        return made
-
-
-NO_CONTEXT = (
-    "CPT needs examples to put before every row, and the data has no `context`. Set --data.context_shots, or give a "
-    "DataModule with an attribute `context` that has `token_ids` and `token_types`."
-)
+            built["optimizer"].register_step_post_hook(lambda *_: prompt.project())
+        return built

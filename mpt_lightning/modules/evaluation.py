@@ -1,115 +1,189 @@
-"""Evaluating one task after another: predictions as texts, metrics by the cards' names."""
+"""Validation, test and prediction, one task after another: by ranking the choices or by generation."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
-from torchmetrics import MeanMetric
 
+from mpt_lightning import objectives
 from mpt_lightning.backbones import Backbone
 from mpt_lightning.data.card import TaskCard
+from mpt_lightning.data.vocabulary import check_choices
 from mpt_lightning.errors import MPTError
-from mpt_lightning.metrics.task import TaskMetrics, average
-from mpt_lightning.objectives import IGNORE
+from mpt_lightning.modules.batch import Batch, check_batch, task_of_loader
+from mpt_lightning.modules.checkpointing import CheckpointedModule
+from mpt_lightning.modules.evaluator import Evaluator
+
+NO_PROMPT = (
+    "There is no trained prompt to evaluate: give --ckpt_path with a checkpoint (in Python: ckpt_path=..., or a "
+    "module from load_from_checkpoint)."
+)
 
 
-class Evaluator(nn.Module):
-    """The metrics of all evaluated tasks.
+@dataclass
+class Evaluation:
+    """What is kept for one evaluation.
 
-    Args:
-        tasks: the tasks, in the order of the dataloaders.
-        cards: their cards; a task without one has a loss and no metric.
+    Attributes:
+        prompts: The prompts of all tasks, encoded.
+        scores: The metrics; outside of the module's own submodules, so that they are not saved.
     """
 
-    def __init__(self, tasks: Sequence[str], cards: Mapping[str, TaskCard]) -> None:
-        super().__init__()
-        self.tasks = list(tasks)
-        self._metrics = nn.ModuleList(TaskMetrics(cards[t]) if t in cards else nn.Identity() for t in self.tasks)
-        self._losses: Any = nn.ModuleList(MeanMetric() for _ in self.tasks)
+    prompts: Any
+    scores: Evaluator
 
-    def has_metrics(self, task: str) -> bool:
-        """Whether the task has a card, and so metrics."""
-        return isinstance(self._metrics[self.tasks.index(task)], TaskMetrics)
 
-    def update(self, task: str, predictions: list[str], batch: Mapping[str, Any]) -> None:
-        """Count a batch's predictions; nothing where the task has no metrics."""
-        metrics = self._metrics[self.tasks.index(task)]
-        if not isinstance(metrics, TaskMetrics):
-            return
-        if "references" not in batch:
-            raise MPTError(
-                f"Task '{task}': got batches without `references`, expected the accepted answers of each row, because "
-                "its card has metrics. Add them to the batches, or leave the card out of the DataModule's `cards`."
-            )
-        groups = batch.get("groups") or [""] * len(predictions)
-        metrics.update(predictions, batch["references"], groups)
+class EvaluatedModule(CheckpointedModule):
+    """A module that evaluates and predicts; see `BackboneModule` for the arguments."""
 
-    def update_loss(self, task: str, loss: Tensor, tokens: int) -> None:
-        """Count a batch's loss, weighted by its label tokens."""
-        self._losses[self.tasks.index(task)].update(loss.detach(), tokens)
+    evaluation: Evaluation | None = None
 
-    def compute(self) -> dict[str, Tensor]:
-        """Give `<task>/loss`, `<task>/<metric>`, `loss`, and `average`: the mean over tasks of their metrics' mean.
+    def task_rows(self, batch: Batch) -> Tensor:
+        """Return the prompt's row `[B]` of each row of the batch, which is checked (`check_batch`)."""
+        ids: Tensor = check_batch(batch, self._data_tasks())["task_ids"]
+        return ids if self._row_of_task is None else self._row_of_task[ids]
 
-        Returns:
-            Scalars by name, reduced over ranks.
-        """
-        values: dict[str, Tensor] = {}
-        means, losses = [], []
-        for task, metrics, loss in zip(self.tasks, self._metrics, self._losses, strict=True):
-            values[f"{task}/loss"] = loss.compute()
-            losses.append(values[f"{task}/loss"])
-            if isinstance(metrics, TaskMetrics):
-                found = metrics.compute()
-                values |= {f"{task}/{name}": value for name, value in found.items()}
-                means.append(average(found))
-        values["loss"] = torch.stack(losses).mean()
-        if means:
-            values["average"] = torch.stack(means).mean()
-        return values
+    def release(self) -> None:
+        """Free what is kept on the device for one evaluation or one run; also called when a run fails."""
+        self.evaluation = None
+
+    def _check_choices(self) -> None:
+        """Check the choices of the data's cards, whoever made the DataModule."""
+        backbone, _ = self.parts()
+        for card in (card for name, card in self.cards.items() if name in self._data_tasks() and card.choices):
+            check_choices(card, backbone.tokenizer, backbone.family)
+
+    def _begin_evaluation(self) -> None:
+        if self.prompt is None:
+            raise MPTError(NO_PROMPT)
+        backbone, prompt = self.parts()
+        self._match_tasks()
+        self._check_choices()
+        with torch.no_grad():
+            # What depends on the prompts alone is computed once for the whole evaluation.
+            encoded = backbone.encode_prompts(prompt(torch.arange(prompt.num_tasks, device=self.device)))
+        self.evaluation = Evaluation(encoded, Evaluator(self._data_tasks(), self.cards).to(self.device))
+
+    def _inputs(self, batch: Batch, rows: Tensor) -> tuple[Any, Tensor, Tensor, Tensor]:
+        """Return the backbone's arguments for a batch."""
+        if self.evaluation is None:
+            raise RuntimeError("evaluation has not begun")
+        return self.evaluation.prompts, rows, batch["input_ids"], batch["attention_mask"]
+
+    def _evaluate(self, batch: Batch, loaders: Any, batch_idx: int, index: int) -> None:
+        backbone, _ = self.parts()
+        if self.evaluation is None:
+            raise RuntimeError("evaluation has not begun")
+        evaluator = self.evaluation.scores
+        rows, task, labels = self.task_rows(batch), task_of_loader(evaluator.tasks, index), batch["labels"]
+        counted = counted_rows(batch, loaders, batch_idx, index)
+        inputs = self._inputs(batch, rows)
+        if "choices" in batch:
+            # The gold answer is scored as one more choice, so that the loss takes no pass of its own.
+            scores = backbone.score(*inputs, with_gold(batch["choices"], labels))
+            texts = choice_texts(scores[:, :-1].argmax(dim=1), self.cards.get(task))
+            loss = -scores[:counted, -1].sum() / (labels[:counted] != objectives.IGNORE).sum()
+        else:
+            texts = self.predict_texts(batch, rows, task) if evaluator.has_metrics(task) else []
+            loss = objectives.token_cross_entropy(backbone(*inputs, labels).logits[:counted], labels[:counted])
+        if counted < len(labels):
+            batch, texts = {name: value[:counted] for name, value in batch.items()}, texts[:counted]
+        if counted:
+            evaluator.update(task, texts, batch)
+            evaluator.update_loss(task, loss, int((labels[:counted] != objectives.IGNORE).sum()))
+
+    def _end_evaluation(self, stage: str) -> None:
+        if self.evaluation is not None:
+            for name, value in self.evaluation.scores.compute().items():
+                self.log(f"{stage}/{name}", value, prog_bar=name == "average", sync_dist=True)
+        self.release()
+
+    def predict_texts(self, batch: Batch, rows: Tensor, task: str) -> list[str]:
+        """Return each row's answer: the likeliest choice if the batch has choices, else generated text."""
+        backbone, _ = self.parts()
+        inputs = self._inputs(batch, rows)
+        if "choices" in batch:
+            return choice_texts(backbone.score(*inputs, batch["choices"]).argmax(dim=1), self.cards.get(task))
+        return generated_texts(backbone, inputs, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams)
+
+    def on_validation_epoch_start(self) -> None:
+        """Encode the prompts."""
+        self._begin_evaluation()
+
+    def on_test_epoch_start(self) -> None:
+        """Encode the prompts."""
+        self._begin_evaluation()
+
+    def on_predict_epoch_start(self) -> None:
+        """Encode the prompts."""
+        self._begin_evaluation()
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Evaluate a batch of one task."""
+        self._evaluate(batch, self.trainer.val_dataloaders, batch_idx, dataloader_idx)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Evaluate a batch of one task."""
+        self._evaluate(batch, self.trainer.test_dataloaders, batch_idx, dataloader_idx)
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """Return one record per row: `task`, `row`, `text`, `prediction`, `gold`."""
+        task = task_of_loader(self._data_tasks(), dataloader_idx)
+        predictions = self.predict_texts(batch, self.task_rows(batch), task)
+        counted = counted_rows(batch, self.trainer.predict_dataloaders, batch_idx, dataloader_idx)
+        return records(task, predictions, batch)[:counted]
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val/<task>/<metric>` and `val/average`."""
+        self._end_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log `test/<task>/<metric>` and `test/average`."""
+        self._end_evaluation("test")
+
+    def on_predict_epoch_end(self) -> None:
+        """Free the device's memory."""
+        self.release()
+
+    def teardown(self, stage: str) -> None:
+        """Free the device's memory."""
+        self.release()
 
 
 def with_gold(choices: Tensor, labels: Tensor) -> Tensor:
     """Append the gold answer to the choices.
 
     Args:
-        choices: [B, C, M'] tokens, -100 for padding.
-        labels: [B, M] tokens, -100 for padding.
+        choices: Tokens [B, C, M'], -100 for padding.
+        labels: Tokens [B, M], -100 for padding.
 
     Returns:
         [B, C + 1, max(M, M')].
     """
     width = max(choices.shape[2], labels.shape[1])
-    columns = [functional.pad(t, (0, width - t.shape[2]), value=IGNORE) for t in (choices, labels[:, None])]
+    columns = [functional.pad(t, (0, width - t.shape[2]), value=objectives.IGNORE) for t in (choices, labels[:, None])]
     return torch.cat(columns, dim=1)
 
 
 def counted_rows(batch: Mapping[str, Any], loaders: Any, batch_idx: int, dataloader_idx: int) -> int:
-    """Give how many rows of a batch count: the last batch may be filled up (see `EvalSampler`).
-
-    Args:
-        batch: B rows.
-        loaders: the Trainer's.
-        batch_idx: the batch's place.
-        dataloader_idx: its loader's.
-    """
+    """Return how many of a batch's rows count: the last batch may be filled up with repeated rows (`EvalSampler`)."""
     loader = loaders[dataloader_idx] if isinstance(loaders, list) else loaders
-    # The batch sampler's: to predict, Lightning makes a loader that has no other.
+    # The batch sampler's: for prediction Lightning builds a loader that has no other.
     filling: int = getattr(getattr(getattr(loader, "batch_sampler", None), "sampler", None), "filling", 0)
     return len(batch["labels"]) - (filling if filling and batch_idx + 1 == len(loader) else 0)
 
 
 def choice_texts(best: Tensor, card: TaskCard | None) -> list[str]:
-    """Give the words of the chosen classes `[B]`; their numbers where no card names them."""
+    """Return the words of the chosen classes `[B]`; their numbers if no card names them."""
     words = card.choices if card is not None else None
     return [words[index] if words else str(index) for index in best.tolist()]
 
 
-def generated_texts(backbone: Backbone, inputs: tuple[Any, ...], options: dict[str, Any]) -> list[str]:
-    """Generate an answer for each row, and give its text without special tokens."""
+def generated_texts(backbone: Backbone, inputs: tuple[Any, ...], **options: Any) -> list[str]:
+    """Generate an answer for each row, and return its text without special tokens."""
     tokenizer = backbone.tokenizer
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     tokens = backbone.generate(*inputs, do_sample=False, pad_token_id=padding, **options)
@@ -117,7 +191,7 @@ def generated_texts(backbone: Backbone, inputs: tuple[Any, ...], options: dict[s
 
 
 def records(task: str, predictions: Sequence[str], batch: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Give one plain record per predicted row."""
+    """Return one plain record per predicted row."""
     size = len(predictions)
     texts, rows = batch.get("texts") or [""] * size, batch.get("row_ids") or list(range(size))
     golds = batch.get("references") or [[]] * size
@@ -125,13 +199,3 @@ def records(task: str, predictions: Sequence[str], batch: Mapping[str, Any]) -> 
         {"task": task, "row": int(row), "text": text, "prediction": prediction, "gold": list(gold)}
         for row, text, prediction, gold in zip(rows, texts, predictions, golds, strict=True)
     ]
-
-
-def plain_card(card: TaskCard) -> dict[str, Any]:
-    """Give a card as plain values that `weights_only` loading accepts."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(card).items()}
-
-
-def read_cards(cards: Mapping[str, Any]) -> dict[str, TaskCard]:
-    """Make cards of a checkpoint's plain values."""
-    return {name: TaskCard(**values) for name, values in cards.items()}

@@ -1,13 +1,79 @@
-"""Fine-tuning: every weight of the backbone, or its output head alone."""
+"""Methods that train weights of the backbone: their base class, and fine-tuning."""
 
-from typing import Any
+from abc import abstractmethod
+from typing import Any, Literal
 
 from torch import nn
 
+from mpt_lightning.arguments import NonNegativeFloat
 from mpt_lightning.backbones import Backbone
 from mpt_lightning.errors import MPTError
-from mpt_lightning.modules.adapted import AdaptedModule
-from mpt_lightning.modules.options import Trained
+from mpt_lightning.modules.base import PromptModule
+from mpt_lightning.prompts import EmptyPrompt
+
+# The key under which a checkpoint says what was done to the model.
+ADAPTATION = "adaptation"
+
+
+class AdaptedModule(PromptModule):
+    """A backbone whose own weights are trained, or which was given weights to train; see `BackboneModule`.
+
+    There is no prompt, and one model serves all tasks: they differ in their texts alone.
+    """
+
+    lr: float
+
+    @abstractmethod
+    def change(self, backbone: Backbone) -> None:
+        """Put what is trained into the model, or unfreeze what is there."""
+
+    @abstractmethod
+    def adaptation(self) -> dict[str, Any]:
+        """Return as plain values everything that decides what `change` does."""
+
+    def adapt(self, backbone: Backbone) -> None:
+        """Change the model that was just loaded.
+
+        Raises:
+            MPTError: If nothing of it would be trained.
+        """
+        # Computed once and kept: that of the weights as they were loaded.
+        backbone.fingerprint  # noqa: B018
+        before = set(backbone.modules())
+        self.change(backbone)
+        backbone.parts = [module for module in backbone.modules() if module not in before]
+        if not any(parameter.requires_grad for parameter in backbone.parameters()):
+            raise MPTError(f"{type(self).__name__} would train nothing: {self.adaptation()} leaves no free weight.")
+        backbone.train(backbone.training)
+
+    def build_prompt(self, backbone: Backbone) -> EmptyPrompt:
+        """Return a prompt without tokens, which holds the tasks' names."""
+        return EmptyPrompt(len(self.tasks), backbone.dim, self.tasks)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return one group: everything that is trained."""
+        backbone, _ = self.parts()
+        trained = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
+        return [{"params": trained, "lr": self.lr, "name": "weights"}]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what was done to the model."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[ADAPTATION] = self.adaptation()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the same was done to this model.
+
+        Raises:
+            MPTError: If it was changed in another way.
+        """
+        found = checkpoint.get(ADAPTATION)
+        if found is not None and found != self.adaptation():
+            raise MPTError(
+                f"The checkpoint was trained with {found}, and this run has {self.adaptation()}. Give "
+                f"{type(self).__name__} the same arguments, or start a new run."
+            )
+        super().on_load_checkpoint(checkpoint)
 
 
 class FineTuning(AdaptedModule):
@@ -19,29 +85,36 @@ class FineTuning(AdaptedModule):
         backbone: Hub id ("google-t5/t5-base") or folder of the model.
         train: "all" trains every weight; "head" the output layer [V, H] on a frozen body. A head that is tied to the
             input embeddings starts as their copy, and the embeddings stay.
-        lr: learning rate.
-        **kwargs: see `BuiltModule`.
+        lr: Learning rate.
+        **kwargs: See `BackboneModule`.
 
     Raises:
-        MPTError: an argument has an impossible value, or the weights would be trained in a precision too low.
+        MPTError: If an argument has an impossible value, or the weights would be trained in too low a precision.
     """
 
-    def __init__(self, backbone: str, train: Trained = "all", lr: float = 1e-4, **kwargs: Any) -> None:
+    def __init__(
+        self, backbone: str, train: Literal["all", "head"] = "all", lr: NonNegativeFloat = 1e-4, **kwargs: Any
+    ) -> None:
         super().__init__(backbone=backbone, **kwargs)
+        self.trained, self.lr = train, lr
         for argument, only in (("backbone_dtype", "float32"), ("backbone_quantization", None)):
-            if self.hparams[argument] != only:
+            if getattr(self, argument) != only:
                 raise MPTError(
-                    f"FineTuning trains the backbone's weights, and with {argument}={self.hparams[argument]!r} small "
+                    f"FineTuning trains the backbone's weights, and with {argument}={getattr(self, argument)!r} small "
                     f"updates would be lost. Leave {argument} at {only}; --trainer.precision bf16-mixed saves memory."
                 )
 
     def adaptation(self) -> dict[str, Any]:
-        """Give what is trained."""
-        return {"train": self.hparams["train"]}
+        """Return what is trained."""
+        return {"train": self.trained}
 
     def change(self, backbone: Backbone) -> None:
-        """Free the weights."""
-        if self.hparams["train"] == "all":
+        """Unfreeze the weights.
+
+        Raises:
+            MPTError: If the head is to be trained, and the model has none.
+        """
+        if self.trained == "all":
             backbone.model.requires_grad_(True)
             return
         head = backbone.model.get_output_embeddings()

@@ -1,39 +1,40 @@
 """Where a module's prompts start: the choices of `prompt_init`, applied to a backbone and its tasks."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mpt_lightning.backbones import Backbone
 from mpt_lightning.checkpoint import read_checkpoint
+from mpt_lightning.data.card import TaskCard
 from mpt_lightning.errors import MPTError
-from mpt_lightning.modules.options import PromptInit
 from mpt_lightning.prompts import init
+
+PromptInit = Literal["vocabulary", "text", "labels", "random", "checkpoint"]
 
 
 def initial_prompt(kind: PromptInit, backbone: Backbone, length: int, text: str | None, words: Sequence[str]) -> Tensor:
-    """Make the embeddings that one prompt starts from.
+    """Return the embeddings that one prompt starts from.
 
     Args:
         kind: "vocabulary": distinct tokens among the most frequent 5,000; "text": the tokens of `text`; "labels":
             the tokens of the class words, then vocabulary; "random": uniform in [-0.5, 0.5].
-        backbone: whose embeddings are used.
+        backbone: The model whose embeddings are used.
         length: P.
-        text: for "text".
-        words: the class words, for "labels".
+        text: The text of "text".
+        words: The class words of "labels".
 
     Returns:
         [P, H], fp32.
 
     Raises:
-        MPTError: a text or class words are needed and there are none.
+        MPTError: If a text or class words are needed and missing.
     """
-    table = backbone.embeddings.float()
     if kind == "random":
         return init.random_uniform(length, backbone.dim)
-    tokenizer = backbone.tokenizer
+    table, tokenizer = backbone.embeddings.float(), backbone.tokenizer
     if kind == "text":
         if not text:
             raise MPTError("prompt_init='text' needs a text: set --model.init_text.")
@@ -41,7 +42,7 @@ def initial_prompt(kind: PromptInit, backbone: Backbone, length: int, text: str 
     if kind == "labels":
         if not words:
             raise MPTError("prompt_init='labels' needs tasks with choices; use 'vocabulary' for the others.")
-        # A decoder-only model reads an answer behind a space, which can make it other tokens.
+        # In a decoder-only model an answer follows a space, which can change its tokens.
         space = " " if backbone.family == "causal" else ""
         ids = [tokenizer(space + word, add_special_tokens=False)["input_ids"] for word in words]
         return init.from_class_labels(table, ids, length)
@@ -49,37 +50,44 @@ def initial_prompt(kind: PromptInit, backbone: Backbone, length: int, text: str 
 
 
 def initial_prompts(
-    options: Mapping[str, Any], backbone: Backbone, cards: Mapping[str, Any], tasks: Sequence[str]
+    kind: PromptInit,
+    backbone: Backbone,
+    length: int,
+    text: str | None,
+    cards: Mapping[str, TaskCard],
+    tasks: Sequence[str],
 ) -> Tensor:
-    """Make a start of its own for each task's prompt.
+    """Return a separate start for each task's prompt; see `initial_prompt`.
 
     Args:
-        options: a module's arguments: `prompt_init`, `prompt_length` and `init_text`.
-        backbone: whose embeddings are used.
-        cards: the tasks' cards by name, for their class words.
-        tasks: [T] the tasks.
+        kind: Where prompts start.
+        backbone: The model whose embeddings are used.
+        length: P.
+        text: The text of "text".
+        cards: The tasks' cards by name, for their class words.
+        tasks: The tasks [T].
 
     Returns:
         [T, P, H], fp32.
     """
-    kind, length, text = options["prompt_init"], options["prompt_length"], options["init_text"]
     return torch.stack([initial_prompt(kind, backbone, length, text, class_words(cards, [task])) for task in tasks])
 
 
 def checkpoint_prompts(path: str | None, backbone: Backbone, tasks: Sequence[str], length: int) -> Tensor:
-    """Take the prompts of a checkpoint as a start.
+    """Return the prompts of a checkpoint as a start.
 
     Args:
-        path: the checkpoint, or a PEFT folder.
-        backbone: the backbone in use, which must be the checkpoint's.
-        tasks: the tasks to start. A task that the checkpoint has takes its own prompt, any other the mean of all.
+        path: The checkpoint, or a PEFT folder.
+        backbone: The backbone in use, which must be the checkpoint's.
+        tasks: The tasks to start. A task that the checkpoint has takes its own prompt, any other the mean of all.
         length: P.
 
     Returns:
         [T, P, H].
 
     Raises:
-        MPTError: no path, no embeddings (DePT, prefix tuning), another backbone, another length.
+        MPTError: If there is no path, or the checkpoint has no embeddings (DePT, prefix tuning), another backbone or
+            another length.
     """
     if not path:
         raise MPTError("prompt_init='checkpoint' needs a checkpoint: set --model.init_checkpoint.")
@@ -94,10 +102,10 @@ def checkpoint_prompts(path: str | None, backbone: Backbone, tasks: Sequence[str
 
 
 def check_length(path: str, got: int, expected: int, argument: str) -> None:
-    """Refuse a checkpoint of another prompt length.
+    """Raise if a checkpoint has prompts of another length.
 
     Raises:
-        MPTError: the lengths differ.
+        MPTError: If the lengths differ.
     """
     if got != expected:
         raise MPTError(
@@ -106,7 +114,7 @@ def check_length(path: str, got: int, expected: int, argument: str) -> None:
         )
 
 
-def class_words(cards: Mapping[str, Any], tasks: Sequence[str]) -> list[str]:
-    """Give the distinct class words of some tasks, in order."""
+def class_words(cards: Mapping[str, TaskCard], tasks: Sequence[str]) -> list[str]:
+    """Return the distinct class words of some tasks, in order."""
     words = [word for task in tasks if task in cards for word in cards[task].choices or []]
     return list(dict.fromkeys(words))

@@ -9,16 +9,17 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from peft import AdaLoraModel, PeftConfig
 from torch import Tensor
 
+from mpt_lightning.arguments import NonNegativeFloat
 from mpt_lightning.backbones import Backbone
 from mpt_lightning.checkpoint import PromptCheckpoint
 from mpt_lightning.errors import MPTError
 from mpt_lightning.modules import peft_config as configs
-from mpt_lightning.modules.adapted import ADAPTATION, AdaptedModule
 from mpt_lightning.modules.batch import Batch
-from mpt_lightning.modules.optimization import total_steps
+from mpt_lightning.modules.finetuning import ADAPTATION, AdaptedModule
+from mpt_lightning.modules.optimizers import total_steps
 
+# The key under which a checkpoint holds the state of AdaLoRA's rank schedule.
 ALLOCATOR = "rank_allocator"
-"""The key under which a checkpoint holds the state of AdaLoRA's rank schedule."""
 _STATISTICS = ("exp_avg_ipt", "exp_avg_unc")
 
 
@@ -26,22 +27,26 @@ class PEFTModule(AdaptedModule):
     """A method of PEFT that changes weights: its layers are put into the frozen backbone, and trained.
 
     Takes every tuner type: `--model.peft_config peft.LoraConfig --model.peft_config.r 8`. The types that train prompts
-    have classes of their own here. Dropout of PEFT's layers is on in training, the backbone's by `backbone_dropout`.
-    AdaLoRA's rank schedule is advanced after each optimizer step, and is in the checkpoint; without a `total_step` it
+    have classes of this package. PEFT's layers have dropout in training, the backbone if `backbone_dropout` is set.
+    AdaLoRA's rank schedule advances after each optimizer step and is in the checkpoint; without a `total_step` it
     gets the run's.
 
     Args:
         backbone: Hub id ("google-t5/t5-base") or folder of the frozen model.
-        peft_config: a config of PEFT; in Python also a mapping, as in PEFT's adapter_config.json.
-        lr: learning rate.
-        **kwargs: see `BuiltModule`.
+        peft_config: A config of PEFT; in Python also a mapping, as in PEFT's adapter_config.json.
+        lr: Learning rate.
+        **kwargs: See `BackboneModule`.
 
     Raises:
-        MPTError: the config is of a type that trains prompts, or PEFT refuses it.
+        MPTError: If the config is of a type that trains prompts, or PEFT rejects it.
     """
 
     def __init__(
-        self, backbone: str, peft_config: Callable[[], PeftConfig] | PeftConfig, lr: float = 1e-3, **kwargs: Any
+        self,
+        backbone: str,
+        peft_config: Callable[[], PeftConfig] | PeftConfig,
+        lr: NonNegativeFloat = 1e-3,
+        **kwargs: Any,
     ) -> None:
         if not callable(peft_config):
             peft_config = configs.plain_config(peft_config)  # type: ignore[assignment]  # for the hyper-parameters
@@ -49,28 +54,29 @@ class PEFTModule(AdaptedModule):
         # On the command line the argument is a function, and the hyper-parameters are written out.
         self.config = configs.plain_config(self.hparams["peft_config"])
         self.hparams["peft_config"] = self.config
+        self.lr = lr
         self._seed: int | None = None
         self._tuner: Any = None
 
     @classmethod
     def plain_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Give arguments as a checkpoint holds them."""
+        """Return arguments as a checkpoint holds them."""
         return {**arguments, "peft_config": configs.plain_config(arguments["peft_config"])}
 
     @classmethod
     def check_stage(cls, checkpoint: PromptCheckpoint) -> None:
-        """Refuse another class's checkpoint, and one whose config is none of PEFT's, since its class is looked up."""
+        """Raise for another class's checkpoint, and for a config that is not PEFT's, since its class is imported."""
         super().check_stage(checkpoint)
         config = checkpoint.hyper_parameters.get("peft_config")
         module = str(config.get("class_path")).rpartition(".")[0] if isinstance(config, Mapping) else ""
         if module not in sys.modules:
             raise MPTError(
-                f"{checkpoint.path} is damaged: peft_config is {config!r}. Expected a config of PEFT; import the "
-                "module that has its class, if it is one of your own."
+                f"{checkpoint.path} is damaged: got peft_config={config!r}, expected a config of PEFT. If its class is "
+                "your own, import the module first."
             )
 
     def adaptation(self) -> dict[str, Any]:
-        """Give the config, and the seed of what PEFT draws and does not train."""
+        """Return the config, and the seed of what PEFT draws and does not train."""
         return {"peft_config": self.config, "seed": self._seed}
 
     def change(self, backbone: Backbone) -> None:
@@ -82,7 +88,7 @@ class PEFTModule(AdaptedModule):
         with torch.random.fork_rng(devices=[]):
             # Some types draw frozen matrices or masks (VeRA, SHiRA): a checkpoint has the seed that draws them again.
             torch.manual_seed(self._seed)
-            tuner = configs.make_tuner(configs.make_config(self.config), backbone.model)
+            tuner = configs.build_tuner(configs.build_config(self.config), backbone.model)
         for parameter in backbone.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -91,7 +97,7 @@ class PEFTModule(AdaptedModule):
 
     @property
     def adapts_on_cpu(self) -> bool:  # type: ignore[override]
-        """Whether PEFT needs the weights on the CPU: a checkpoint has only the seed of what is frozen in a start."""
+        """Whether PEFT needs the weights on the CPU, to start equally on every device."""
         return configs.needs_weights_on_cpu(self.config)
 
     @property
@@ -101,7 +107,7 @@ class PEFTModule(AdaptedModule):
         return tuner if isinstance(tuner, AdaLoraModel) else None
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Give the loss; AdaLoRA's has a second term, which keeps the factors of its decomposition orthogonal."""
+        """Return the loss; AdaLoRA's has a second term, which keeps the factors of its decomposition orthogonal."""
         terms = super().losses(batch)
         if self.adalora is None:
             return terms
@@ -111,15 +117,15 @@ class PEFTModule(AdaptedModule):
         return {"loss": loss, "task_loss": terms["loss"].detach(), "orthogonality": orthogonal.detach()}
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Make the optimizer; each of its steps ends with AdaLoRA's update of the ranks."""
-        made = super().configure_optimizers()
+        """Build the optimizer; each of its steps ends with AdaLoRA's update of the ranks."""
+        built = super().configure_optimizers()
         if self.adalora is not None:
             self._plan_ranks(self.adalora.peft_config["default"])
-            made["optimizer"].register_step_post_hook(lambda *_: self._allocate())
-        return made
+            built["optimizer"].register_step_post_hook(lambda *_: self._allocate())
+        return built
 
     def _plan_ranks(self, config: Any) -> None:
-        """Give AdaLoRA the run's steps, and check its schedule."""
+        """Set AdaLoRA's number of steps, and check its schedule."""
         if configs.needs_total_step(self.config):
             steps = total_steps(self.trainer)
             if steps is None:
@@ -141,7 +147,7 @@ class PEFTModule(AdaptedModule):
             )
 
     def on_fit_start(self) -> None:
-        """Move AdaLoRA's statistics to the device; see `BuiltModule` for the rest."""
+        """Move AdaLoRA's statistics to the device; see `PromptModule` for the rest."""
         super().on_fit_start()
         self._move_statistics(self.device)
 
@@ -159,7 +165,7 @@ class PEFTModule(AdaptedModule):
 
     def _allocate(self) -> None:
         if self.adalora is not None:
-            # Within the optimizer's step, where the gradients are still there and this step is not yet counted.
+            # Within the optimizer's step, when the gradients still exist and this step is not yet counted.
             self.adalora.update_and_allocate(self.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -171,7 +177,7 @@ class PEFTModule(AdaptedModule):
             checkpoint[ALLOCATOR] = statistics | {"rank_pattern": config.rank_pattern}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Draw again what the checkpoint's run drew, and go on with its rank schedule."""
+        """Draw again what the checkpoint's run drew, and restore its rank schedule."""
         found = checkpoint.get(ADAPTATION) or {}
         if "seed" in found and found["seed"] != self._seed:
             if self.backbone is not None and configs.draws_what_is_frozen(self.config):
@@ -182,7 +188,7 @@ class PEFTModule(AdaptedModule):
             state = checkpoint[ALLOCATOR]
             for name in _STATISTICS:
                 setattr(self.adalora.rankallocator, name, state[name])
-            # The last step's own value, which the next one replaces; its keys say that there was a step.
+            # The value of the last step alone, which the next one replaces; its keys show that there was a step.
             last = state[_STATISTICS[-1]]
             self.adalora.rankallocator.ipt = {key: torch.zeros_like(value) for key, value in last.items()}
             self._move_statistics(self.device)
@@ -190,7 +196,7 @@ class PEFTModule(AdaptedModule):
 
 
 def orthogonality(model: AdaLoraModel) -> Tensor:
-    """Give the mean distance of AdaLoRA's factors from orthogonal ones, ||A A' - 1|| and ||B' B - 1||, a scalar."""
+    """Return the mean distance of AdaLoRA's factors from orthogonal ones, ||A A' - 1|| and ||B' B - 1||, a scalar."""
     distances = []
     for name, factor in model.named_parameters():
         if "lora_A" in name or "lora_B" in name:

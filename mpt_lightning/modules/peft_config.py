@@ -12,6 +12,7 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftCo
 
 from mpt_lightning.errors import MPTError
 
+# The class of this package that does what a PEFT type does with prompts.
 OURS = {
     "PROMPT_TUNING": "use mpt_lightning.PromptTuning",
     "P_TUNING": "use mpt_lightning.PromptTuning with reparameterization mlp or lstm",
@@ -20,26 +21,25 @@ OURS = {
     "CPT": "use mpt_lightning.CPT",
     "CARTRIDGE": "use mpt_lightning.PrefixTuning or CPT",
 }
-"""Which class of this package does what a type of PEFT does with prompts."""
+# Types that only work through PEFT's own forward pass, which takes neither our rows nor our prompts.
 OWN_FORWARD = ("ADAPTION_PROMPT", "XLORA", "POLY", "SHADOW")
-"""Types that work through PEFT's own forward pass only, which knows neither our rows nor our prompts."""
 _BOOKKEEPING = ("peft_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode")
 
 Config = dict[str, Any]
 
 
 def plain_config(given: PeftConfig | Callable[[], PeftConfig] | Mapping[str, Any]) -> Config:
-    """Give a config as its class's path and the arguments that differ from the defaults.
+    """Return a config as its class's path and the arguments that differ from the defaults.
 
     Args:
-        given: a config, a function that makes one, a mapping with `class_path` and `init_args`, or PEFT's own with
+        given: A config, a function that returns one, a mapping with `class_path` and `init_args`, or PEFT's own with
             `peft_type`, as in an adapter_config.json.
 
     Returns:
         `{"class_path": "peft.LoraConfig", "init_args": {"r": 4}}`, plain values only.
 
     Raises:
-        MPTError: it is none of these, has an unknown argument, or is of a type that is trained otherwise.
+        MPTError: If it is none of these, has an unknown argument, or is of a type that has a class of its own here.
     """
     if callable(given):
         given = given()
@@ -65,38 +65,34 @@ def plain_config(given: PeftConfig | Callable[[], PeftConfig] | Mapping[str, Any
         plain.pop("loftq_config", None)  # jsonargparse fills it in, and PEFT warns of it
     path = f"peft.{kind.__name__}" if hasattr(peft, kind.__name__) else f"{kind.__module__}.{kind.__qualname__}"
     config = {"class_path": path, "init_args": {n: v for n, v in sorted(plain.items()) if v != defaults[n]}}
-    make_config(config)
+    build_config(config)
     return config
 
 
-def make_config(plain: Config, **more: Any) -> PeftConfig:
-    """Make the config.
-
-    Args:
-        plain: what `plain_config` gave.
-        **more: further arguments.
+def build_config(plain: Config) -> PeftConfig:
+    """Build the config from what `plain_config` returned.
 
     Raises:
-        MPTError: PEFT refuses the arguments.
+        MPTError: If PEFT rejects the arguments.
     """
     kind = _find(plain["class_path"])
-    arguments = {**plain["init_args"], **more}
+    arguments = dict(plain["init_args"])
     if needs_total_step(plain) and "total_step" not in arguments:
-        # AdaLoRA wants the run's steps, which nobody knows yet: the least that it takes.
+        # AdaLoRA needs the run's steps, which are not known yet: the least that it accepts.
         arguments["total_step"] = arguments.get("tinit", 0) + arguments.get("tfinal", 0) + 1
     try:
         return kind(**arguments)
     except (ValueError, TypeError, AssertionError, ImportError) as error:
-        raise MPTError(f"peft_config: {kind.__name__} refuses its arguments: {error}") from error
+        raise MPTError(f"peft_config: {kind.__name__} rejects its arguments: {error}") from error
 
 
 def needs_total_step(plain: Config) -> bool:
-    """Say whether this is AdaLoRA without the run's number of steps."""
+    """Return whether this is AdaLoRA without the run's number of steps."""
     return plain["class_path"] == "peft.AdaLoraConfig" and plain["init_args"].get("total_step") is None
 
 
 def draws_what_is_frozen(plain: Config) -> bool:
-    """Say whether PEFT may draw something at random that is not trained, and so not in a checkpoint."""
+    """Return whether PEFT may draw something at random that is not trained, and so not in a checkpoint."""
     usual = plain["class_path"] in ("peft.LoraConfig", "peft.AdaLoraConfig", "peft.IA3Config")
     return not usual or plain["init_args"].get("init_lora_weights", True) not in (True, False, "gaussian")
 
@@ -104,24 +100,24 @@ def draws_what_is_frozen(plain: Config) -> bool:
 def needs_weights_on_cpu(plain: Config) -> bool:
     """Return whether PEFT must find the frozen weights on the CPU to start equally on every device.
 
-    It computes or draws the starts of some types where the weights are. AdaLoRA's layers it would move there, and PEFT
+    It computes or draws the starts of some types where the weights are. It would move AdaLoRA's layers there, and PEFT
     0.21 makes the frozen parameters among them trainable when it moves them.
     """
     return plain["class_path"] == "peft.AdaLoraConfig" or draws_what_is_frozen(plain)
 
 
-def make_tuner(config: PeftConfig, model: Any) -> Any:
-    """Put PEFT's layers into a model, and give the object that manages them.
+def build_tuner(config: PeftConfig, model: Any) -> Any:
+    """Put PEFT's layers into a model, and return the object that manages them.
 
     Args:
-        config: the config; PEFT fills in the modules it chose.
-        model: changed in place.
+        config: The config; PEFT fills in the modules it chose.
+        model: Changed in place.
 
     Raises:
-        MPTError: PEFT finds no module to adapt.
+        MPTError: If PEFT finds no module to adapt.
     """
     with warnings.catch_warnings():
-        # GPT-2 keeps its weights transposed; PEFT sees that itself, and says so.
+        # GPT-2 keeps its weights transposed; PEFT detects that itself, and warns.
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
         try:
             return PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)](model, config, "default")
@@ -135,7 +131,7 @@ def make_tuner(config: PeftConfig, model: Any) -> Any:
 def _check_type(config: type[PeftConfig]) -> None:
     types = [item for item, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items() if cls is config]
     if not types:
-        raise MPTError(f"peft_config: {config.__name__} is no method. Give one such as peft.LoraConfig.")
+        raise MPTError(f"peft_config: got {config.__name__}, expected the config of a method, such as peft.LoraConfig.")
     kind = types[0].value
     if kind in OURS or issubclass(config, PromptLearningConfig):
         instead = OURS.get(kind, "use one of mpt_lightning's classes")
@@ -155,9 +151,11 @@ def _find(path: str) -> type[PeftConfig]:
     try:
         kind = getattr(import_module(module or "peft"), name)
     except (ImportError, AttributeError) as error:
-        raise MPTError(f"peft_config: there is no class {path!r}. Give one such as peft.LoraConfig.") from error
+        raise MPTError(
+            f"peft_config: got {path!r}, which cannot be imported; expected a class such as peft.LoraConfig."
+        ) from error
     if not (isinstance(kind, type) and issubclass(kind, PeftConfig)):
-        raise MPTError(f"peft_config: {path!r} is no config of PEFT. Give one such as peft.LoraConfig.")
+        raise MPTError(f"peft_config: got {path!r}, expected a config of PEFT, such as peft.LoraConfig.")
     return kind
 
 
@@ -166,7 +164,7 @@ def _default(item: Any) -> Any:
 
 
 def _plain(value: Any, name: str) -> Any:
-    """Give a value as what a checkpoint and a YAML file can hold."""
+    """Return a value as what a checkpoint and a YAML file can hold."""
     if value is MISSING or value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, Enum):
@@ -181,4 +179,4 @@ def _plain(value: Any, name: str) -> Any:
         return [_plain(item, name) for item in value]
     if isinstance(value, Mapping):
         return {key: _plain(item, name) for key, item in value.items()}
-    raise MPTError(f"peft_config: {name}={value!r} is no plain value, so that a checkpoint could not hold it.")
+    raise MPTError(f"peft_config: got {name}={value!r}, expected a plain value, which a checkpoint can hold.")

@@ -1,4 +1,4 @@
-"""Which arguments count when a run resumes: those of the checkpoint that differ are reported, or refused."""
+"""Resuming: a run's arguments that differ from the checkpoint's are reported, or an error."""
 
 import inspect
 import math
@@ -16,13 +16,6 @@ from mpt_lightning.errors import MPTError
 from mpt_lightning.io import one_line
 
 CHECKPOINT, RUN = "the checkpoint's", "this run's"
-# Arguments that decide what is trained, and how: the checkpoint's tensors fit no other value.
-FIXED = ("prompt_length", "rank", "reparameterization", "projection", "method", "optimizer")
-# Arguments that are read once, when a new prompt is built.
-INITIAL = (
-    "tasks", "prompt_init", "init_text", "init_checkpoint", "prefix_init", "factor_init", "source", "start",
-    "network_width", "instruction_length", "instruction_text",
-)  # fmt: skip
 
 
 class Difference(NamedTuple):
@@ -46,28 +39,29 @@ class Difference(NamedTuple):
 
 
 class ResumedRun:
-    """The state that a run resumes from, compared with the run before it is restored.
+    """A checkpoint's arguments and training state, compared with those of the run that resumes from it.
 
     Args:
-        module: The module, with this run's arguments.
+        module: A `CheckpointedModule` with this run's arguments; it lists those that are fixed and those that only
+            count at the start.
         content: The checkpoint.
         found: The same, parsed.
     """
 
-    def __init__(self, module: L.LightningModule, content: Mapping[str, Any], found: PromptCheckpoint) -> None:
+    def __init__(self, module: Any, content: Mapping[str, Any], found: PromptCheckpoint) -> None:
         self.path, self.step = found.path, content.get("global_step")
         self._optimizers, self._schedules = content["optimizer_states"], content["lr_schedulers"]
         # Now: Lightning restores the callbacks right after the module, and the optimizers later.
         self._found = [*_of_module(module, found), *_of_callbacks(module.trainer, content.get("callbacks", {}))]
 
     def report(self, trainer: L.Trainer) -> None:
-        """Report every argument that differs, in one message; for when the optimizers are built.
+        """Report every argument that differs, in one message, once the optimizers are built.
 
-        A longer or shorter run is no mistake: the schedule is this run's, so that a linear one falls to 0 at this run's
-        end; the message contains the learning rates of both.
+        A longer or shorter run is allowed: the schedule is this run's, so that a linear one falls to 0 at its end; the
+        message contains the learning rates of both.
 
         Args:
-            trainer: Of the run.
+            trainer: The run's.
 
         Raises:
             MPTError: The checkpoint does not fit an argument of this run.
@@ -115,7 +109,7 @@ class ResumedRun:
                 yield Difference(name, now, state["_last_lr"], RUN)
 
 
-def _of_module(module: L.LightningModule, found: PromptCheckpoint) -> Iterator[Difference]:
+def _of_module(module: Any, found: PromptCheckpoint) -> Iterator[Difference]:
     options: Mapping[str, Any] = module.hparams
     counts: str | None
     prefix = "--model." if "_instantiator" in options else ""
@@ -128,9 +122,14 @@ def _of_module(module: L.LightningModule, found: PromptCheckpoint) -> Iterator[D
             saved, now = found.tasks, now or found.tasks
         if now == saved:
             continue
-        of_state = name in INITIAL or name in found.prompt_config or name.endswith("lr") or name == "weight_decay"
+        of_state = (
+            name in module.initial_arguments
+            or name in found.prompt_config
+            or name.endswith("lr")
+            or name == "weight_decay"
+        )
         counts = CHECKPOINT if of_state else RUN
-        if name in FIXED and now is not None and saved is not None:
+        if name in module.fixed_arguments and now is not None and saved is not None:
             counts = None
         if name == "tasks" and not hasattr(datamodule, "tasks"):
             # The batches' task_ids count along this list, and the prompt's rows along the checkpoint's.

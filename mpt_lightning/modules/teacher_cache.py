@@ -1,4 +1,7 @@
-"""What teachers said of rows, on disk: one SQLite file that several processes read and write at once."""
+"""The teachers' output per row on disk: one SQLite file that several processes read and write at once.
+
+`datasets` holds finished tables; this file grows row by row while several ranks train, and survives a killed process.
+"""
 
 import hashlib
 import json
@@ -16,43 +19,42 @@ from torch import Tensor
 
 from mpt_lightning.errors import MPTError
 
+# Part of a file's name: raise it when the same row would be stored in another way.
 FORMAT = 1
-"""Part of what a file is named after: raise it when the same row would be stored in another way."""
 
-_APPLICATION = 0x4D505443  # "MPTC", SQLite's place for telling whose file it is
+_APPLICATION = 0x4D505443  # "MPTC", SQLite's field for the program that a file belongs to
 _WAIT = 120.0  # seconds for another process that is writing
 _INHERITED: list[sqlite3.Connection] = []
 
+# A row's tensors by name, without padding.
 Row = dict[str, Tensor]
-"""A row's tensors by name, without padding."""
 
 
 class TeacherCache:
     """Rows by key.
 
-    A row is there whole or not at all, whenever a process is killed, and its checksum is compared when it is read. The
+    A row is stored whole or not at all, whenever a process is killed, and its checksum is compared when it is read. The
     file must be on a disk of this machine: SQLite's locks between processes do not reach across a network.
 
     Args:
-        folder: where the file is; made where it does not exist.
-        about: what all rows depend on, as plain values. Each `about` has a file of its own.
+        folder: Folder of the file; created if missing.
+        about: What all rows depend on, as plain values. Each `about` has a separate file.
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
-        self.about = json.dumps({"format": FORMAT, **about}, sort_keys=True)
-        self.path = folder / f"{hashlib.sha256(self.about.encode()).hexdigest()[:16]}.sqlite"
+        name = hashlib.sha256(json.dumps({"format": FORMAT, **about}, sort_keys=True).encode()).hexdigest()[:16]
+        self.path = folder / f"{name}.sqlite"
         self._connection: sqlite3.Connection | None = None
         self._process = 0
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, Row]:
-        """Give the rows that are there.
+        """Return the rows that are stored.
 
         Raises:
-            MPTError: the file is damaged, or another program's.
-            MPTError: it cannot be opened or read.
+            MPTError: If the file is damaged or another program's, or cannot be read.
         """
         found = {}
-        with self._told():
+        with self._messages():
             for key in keys:
                 entry = self._open().execute("SELECT checksum, value FROM rows WHERE key = ?", (key,)).fetchone()
                 if entry is None:
@@ -64,25 +66,24 @@ class TeacherCache:
         return found
 
     def put(self, rows: Mapping[bytes, Row]) -> None:
-        """Add rows, all or none of them; a row that is there already stays.
+        """Add rows, all or none of them; a row that is stored already stays.
 
         Raises:
-            MPTError: the file is damaged, or another program's.
-            MPTError: it cannot be written: no space, no permission.
+            MPTError: If the file is damaged or another program's, or cannot be written.
         """
         entries = [(key, _checksum(key, value), value) for key, value in ((k, save(row)) for k, row in rows.items())]
-        with self._told(), self._open() as transaction:
+        with self._messages(), self._open() as transaction:
             transaction.executemany("INSERT OR IGNORE INTO rows VALUES (?, ?, ?)", entries)
 
     def close(self) -> None:
         """Close the file, if this process has it open."""
         if self._connection is not None and self._process == os.getpid():
-            with self._told():
+            with self._messages():
                 self._connection.close()
         self._connection = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the open file out: copies and other processes open their own."""
+        """Leave the open file out: copies and other processes open it themselves."""
         return self.__dict__ | {"_connection": None}
 
     def _open(self) -> sqlite3.Connection:
@@ -92,7 +93,7 @@ class TeacherCache:
             self._connection = None
         if self._connection is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # One process at a time makes the file and its tables.
+            # One process at a time creates the file and its table.
             with FileLock(f"{self.path}.lock", timeout=_WAIT):
                 connection = sqlite3.connect(self.path, timeout=_WAIT, check_same_thread=False)
                 try:
@@ -104,10 +105,10 @@ class TeacherCache:
         return self._connection
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
-        """Make the tables of a new file, check those of an old one."""
+        """Create the table of a new file; raise if an old file is another program's."""
         new = connection.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
         if not new and connection.execute("PRAGMA application_id").fetchone() != (_APPLICATION,):
-            raise sqlite3.DatabaseError("another program made it")
+            raise sqlite3.DatabaseError("another program wrote it")
         # A log beside the file: readers do not wait for a writer, and a commit does not wait for the disk.
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")
@@ -115,27 +116,22 @@ class TeacherCache:
             with connection:
                 connection.execute("BEGIN IMMEDIATE")
                 connection.execute(f"PRAGMA application_id = {_APPLICATION}")
-                connection.execute("CREATE TABLE about (text TEXT NOT NULL)")
                 connection.execute("CREATE TABLE rows (key BLOB PRIMARY KEY, checksum INTEGER, value BLOB NOT NULL)")
-                connection.execute("INSERT INTO about VALUES (?)", (self.about,))
-        elif connection.execute("SELECT text FROM about").fetchall() != [(self.about,)]:
-            raise sqlite3.DatabaseError("its rows are of another backbone, or of other settings")
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Turn SQLite's errors into messages that say what to do."""
+    def _messages(self) -> Iterator[None]:
+        """Turn SQLite's errors into messages for the user."""
         try:
             yield
         except (sqlite3.OperationalError, OSError) as error:
             raise MPTError(
                 f"The teachers' cache {self.path} cannot be used: {error}. Make room on its disk if that is full, or "
-                "set --model.teacher_cache to another folder on a disk of this machine that can be written, or to "
-                "null. Checkpoints written before are whole."
+                "set --model.teacher_cache to another folder on a disk of this machine that can be written, or to null."
             ) from error
         except sqlite3.DatabaseError as error:
             raise MPTError(
-                f"The teachers' cache {self.path} is damaged, or is none: {error}. Remove the file (with those of the "
-                "same name and -wal, -shm); it is made anew. Or set --model.teacher_cache to another folder."
+                f"The teachers' cache {self.path} is damaged, or not a cache: {error}. Remove the file (with those of "
+                "the same name and -wal, -shm), or set --model.teacher_cache to another folder."
             ) from error
 
 
@@ -143,9 +139,9 @@ def row_key(teacher: bytes, input_ids: bytes, labels: bytes) -> bytes:
     """Hash what a row's teacher output depends on.
 
     Args:
-        teacher: digest of the teacher's prompt.
-        input_ids: the input's token ids, without padding.
-        labels: the answer's, without padding.
+        teacher: Digest of the teacher's prompt.
+        input_ids: The input's token ids, without padding.
+        labels: The answer's, without padding.
     """
     digest = hashlib.blake2b(digest_size=16)
     for part in (teacher, input_ids, labels):

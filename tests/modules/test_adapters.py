@@ -104,9 +104,9 @@ def test_a_model_of_another_build_is_told() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"size": 0}, "size must be 1 or more, got 0"),
-        ({"places": "here"}, "places must be one of houlsby, pfeiffer, got 'here'"),
-        ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
+        ({"size": 0}, "size: got 0, expected a whole number at least 1"),
+        ({"places": "here"}, "places: got 'here', expected one of houlsby, pfeiffer"),
+        ({"dropout": 1.0}, "dropout: got 1.0, expected a number at least 0 and below 1"),
     ],
 )
 def test_impossible_values_are_told_at_once(arguments: dict, message: str) -> None:

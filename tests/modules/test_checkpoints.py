@@ -218,14 +218,14 @@ def test_a_wrong_hand_over_is_told_before_training(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"warmup_steps": -1}, "warmup_steps must be 0 or more, got -1"),
-        ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
-        ({"hidden_weight": -1.0}, "hidden_weight must be 0 or more"),
-        ({"shared_lr": float("nan")}, "shared_lr must be 0 or more, got nan"),
-        ({"optimizer": "sgd"}, "optimizer must be one of adamw, adafactor, got 'sgd'"),
-        ({"schedule": "step"}, "schedule must be one of linear, constant, cosine, got 'step'"),
-        ({"hidden_layers": "first"}, "hidden_layers must be one of last, all"),
-        ({"prompt_length": 0}, "prompt_length must be 1 or more, got 0"),
+        ({"warmup_steps": -1}, "warmup_steps: got -1, expected a whole number at least 0"),
+        ({"temperature": 0.0}, "temperature: got 0.0, expected a number above 0"),
+        ({"hidden_weight": -1.0}, "hidden_weight: got -1.0, expected a number at least 0"),
+        ({"shared_lr": float("nan")}, "shared_lr: got nan, expected a number at least 0"),
+        ({"optimizer": "sgd"}, "optimizer: got 'sgd', expected one of adamw, adafactor"),
+        ({"schedule": "step"}, "schedule: got 'step', expected one of linear, constant, cosine"),
+        ({"hidden_layers": "first"}, "hidden_layers: got 'first', expected one of last, all"),
+        ({"prompt_length": 0}, "prompt_length: got 0, expected a whole number at least 1"),
     ],
 )
 def test_impossible_values_are_told_at_once(arguments: dict, message: str) -> None:

@@ -328,13 +328,13 @@ def test_bfloat16_weights_leave_the_loss_and_the_perturbation_in_fp32(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epsilon": 0.0}, r"epsilon must be above 0, or null for no bound; got 0\.0"),
-        ({"template_epsilon": -0.1}, "template_epsilon must be above 0"),
-        ({"decay": 0.0}, r"decay must be above 0 and at most 1 .*, got 0\.0"),
-        ({"decay": 1.1}, "decay must be above 0 and at most 1"),
-        ({"method": "cpp"}, "method must be one of cpt, prompt_tuning, instruction, icl, got 'cpp'"),
-        ({"normalize": "sum"}, "normalize must be one of paper, weights"),
-        ({"instruction_length": 0}, "instruction_length must be 1 or more"),
+        ({"epsilon": 0.0}, r"epsilon: got 0\.0, expected a number above 0 or null"),
+        ({"template_epsilon": -0.1}, "template_epsilon: got -0.1, expected a number above 0"),
+        ({"decay": 0.0}, r"decay: got 0\.0, expected a number above 0 and at most 1"),
+        ({"decay": 1.1}, "decay: got 1.1, expected a number above 0 and at most 1"),
+        ({"method": "cpp"}, "method: got 'cpp', expected one of cpt, prompt_tuning, instruction, icl"),
+        ({"normalize": "sum"}, "normalize: got 'sum', expected one of paper, weights"),
+        ({"instruction_length": 0}, "instruction_length: got 0, expected a whole number at least 1"),
     ],
 )
 def test_impossible_arguments_are_told_at_once(options: dict, message: str) -> None:

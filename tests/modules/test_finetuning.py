@@ -71,7 +71,7 @@ def test_another_way_of_training_is_refused(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"train": "body"}, "train must be one of all, head, got 'body'"),
+        ({"train": "body"}, "train: got 'body', expected one of all, head"),
         ({"backbone_dtype": "bfloat16"}, "Leave backbone_dtype at float32; --trainer.precision bf16-mixed"),
     ],
 )

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers.optimization import Adafactor
 
 from mpt_lightning import PEFTModule, PromptTuning
-from mpt_lightning.modules.optimization import make_optimizer
+from mpt_lightning.modules.optimizers import build_optimizer
 from tests.modules.conftest import AnyData, Rows
 
 Folder = Callable[[str], str]
@@ -68,7 +68,7 @@ def test_adafactor_takes_the_given_rate_whatever_the_scale() -> None:
     """A first step is in the direction of the gradient's sign, of the size of the rate, for small and large weights."""
     for scale in (1e-3, 1.0, 1e3):
         weight = torch.nn.Parameter(torch.full((4,), scale, dtype=torch.double))
-        optimizer = make_optimizer("adafactor", [{"params": [weight], "lr": 0.25}], 0.0)
+        optimizer = build_optimizer("adafactor", [{"params": [weight], "lr": 0.25}], 0.0)
         assert isinstance(optimizer, Adafactor)
         weight.grad = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.double)
         optimizer.step()

@@ -12,7 +12,7 @@ import torch
 from mpt_lightning import PEFTModule, load_backbone
 from mpt_lightning.backbones import CausalBackbone, Seq2SeqBackbone
 from mpt_lightning.checkpoint import read_checkpoint
-from mpt_lightning.modules.peft_config import make_config, make_tuner, plain_config
+from mpt_lightning.modules.peft_config import build_config, build_tuner, plain_config
 from mpt_lightning.objectives import token_cross_entropy
 from tests.conftest import KINDS, build_model
 from tests.modules.adapted import loads_equal, resumes_exactly, weights
@@ -39,8 +39,8 @@ def test_logits_and_gradients_are_pefts_own(kind: str, method: str, batch: dict[
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out")
         config = plain_config(METHODS[method])
-        theirs = peft.get_peft_model(model, make_config(config))
-        make_tuner(make_config(config), ours.model)
+        theirs = peft.get_peft_model(model, build_config(config))
+        build_tuner(build_config(config), ours.model)
     generator = torch.Generator().manual_seed(0)
     drawn = {name: torch.randn(p.shape, generator=generator) for name, p in ours.model.named_parameters()}
     for name, parameter in ours.model.named_parameters():
@@ -127,7 +127,9 @@ def test_adalora_lowers_its_ranks_as_pefts_loop_does(model_folder: Folder, data:
 
     model = build_model("t5")
     # Without a task type PEFT's forward pass goes around the regulariser.
-    config = make_config(plain_config(ADALORA), total_step=9, task_type="SEQ_2_SEQ_LM")
+    plain = plain_config(ADALORA)
+    plain["init_args"] |= {"total_step": 9, "task_type": "SEQ_2_SEQ_LM"}
+    config = build_config(plain)
     L.seed_everything(0)
     theirs = peft.get_peft_model(model, config)
     start = PEFTModule(model_folder("t5"), ADALORA)
@@ -203,10 +205,10 @@ def test_layers_of_a_bf16_backbone_train_in_fp32(model_folder: Folder, data: Any
         ({"peft_type": "XLORA"}, "needs PEFT's own forward pass"),
         ({"peft_type": "LORA", "rank": 4}, "LoraConfig has no rank. It has: .*r,"),
         ({"peft_type": "LARA"}, "must be a config of PEFT such as peft.LoraConfig"),
-        ({"class_path": "peft.LaraConfig"}, "there is no class 'peft.LaraConfig'"),
-        ({"class_path": "peft.LoraModel"}, "is no config of PEFT"),
-        ({"peft_type": "LORA", "layers_pattern": "x"}, "LoraConfig refuses its arguments"),
-        (peft.LoraConfig(r=4, target_modules=[object()]), "is no plain value"),
+        ({"class_path": "peft.LaraConfig"}, "got 'peft.LaraConfig', which cannot be imported"),
+        ({"class_path": "peft.LoraModel"}, "got 'peft.LoraModel', expected a config of PEFT"),
+        ({"peft_type": "LORA", "layers_pattern": "x"}, "LoraConfig rejects its arguments"),
+        (peft.LoraConfig(r=4, target_modules=[object()]), "expected a plain value"),
     ],
 )
 def test_a_wrong_config_is_told_at_once(config: object, message: str) -> None:
@@ -257,7 +259,7 @@ def test_quantization_without_its_library_is_told_at_once(monkeypatch: pytest.Mo
         ValueError, match=r"needs bitsandbytes and accelerate.*pip install mpt_lightning\[quantization\]"
     ):
         PEFTModule("anything", LORA, backbone_quantization="4bit")
-    with pytest.raises(ValueError, match="backbone_quantization must be one of None, 4bit, 8bit, got '3bit'"):
+    with pytest.raises(ValueError, match="backbone_quantization: got '3bit', expected one of 4bit, 8bit or null"):
         PEFTModule("anything", LORA, backbone_quantization="3bit")
 
 

@@ -388,7 +388,7 @@ def test_dropout_leaves_nothing_to_cache(model_folder: Folder, tmp_path: Path) -
 
 @pytest.mark.parametrize("option", ["teacher_every", "teacher_top_k"])
 def test_counts_are_checked(option: str) -> None:
-    with pytest.raises(ValueError, match=f"{option} must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match=f"{option}: got 0, expected a whole number at least 1"):
         MPTSource("any", **{option: 0})
 
 

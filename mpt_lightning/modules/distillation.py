@@ -1,9 +1,9 @@
-"""The teachers of a source run: where they come from, and what they say of a batch."""
+"""The teachers of a source run: where they come from, and the terms of the loss that follow them."""
 
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +18,67 @@ from mpt_lightning.modules.batch import Batch
 from mpt_lightning.modules.initialization import check_length
 from mpt_lightning.modules.teacher_cache import Row, TeacherCache, row_key
 
+# Per "<stack>/<part>" the layers that are compared.
 States = dict[str, tuple[Tensor, ...]]
-"""Per "<stack>/<part>" the layers that are compared."""
+
+
+@dataclass(frozen=True)
+class HiddenChoice:
+    """The hidden states that are compared; see `objectives.hidden_distillation`."""
+
+    layers: objectives.Layers = "last"
+    positions: objectives.Positions = "text"
+    stacks: objectives.Stacks = "both"
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What is distilled.
+
+    Attributes:
+        logits_weight: Weight of the KL term; 0 leaves it out.
+        hidden_weight: Weight of the hidden-state term; 0 leaves it out.
+        temperature: Temperature of the KL term.
+        hidden: The hidden states that are compared.
+        top_k: Likeliest tokens that a cache keeps of each distribution.
+    """
+
+    logits_weight: float
+    hidden_weight: float
+    temperature: float = 1.0
+    hidden: HiddenChoice = HiddenChoice()
+    top_k: int = 64
+
+    def chosen(self, states: Mapping[str, Segment]) -> States:
+        """Return the hidden states that are compared."""
+        return objectives.chosen_states(states, **asdict(self.hidden))
 
 
 @dataclass
 class Targets(ABC):
-    """What the teachers say of a batch, for the student to learn.
+    """The teachers' output for a batch, which the student is compared with."""
 
-    Attributes:
-        options: the module's arguments.
-    """
-
-    options: Mapping[str, Any]
+    options: Distillation
 
     def terms(self, student: BackboneOutput, rows: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Return the distillation terms that have a weight, "logits_loss" and "hidden_loss".
 
-        Both are means over rows, weighted by the rows' label tokens, of what a row's label tokens or compared positions
-        have on average.
+        Both are means over rows, weighted by the rows' label tokens, of the average over a row's label tokens or
+        compared positions.
 
         Args:
-            student: its output for the same batch.
-            rows: [B] in 0..U-1, each row's task among the batch's.
+            student: The student's output for the same batch.
+            rows: Each row's task among the batch's [B], in 0..U-1.
             labels: [B, M], -100 for padding.
         """
         terms = {}
-        if self.options["logits_weight"] > 0:
+        if self.options.logits_weight > 0:
             terms["logits_loss"] = self.logits_loss(student.logits, labels)
-        if self.options["hidden_weight"] > 0:
-            weights = objectives.label_weights(student.hidden, rows, labels, self.options["hidden_positions"])
+        if self.options.hidden_weight > 0:
+            weights = objectives.label_weights(student.hidden, rows, labels, self.options.hidden.positions)
             weighted = {key: Segment(student.hidden[key].layers, weight) for key, weight in weights.items()}
             terms["hidden_loss"] = objectives.hidden_distillation(
-                weighted, self.hidden(student.hidden), **hidden_options(self.options)
+                weighted, self.hidden(student.hidden), **asdict(self.options.hidden)
             )
         return terms
 
@@ -60,28 +88,28 @@ class Targets(ABC):
 
     @abstractmethod
     def hidden(self, student: Mapping[str, Segment]) -> dict[str, Segment]:
-        """Give the hidden states to compare, laid out as the student's."""
+        """Return the hidden states to compare, laid out as the student's."""
 
 
 @dataclass
 class FreshTargets(Targets):
-    """What a pass of the teachers gave: logits `[B, M, V]` and hidden states."""
+    """The output of a teachers' pass: logits `[B, M, V]` and hidden states."""
 
     logits: Tensor
     states: States
 
     def logits_loss(self, student: Tensor, labels: Tensor) -> Tensor:
         """Compare the whole distributions."""
-        return objectives.logit_distillation(student, self.logits, labels, self.options["temperature"])
+        return objectives.logit_distillation(student, self.logits, labels, self.options.temperature)
 
     def hidden(self, student: Mapping[str, Segment]) -> dict[str, Segment]:
-        """Give the states as they are."""
+        """Return the states as they are."""
         return {key: Segment(layers, student[key].weight) for key, layers in self.states.items()}
 
 
 @dataclass
 class CachedTargets(Targets):
-    """What a cache holds of a batch's rows, one after the other without padding, and what its prompts share.
+    """A cache's content for a batch: its rows, one after the other without padding, and what its prompts share.
 
     `packed` has the names of a `Row`: "ids" and "log_probs" of `objectives.top_buckets`, and per "<stack>/<part>"
     states `[tokens, layers, H]`.
@@ -93,7 +121,7 @@ class CachedTargets(Targets):
     def logits_loss(self, student: Tensor, labels: Tensor) -> Tensor:
         """Compare the likeliest tokens, and all others as one."""
         ids, log_probs = self.packed["ids"].long(), self.packed["log_probs"]
-        return objectives.bucketed_distillation(student, ids, log_probs, labels, self.options["temperature"])
+        return objectives.bucketed_distillation(student, ids, log_probs, labels, self.options.temperature)
 
     def hidden(self, student: Mapping[str, Segment]) -> dict[str, Segment]:
         """Put the rows' states where the student has the same tokens."""
@@ -110,24 +138,33 @@ class CachedTargets(Targets):
 
 
 class Teachers:
-    """One frozen prompt per task, on the student's backbone; runs without gradients, and keeps what is compared alone.
+    """One frozen prompt per task, on the student's backbone; runs without gradients.
 
     Args:
         prompts: [T, P, H].
-        options: the module's arguments.
-        folder: of the cache; none for no cache.
+        options: What is distilled.
+        cache: Folder of the cache; None for no cache.
+        dropout: Whether the backbone has dropout, so that no pass of it can be kept.
+        quantization: The backbone's, which a cache depends on.
     """
 
-    def __init__(self, prompts: Tensor, options: Mapping[str, Any], folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        prompts: Tensor,
+        options: Distillation,
+        cache: Path | None = None,
+        dropout: bool = False,
+        quantization: str | None = None,
+    ) -> None:
         self.prompts = prompts.detach().cpu()
-        self.options = options
-        self.folder = folder
+        self.options, self.folder = options, cache
+        self._dropout, self._quantization = dropout, quantization
         self._digests = [hashlib.blake2b(prompt.float().cpu().numpy().tobytes()).digest() for prompt in self.prompts]
         self._encoded: Any = None
         self._cache: TeacherCache | None = None
 
     def forget(self) -> None:
-        """Give up what belongs to one run: prompts encoded on its device, and the open cache."""
+        """Free what belongs to one run: prompts encoded on its device, and the open cache."""
         if self._cache is not None:
             self._cache.close()
         self._encoded = self._cache = None
@@ -140,37 +177,34 @@ class Teachers:
     def targets(
         self, backbone: Backbone, distinct: Tensor, rows: Tensor, batch: Batch, any_rank: Callable[[bool], bool] = bool
     ) -> Targets:
-        """Say what there is to learn about a batch.
+        """Return the teachers' output for a batch.
 
         Args:
-            backbone: the student's.
-            distinct: [U] the batch's tasks.
-            rows: [B] in 0..U-1, each row's task among them.
-            batch: the batch.
-            any_rank: says whether something is true on any rank; for a sharded backbone, which all ranks run or none.
+            backbone: The student's.
+            distinct: The batch's tasks [U].
+            rows: Each row's task among them [B], in 0..U-1.
+            batch: The batch.
+            any_rank: Returns whether something is true on any rank; for a sharded backbone, which runs on all ranks or
+                none.
         """
         if self.folder is not None:
-            # Opened here, in the process that uses it, and under the precision that the pass has.
+            # Opened here, in the process that uses it, and under the precision of the pass.
             self._cache = self._cache or TeacherCache(self.folder, self._about(backbone, rows.device))
             return self._cached(self._cache, backbone, distinct, rows, batch, any_rank)
         output = self._run(backbone, distinct, rows, batch)
-        return FreshTargets(self.options, output.logits, self._chosen(output.hidden))
+        return FreshTargets(self.options, output.logits, self.options.chosen(output.hidden))
 
     def _run(self, backbone: Backbone, distinct: Tensor, rows: Tensor, batch: Batch) -> BackboneOutput:
         inputs = (rows, batch["input_ids"], batch["attention_mask"], batch["labels"])
-        return backbone(
-            self._encode(backbone, rows.device)[distinct], *inputs, hidden_states=self.options["hidden_weight"] > 0
-        )
+        prompts = self._encode(backbone, rows.device)[distinct]
+        return backbone(prompts, *inputs, hidden_states=self.options.hidden_weight > 0)
 
     def _encode(self, backbone: Backbone, device: torch.device) -> Any:
-        """Teachers do not change, so what depends on their prompts alone is computed once (dropout draws anew)."""
+        """Compute once what depends on the prompts alone; with dropout each pass computes it anew."""
         if self._encoded is None:
             prompts = self.prompts.to(device)
-            self._encoded = prompts if self.options["backbone_dropout"] else backbone.encode_prompts(prompts)
+            self._encoded = prompts if self._dropout else backbone.encode_prompts(prompts)
         return self._encoded
-
-    def _chosen(self, states: Mapping[str, Segment]) -> States:
-        return objectives.chosen_states(states, **hidden_options(self.options))
 
     def _cached(
         self,
@@ -188,8 +222,8 @@ class Teachers:
         if any_rank(bool(missing)):
             some = torch.tensor(list(missing.values()) or [0], device=rows.device)
             part = {name: batch[name][some] for name in ("input_ids", "attention_mask", "labels")}
-            made = self._split(self._run(backbone, distinct, rows[some], part), part["labels"])
-            new = dict(zip(missing, made, strict=False))
+            computed = self._split(self._run(backbone, distinct, rows[some], part), part["labels"])
+            new = dict(zip(missing, computed, strict=False))
             cache.put(new)
             found |= new
         pieces = [found[key] for key in keys]
@@ -197,21 +231,22 @@ class Teachers:
         return CachedTargets(self.options, packed, self._of_prompts(backbone, distinct))
 
     def _about(self, backbone: Backbone, device: torch.device) -> dict[str, Any]:
-        """Give what all rows of a cache depend on; their teachers' prompts are in the rows' keys."""
-        options, autocast = self.options, torch.is_autocast_enabled(device.type)
+        """Return what all rows of a cache depend on; their teachers' prompts are in the rows' keys."""
+        options = self.options
         table = backbone.model.get_input_embeddings().weight
-        top_k = min(options["teacher_top_k"], len(table))
+        top_k = min(options.top_k, len(table))
+        autocast = str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else None
         return {
             "backbone": backbone.fingerprint,
             "dtype": str(table.dtype),
-            "autocast": str(torch.get_autocast_dtype(device.type)) if autocast else None,
-            "quantization": options["backbone_quantization"],
-            "logits": {"top_k": top_k, "temperature": options["temperature"]} if options["logits_weight"] > 0 else None,
-            "hidden": hidden_options(options) if options["hidden_weight"] > 0 else None,
+            "autocast": autocast,
+            "quantization": self._quantization,
+            "logits": {"top_k": top_k, "temperature": options.temperature} if options.logits_weight > 0 else None,
+            "hidden": asdict(options.hidden) if options.hidden_weight > 0 else None,
         }
 
     def _keys(self, tasks: Sequence[int], batch: Batch) -> list[bytes]:
-        """Hash each row's teacher, input and answer; not its padding, nor the rows beside it."""
+        """Hash each row's teacher, input and answer, without its padding."""
         ids, mask, labels = (batch[name].long().cpu().numpy() for name in ("input_ids", "attention_mask", "labels"))
         return [
             row_key(
@@ -229,29 +264,23 @@ class Teachers:
         def per_row(packed: Tensor, counted: Tensor) -> Sequence[Tensor]:
             return packed.cpu().split(counted.sum(dim=1).tolist())
 
-        if options["logits_weight"] > 0:
+        if options.logits_weight > 0:
             counted = labels != objectives.IGNORE
-            ids, log_probs = objectives.top_buckets(
-                output.logits[counted], options["teacher_top_k"], options["temperature"]
-            )
+            ids, log_probs = objectives.top_buckets(output.logits[counted], options.top_k, options.temperature)
             parts = {"ids": per_row(ids.int(), counted), "log_probs": per_row(log_probs, counted)}
-        for key, layers in self._chosen(output.hidden).items():
+        for key, layers in options.chosen(output.hidden).items():
             if key != objectives.OF_PROMPTS:
                 counted = output.hidden[key].weight > 0
                 parts[key] = per_row(torch.stack(layers, dim=2)[counted].bfloat16(), counted)
         return [{name: pieces[row] for name, pieces in parts.items()} for row in range(len(labels))]
 
     def _of_prompts(self, backbone: Backbone, distinct: Tensor) -> States:
-        """Give the states that belong to no row: they are computed once per run, and stay in memory."""
-        if self.options["hidden_positions"] == "text":
+        """Return the states that belong to no row: computed once per run, they stay in memory."""
+        if self.options.hidden.positions == "text":
             return {}
         layers = getattr(self._encode(backbone, distinct.device), "hidden", ())
-        return self._chosen({objectives.OF_PROMPTS: Segment(tuple(states[distinct] for states in layers), distinct)})
-
-
-def hidden_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the arguments that say which hidden states are compared, as `objectives.hidden_distillation` takes them."""
-    return {name: options[f"hidden_{name}"] for name in ("layers", "positions", "stacks")}
+        states = {objectives.OF_PROMPTS: Segment(tuple(states[distinct] for states in layers), distinct)}
+        return self.options.chosen(states)
 
 
 def read_teachers(
@@ -260,13 +289,13 @@ def read_teachers(
     """Read each task's teacher.
 
     Args:
-        given: a checkpoint of all tasks, or one per task by name.
-        tasks: the tasks.
+        given: A checkpoint of all tasks, or one per task by name.
+        tasks: The tasks.
         length: P.
-        backbone: the backbone in use, where it is loaded.
+        backbone: The backbone in use, if it is loaded.
 
     Raises:
-        MPTError: a task has none, or its prompt is not of embeddings alone or of another length.
+        MPTError: If a task has none, or its prompt is not of embeddings alone or of another length.
     """
     paths = {task: given for task in tasks} if isinstance(given, str) else given
     read: dict[str, PromptCheckpoint] = {}
@@ -275,9 +304,9 @@ def read_teachers(
         if task not in paths:
             raise MPTError(f"The task {task!r} has no teacher: --model.teachers names {', '.join(paths)}. Add it.")
         path = paths[task]
-        teacher = read[path] = read.get(path) or read_checkpoint(
-            path, "--model.teachers", folder=True, backbone=backbone
-        )
+        if path not in read:
+            read[path] = read_checkpoint(path, "--model.teachers", folder=True, backbone=backbone)
+        teacher = read[path]
         if (teacher.stage, teacher.tasks) == ("PEFT", ["0"]) and not isinstance(given, str):
             # PEFT does not name its tasks; the argument does.
             teacher = replace(teacher, prompt_config=teacher.prompt_config | {"tasks": [task]})

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
@@ -12,19 +12,21 @@ from transformers import get_scheduler
 from transformers.optimization import Adafactor
 
 from mpt_lightning.errors import MPTError
-from mpt_lightning.modules.options import OptimizerName, ScheduleName
+
+OptimizerName = Literal["adamw", "adafactor"]
+ScheduleName = Literal["linear", "constant", "cosine"]
 
 _SCHEDULES = {"linear": "linear", "constant": "constant_with_warmup", "cosine": "cosine"}
 
 
-def make_optimizer(name: OptimizerName, groups: Sequence[dict[str, Any]], weight_decay: float) -> Optimizer:
-    """Make an optimizer.
+def build_optimizer(name: OptimizerName, groups: Sequence[dict[str, Any]], weight_decay: float) -> Optimizer:
+    """Build an optimizer.
 
     Args:
         name: "adamw", or "adafactor" with the given learning rates, unscaled, as prompt tuning uses it (Lester et
             al., 2021, appendix A).
-        groups: parameters with their `lr` (and `name`).
-        weight_decay: decoupled, 0 or more.
+        groups: Parameters with their `lr` (and `name`).
+        weight_decay: Decoupled, at least 0.
     """
     if name == "adamw":
         return torch.optim.AdamW(groups, weight_decay=weight_decay)
@@ -32,23 +34,23 @@ def make_optimizer(name: OptimizerName, groups: Sequence[dict[str, Any]], weight
 
 
 def total_steps(trainer: L.Trainer) -> int | None:
-    """Return the number of optimizer steps of the whole run; None if nothing but time or the data ends it."""
+    """Return the number of optimizer steps of the whole run; None if only time or the data ends it."""
     steps = trainer.estimated_stepping_batches
     # Lightning counts infinitely many, or -1 for an iterable data set without max_steps.
     return int(steps) if 0 <= steps < math.inf else None
 
 
-def make_schedule(name: ScheduleName, optimizer: Optimizer, warmup_steps: int, total_steps: int | None) -> LRScheduler:
-    """Make a learning rate schedule that is stepped after every optimizer step.
+def build_schedule(name: ScheduleName, optimizer: Optimizer, warmup_steps: int, total_steps: int | None) -> LRScheduler:
+    """Build a learning rate schedule that is stepped after every optimizer step.
 
     Args:
-        name: how the rate goes on after the warm-up: linearly to 0, constant, or along a cosine to 0.
-        optimizer: the optimizer.
-        warmup_steps: steps over which the rate rises from 0.
-        total_steps: steps of the whole run, None if unknown.
+        name: The rate after the warm-up: linear to 0, constant, or along a cosine to 0.
+        optimizer: The optimizer.
+        warmup_steps: Steps over which the rate rises from 0.
+        total_steps: Steps of the whole run, None if unknown.
 
     Raises:
-        MPTError: the schedule depends on the number of steps, and it is unknown.
+        MPTError: If the schedule depends on the number of steps, and it is unknown.
     """
     if total_steps is None and name != "constant":
         raise MPTError(
