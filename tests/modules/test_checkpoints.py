@@ -180,7 +180,7 @@ def test_another_backbone_is_refused_everywhere(
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda b, c: MPTSource(b, prompt_length=4), "there are none: set --model.teachers"),
+        (lambda b, c: MPTSource(b, prompt_length=4), "and got none: set --model.teachers"),
         (
             lambda b, c: MPTSource(b, teachers={"one": c["PromptTuning"]}, prompt_length=4),
             "The task 'two' has no teacher: --model.teachers names one",

@@ -477,13 +477,6 @@ def of_another(file: Path) -> None:
         connection.execute("PRAGMA application_id = 7")
 
 
-def rename(file: Path) -> None:
-    cache = TeacherCache(file.parent, {"a": 2})
-    cache.put(dict([row(1)]))
-    cache.close()
-    os.replace(cache.path, file)
-
-
 @pytest.mark.parametrize(
     ("damage", "cause"),
     [
@@ -492,8 +485,7 @@ def rename(file: Path) -> None:
         (lambda file: truncate(file, 0.0005), "malformed"),
         (lambda file: file.write_text("some text" * 3), "not a database"),
         (flip, "a row's checksum does not fit"),
-        (of_another, "another program made it"),
-        (rename, "of another backbone, or of other settings"),
+        (of_another, "another program wrote it"),
     ],
 )
 def test_a_damaged_or_foreign_file_is_told(damage: Callable[[Path], None], cause: str, file: Path) -> None:

@@ -143,7 +143,7 @@ def test_distillation_pulls_the_student_to_the_teachers(
         run.fit(module, datamodule=data)
         module.distils, module.hparams["logits_weight"], module.hparams["hidden_weight"] = True, 1.0, 1.0
         if module.teacher_prompts is None:
-            module.teacher_prompts = torch.stack([t.prompt().fold(n) for n, t in module._teacher_checkpoints().items()])
+            module.teacher_prompts = torch.stack([t.prompt().fold(n) for n, t in module._read_teachers().items()])
         batch = next(iter(data.train_dataloader()))
         return {name: value.item() for name, value in module.losses(batch).items()}
 
