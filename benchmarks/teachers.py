@@ -1,9 +1,9 @@
-"""What cheaper teachers cost per step, and what becomes of the target tasks, on the embedded demo world.
+"""Cheaper teachers on the demo's tasks: time per source step, and scores of the source and target tasks.
 
     python benchmarks/teachers.py [--threads 1] [--repeats 15] [--seeds 3] [--only steps scores]
 
-Steps: source steps of the demo's size, four at a time, in turns with the same without teachers. Scores: for each
-variant and seed the demo's source run, from a start of its own, then every target task from 16 rows of its own.
+Steps: source steps of the demo's size, four at a time, alternating with the same steps without teachers. Scores: for
+each variant and seed, the demo's source run with its own initialisation, then every target task from 16 rows.
 """
 
 import argparse
@@ -12,10 +12,8 @@ import os
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from concurrent.futures import as_completed
 from itertools import cycle
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +23,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from mpt_lightning import MPTSource, MultitaskDataModule, PromptTuning, load_backbone
-from mpt_lightning.compare.pool import quiet
-from mpt_lightning.demo.jobs import (
-    LENGTH,
-    OPTIONS,
-    RATES,
-    SOURCE_STEPS,
-    SOURCES,
-    TARGETS,
-    TEACHER_STEPS,
-    Row,
-    few_shot,
-    stage,
-)
+from mpt_lightning import MPTSource, MultitaskDataModule, load_backbone
+from mpt_lightning.compare.pool import WorkerPool, quiet
+from mpt_lightning.compare.results import Result
+from mpt_lightning.demo.methods import LENGTH, SOURCES, TARGETS, run
+from mpt_lightning.demo.run import COLUMNS
 from mpt_lightning.resources import T5
 
 SHOTS, STEPS = 16, 4
@@ -58,18 +47,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class Stepped(MPTSource):
-    """Counts its steps itself, having no Trainer."""
+    """A module that counts its steps, since it has no Trainer."""
 
     step = 0
 
     @property
     def global_step(self) -> int:
-        """The steps that are done."""
+        """The number of steps done."""
         return self.step
 
 
 def steps_of(batches: list[dict[str, Any]], **options: Any) -> Step:
-    """Make a function of four optimizer steps, each on the next batch."""
+    """Return a function that does four optimizer steps, each on the next batch."""
     module = Stepped(T5, tasks=list(SOURCES), prompt_length=LENGTH, prompt_init="random", **options)
     module.backbone = load_backbone(T5)
     module.prompt = module.build_prompt(module.backbone)
@@ -93,7 +82,7 @@ def steps(repeats: int, folder: Path) -> Iterator[Line]:
     )
     data.prepare_data()
     data.setup("fit")
-    count = STEPS * (repeats + 2)  # so that no row comes twice
+    count = STEPS * (repeats + 2)  # so that no row is used twice
     batches = [batch for batch, _ in zip(data.train_dataloader(), range(count), strict=False)]
     if len(batches) < count:
         raise ValueError(f"--repeats {repeats} needs {count} batches, and an epoch has {len(batches)}.")
@@ -106,7 +95,7 @@ def steps(repeats: int, folder: Path) -> Iterator[Line]:
         "cache, top-k 64, later epochs": {"teacher_cache": cache},
     }
     for name, options in measured.items():
-        torch.manual_seed(0)  # the same teachers, which the later epochs find in the cache
+        torch.manual_seed(0)  # the same teachers, so that later epochs use the cache
         ours = steps_of(batches, **options)
         theirs = steps_of(batches, **VARIANTS[NONE])
         times = in_turns(ours, theirs, repeats, name)
@@ -116,39 +105,41 @@ def steps(repeats: int, folder: Path) -> Iterator[Line]:
 # -- scores ---------------------------------------------------------------------------------------------------------
 
 
-def source(variant: str, seed: int, teachers: str, folder: Path) -> tuple[str, list[Row]]:
-    """Train a source prompt; give the checkpoint, and how well it does on the source tasks."""
+def source(variant: str, seed: int, teachers: str, folder: Path) -> tuple[str, list[Result]]:
+    """Train a source prompt; return the checkpoint's path and the test results of the source tasks."""
     options = dict(VARIANTS[variant])
     if "teacher_cache" in options:
         options["teacher_cache"] = str(folder / options["teacher_cache"])
-    module = MPTSource(T5, teachers=teachers, prompt_length=LENGTH, **RATES, **OPTIONS, **options)
     output = folder / f"{list(VARIANTS).index(variant)}-{seed}"
     output.mkdir()
-    (output / "cache").symlink_to(folder / "cache")  # the data's
-    with quiet():
-        return stage(module, SOURCE_STEPS, output, seed)
+    (output / "cache").symlink_to(folder / "cache")  # the tokenised data
+    path = output / "source.ckpt"
+    return str(path), run("mpt_source", SOURCES, None, seed, output, path, teachers=teachers, **options)
+
+
+def row_of(result: Result, variant: str) -> dict[str, Any]:
+    return {name: getattr(result, name) for name in COLUMNS} | {"variant": variant}
 
 
 def scores(seeds: int, folder: Path) -> list[dict[str, Any]]:
-    """Run every variant and its targets; give a row for each test score."""
+    """Run every variant and its targets; return a row for each test score."""
     rows: list[dict[str, Any]] = []
     cores, chains = min(os.cpu_count() or 1, 8), [(variant, seed) for seed in range(seeds) for variant in VARIANTS]
-    pools = ProcessPoolExecutor(cores, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
-    with Progress(transient=True) as bar, pools as pool:
+    with Progress(transient=True) as bar, WorkerPool(cores) as pool:
         progress = bar.add_task("scores", total=len(chains) * (1 + len(TARGETS)))
-        with quiet():
-            teachers, _ = stage(PromptTuning(T5, prompt_length=LENGTH, lr=0.3, **OPTIONS), TEACHER_STEPS, folder)
-        sources = {pool.submit(source, *chain, teachers, folder): chain for chain in chains}
+        teachers = folder / "teachers.ckpt"
+        pool.submit(run, "teacher", SOURCES, None, 0, folder, teachers).result()
+        sources = {pool.submit(source, *chain, str(teachers), folder): chain for chain in chains}
         targets = {}
         for job in as_completed(sources):
             variant, seed = sources[job]
             path, made = job.result()
-            rows += [asdict(row) | {"variant": variant, "seed": seed} for row in made]
+            rows += [row_of(result, variant) for result in made]
             for task in TARGETS:
-                targets[pool.submit(few_shot, "mpt", path, task, SHOTS, seed, folder)] = variant
+                targets[pool.submit(run, "mpt", [task], SHOTS, seed, folder, source=path)] = variant
             bar.advance(progress)
         for job in as_completed(targets):
-            rows.append(asdict(job.result()) | {"variant": targets[job]})
+            rows += [row_of(result, targets[job]) for result in job.result()]
             bar.advance(progress)
     return rows
 
@@ -156,15 +147,15 @@ def scores(seeds: int, folder: Path) -> list[dict[str, Any]]:
 def scores_table(rows: list[dict[str, Any]], seeds: int) -> Table:
     table = Table(
         title=f"test scores in %: source tasks, and targets from {SHOTS} rows",
-        caption=f"Mean ± standard deviation of {seeds} seeds. Apart: difference to 'as is', mean ± standard error.",
+        caption=f"Mean ± standard deviation of {seeds} seeds. Difference: to 'as is', mean ± standard error.",
     )
-    for column in ("variant", "source tasks", "apart", *(task.removeprefix("demo/") for task in TARGETS)):
+    for column in ("variant", "source tasks", "difference", *(task.removeprefix("demo/") for task in TARGETS)):
         table.add_column(column, justify="left" if column == "variant" else "right")
     table.add_column("targets", justify="right")
-    table.add_column("apart", justify="right")
+    table.add_column("difference", justify="right")
 
     def of(variant: str, tasks: Sequence[str], seed: int) -> float:
-        """Give the mean over some tasks."""
+        """Return the mean over some tasks."""
         found = [r["value"] for r in rows if (r["variant"], r["seed"]) == (variant, seed) and r["task"] in tasks]
         return 100 * statistics.fmean(found)
 
@@ -172,11 +163,11 @@ def scores_table(rows: list[dict[str, Any]], seeds: int) -> Table:
         cells = []
         for tasks in (SOURCES, TARGETS):
             values = [of(variant, tasks, seed) for seed in range(seeds)]
-            apart = [value - of(AS_IS, tasks, seed) for seed, value in enumerate(values)]
-            error = statistics.stdev(apart) / seeds**0.5
+            differences = [value - of(AS_IS, tasks, seed) for seed, value in enumerate(values)]
+            error = statistics.stdev(differences) / seeds**0.5
             cells += [
                 f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}",
-                "" if variant == AS_IS else f"{statistics.fmean(apart):+.1f} ± {error:.1f}",
+                "" if variant == AS_IS else f"{statistics.fmean(differences):+.1f} ± {error:.1f}",
             ]
         each = [f"{statistics.fmean(of(variant, [task], seed) for seed in range(seeds)):.1f}" for task in TARGETS]
         table.add_row(variant, *cells[:2], *each, *cells[2:])
@@ -190,14 +181,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="chains per variant, at least 2 (default: %(default)s)")
     parts = ["steps", "scores"]
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="parts to run (default: all)")
-    parser.add_argument("--note", default="", help="kept with the results, such as what else the machine did")
+    parser.add_argument("--note", default="", help="stored with the results, such as what else the machine did")
     parser.add_argument("--output", type=Path, default=RESULTS / "teachers.json", help="JSON file")
     options = parser.parse_args()
     if min(options.repeats, options.seeds) < 2:
         parser.error("--repeats and --seeds must be at least 2, for a deviation")
     torch.set_num_threads(options.threads)
     found = environment(options.threads, options.repeats) | ({"note": options.note} if options.note else {})
-    # What a run leaves out stays as it was in the file.
+    # Parts that are not run keep their results in the file.
     results = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else {}
 
     def keep(**part: Any) -> None:

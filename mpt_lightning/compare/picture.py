@@ -9,8 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mpt_lightning.compare.plan import k_name
-from mpt_lightning.compare.summary import AVERAGE, k_title
+from mpt_lightning.compare.plan import AVERAGE, k_name, k_title
 
 MARKS = "osD^vP*X"
 COLOURS = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
@@ -54,13 +53,13 @@ def draw_curves(axes: Axes, scores: pd.DataFrame, shots: Sequence[int | None]) -
         scores: See `summarize`; scores that are unknown are left out.
         shots: Every k, from left to right.
     """
-    methods = scores.index.unique("method")
+    methods, names = scores.index.unique("method"), [k_name(k) for k in shots]
     for number, method in enumerate(methods):
         averages = scores.xs((method, AVERAGE), level=("method", "task"))
-        averages = 100 * averages.reindex([k_name(k) for k in shots])
+        averages = 100 * averages.reindex(names).dropna(subset="mean")
         # Side by side, since twenty error bars in one place cannot be read.
         aside = 0.4 * (number / max(1, len(methods) - 1) - 0.5)
-        places = [place + aside for place in range(len(shots))]
+        places = [names.index(k) + aside for k in averages.index]
         style = "o-" if number < len(COLOURS) else "s--"
         axes.errorbar(
             places, averages["mean"], averages["standard_deviation"], fmt=style,

@@ -18,6 +18,8 @@ from mpt_lightning.resources import packaged
 
 # The folder of the prepared runs, where others have the method's name.
 PREPARED = "prepare"
+# The mean over tasks in tables, where others have a task's name.
+AVERAGE = "average"
 PLACEHOLDERS = ("k", "seed", "task")
 
 
@@ -121,7 +123,7 @@ class Comparison:
         """Return the runs that others start from, in order."""
         runs: list[Run] = []
         for name, recipe in self.prepare.items():
-            runs.append(self._run(recipe, recipe.arguments, {}, runs, method=PREPARED, folder=name))
+            runs.append(self._run(recipe, recipe.arguments, {}, runs, method=PREPARED, name=name))
         return runs
 
     def runs(self) -> list["Run"]:
@@ -130,7 +132,7 @@ class Comparison:
         cards = {task: (load_card(task).name, read_card_file(task)) for task in self.tasks}
         _check_list("tasks", [name.casefold() for name, _ in cards.values()])
         runs = []
-        for name, method in self.methods.items():
+        for key, method in self.methods.items():
             shots = self.shots if method.shots is None else method.shots
             seeds = self.seeds if method.seeds is None else method.seeds
             for k, given, seed in product(shots, self.tasks, seeds):
@@ -138,12 +140,17 @@ class Comparison:
                 options = {"data": given, "seed_everything": seed, **self.arguments, **method.arguments}
                 values = {"seed": str(seed), "task": task}
                 if k is None:
-                    options |= _first(method.full_data_arguments, self.full_data_arguments)
+                    own, common = method.full_data_arguments, self.full_data_arguments
                 else:
+                    own, common = method.few_shot_arguments, self.few_shot_arguments
                     values["k"] = str(k)
-                    options |= _first(method.few_shot_arguments, self.few_shot_arguments) if k else {}
-                names = {"method": name, "folder": f"{task}/{k_name(k)}/{seed}", "task": task, "k": k, "seed": seed}
-                runs.append(self._run(method, options, values, prepared, card, **names))
+                if k != 0:
+                    options |= common if own is None else own
+                name = f"{task}/{k_name(k)}/{seed}"
+                run = self._run(
+                    method, options, values, prepared, card=card, method=key, name=name, task=task, k=k, seed=seed
+                )
+                runs.append(run)
         return runs
 
     def _run(
@@ -158,9 +165,9 @@ class Comparison:
         known = values | {run.name: f"${{{run.name}}}" for run in prepared}
         words = [word for name in recipe.recipes for word in ("--config", name)]
         words += [word for option, value in options.items() for word in _option(option, value)]
-        words = [_fill(word, known, f"{names['method']}/{names['folder']}") for word in words]
+        words = [_fill(word, known, f"{names['method']}/{names['name']}") for word in words]
         needs = tuple(run for run in prepared if f"${{{run.name}}}" in " ".join(words))
-        fit = not isinstance(recipe, Method) or recipe.fit
+        fit = getattr(recipe, "fit", True)
         content = {
             "words": words,
             "fit": fit,
@@ -179,7 +186,7 @@ class Run:
 
     Attributes:
         method: The method's name; "prepare" for a prepared run.
-        folder: The folder of its files, below the method's.
+        name: The name in `prepare`, or "task/k/seed".
         task: The card's name; None for a prepared run.
         k: The number of training rows; None for the full data and for a prepared run.
         seed: The seed; None for a prepared run.
@@ -190,7 +197,7 @@ class Run:
     """
 
     method: str
-    folder: str
+    name: str
     task: str | None = None
     k: int | None = None
     seed: int | None = None
@@ -200,14 +207,9 @@ class Run:
     fingerprint: str
 
     @property
-    def name(self) -> str:
-        """A prepared run's name."""
-        return self.folder
-
-    @property
     def place(self) -> str:
-        """The method and the folder, such as "lora/demo/topic/16/0"."""
-        return f"{self.method}/{self.folder}"
+        """The path of its files, such as "lora/demo/topic/16/0"."""
+        return f"{self.method}/{self.name}"
 
     def arguments(self, checkpoints: Mapping[str, str]) -> list[str]:
         """Return the arguments with the paths of the prepared runs' checkpoints."""
@@ -215,8 +217,13 @@ class Run:
 
 
 def k_name(k: int | None) -> str:
-    """Return a k as it stands in folders and tables."""
+    """Return a k as it stands in folders and CSV files."""
     return "full" if k is None else str(k)
+
+
+def k_title(k: int | None) -> str:
+    """Return a k as it stands in titles."""
+    return "full data" if k is None else f"k = {k}"
 
 
 def recipe_file(name: str) -> Path:
@@ -238,10 +245,6 @@ _parse = lru_cache(parse_yaml)
 def _check_list(place: str, values: Sequence[Any] | None) -> None:
     if values is not None and (not values or len(set(values)) < len(values)):
         raise MPTError(f"`{place}`: got {values}, expected one or more different values.")
-
-
-def _first(own: dict[str, Any] | None, common: dict[str, Any]) -> dict[str, Any]:
-    return common if own is None else own
 
 
 def _option(option: str, value: Any) -> list[str]:

@@ -1,7 +1,6 @@
 """Results of runs: one JSON file for each, in the folder of one comparison."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -12,6 +11,7 @@ from filelock import FileLock, Timeout
 
 from mpt_lightning.compare.plan import Run
 from mpt_lightning.errors import MPTError
+from mpt_lightning.io import write_file
 
 MARK = "comparison.json"
 
@@ -152,7 +152,4 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _write(file: Path, content: object) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.part")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, file)
+    write_file(file, json.dumps(content, indent=1) + "\n")

@@ -102,12 +102,8 @@ class RunCLI(MPTCLI):
         folder = str(self.folder)
         options.default_root_dir = folder
         options.enable_progress_bar = options.enable_model_summary = False
-        options.logger = Namespace(
-            class_path="lightning.pytorch.loggers.CSVLogger",
-            init_args=Namespace(
-                save_dir=folder, name="", version="", prefix="", flush_logs_every_n_steps=100
-            ),
-        )  # fmt: skip
+        logger = Namespace(save_dir=folder, name="", version="")
+        options.logger = Namespace(class_path="lightning.pytorch.loggers.CSVLogger", init_args=logger)
         callbacks = options.callbacks if isinstance(options.callbacks, list) else [options.callbacks]
         for callback in callbacks:
             if callback is not None and "dirpath" in (callback.get("init_args") or {}):

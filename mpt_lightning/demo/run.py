@@ -1,52 +1,46 @@
-"""`mpt demo`: the methods on the embedded world and models, and tables of them, offline, on two CPU cores."""
+"""`mpt demo`: MPT, CPT and their baselines on the embedded tasks and models, offline, on two CPU cores."""
 
 import json
 import os
 import platform
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import torch
 import transformers
+from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from mpt_lightning import MPTSource, PromptTuning, __version__
-from mpt_lightning.compare.pool import quiet
-from mpt_lightning.demo.jobs import (
-    CONTEXT_METHODS,
-    LENGTH,
-    OPTIONS,
-    RATES,
-    SOURCE_STEPS,
-    TARGETS,
-    TEACHER_STEPS,
-    few_shot,
-    in_context,
-    stage,
-)
-from mpt_lightning.demo.picture import draw
-from mpt_lightning.demo.tables import results_table
+from mpt_lightning import __version__
+from mpt_lightning.callbacks import draw_similarity
+from mpt_lightning.checkpoint import read_checkpoint
+from mpt_lightning.compare.picture import COLOURS, draw_curves
+from mpt_lightning.compare.plan import AVERAGE
+from mpt_lightning.compare.pool import WorkerPool, progress_bar
+from mpt_lightning.compare.report import rich_table, score_table, summarize
+from mpt_lightning.compare.results import Result
+from mpt_lightning.demo.methods import FEW_SHOT, IN_CONTEXT, METHODS, TARGETS, Method, run, run_stages
 from mpt_lightning.errors import MPTError
-from mpt_lightning.resources import T5
 
 SHOTS = (16, 32)
 CONTEXT_SHOTS = 2
+COLUMNS = ("method", "task", "k", "seed", "metric", "value", "trained_parameters", "seconds")
 
 
 def run_demo(output: Path, seeds: int = 3) -> None:
-    """Run the methods on the embedded world; print tables and write results.json and a picture.
+    """Run the methods on the embedded tasks; print tables and write results.json, demo.png and the checkpoints.
 
     Args:
-        output: folder for results.json, demo.png and the checkpoints; made where it does not exist.
-        seeds: runs per method, task and k, at least 1.
+        output: The folder of the files; created if it does not exist.
+        seeds: The number of runs per method, task and k, at least 1.
 
     Raises:
-        MPTError: `seeds` is below 1, or `output` is a file.
+        MPTError: If `seeds` is below 1, or `output` is a file.
     """
     if seeds < 1:
         raise MPTError(f"--seeds must be at least 1, got {seeds}.")
@@ -54,43 +48,62 @@ def run_demo(output: Path, seeds: int = 3) -> None:
         raise MPTError(f"--output {output} is a file; give a folder.")
     output.mkdir(parents=True, exist_ok=True)
     console, start, cores = Console(), time.perf_counter(), min(os.cpu_count() or 1, 8)
-    # Matrices of this size gain nothing from a second thread, and lose much where another program wants the core.
-    torch.set_num_threads(1)
-    adapted = [
-        (m, t, k, seed) for t in TARGETS for k in SHOTS for seed in range(seeds) for m in ("prompt_tuning", "mpt")
-    ]
-    contexts = [(m, t, CONTEXT_SHOTS, seed) for t in TARGETS for seed in range(seeds) for m in CONTEXT_METHODS]
-    bar = Progress(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console)
-    with quiet(), bar:
-        progress = bar.add_task("teachers", total=2 + len(adapted) + len(contexts))
-        teachers, rows = stage(PromptTuning(T5, prompt_length=LENGTH, lr=0.3, **OPTIONS), TEACHER_STEPS, output)
-        bar.update(progress, advance=1, description="source, distilled")
-        student = MPTSource(T5, teachers=teachers, prompt_length=LENGTH, **RATES, **OPTIONS)
-        source, made = stage(student, SOURCE_STEPS, output)
-        rows += made
-        bar.update(progress, advance=1, description="held-out tasks, all methods")
-        # These runs are small and do not depend on each other: one per core is faster than each on all cores.
-        with ProcessPoolExecutor(cores, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            jobs = [pool.submit(few_shot, m, source, task, k, seed, output) for m, task, k, seed in adapted]
-            jobs += [pool.submit(in_context, *run, output) for run in contexts]
-            for job in as_completed(jobs):
-                job.result()
-                bar.advance(progress)
-        rows += [job.result() for job in jobs]
-    seconds = time.perf_counter() - start
-    plain = [asdict(row) for row in rows]
-    results = {"rows": plain, "environment": _environment(cores, seconds)}
+    early = [("prompt_tuning", [task], k, seed, output) for task in TARGETS for k in SHOTS for seed in range(seeds)]
+    early += [(m, [task], CONTEXT_SHOTS, seed, output) for m in IN_CONTEXT for task in TARGETS for seed in range(seeds)]
+    late = [("mpt", [task], k, seed, output) for task in TARGETS for k in SHOTS for seed in range(seeds)]
+    with progress_bar(console) as bar, WorkerPool(cores) as pool:
+        progress = bar.add_task("runs", total=1 + len(early) + len(late))
+
+        def submit(function: Callable[..., list[Result]], *arguments: Any, **options: str) -> Future[list[Result]]:
+            job = pool.submit(function, *arguments, **options)
+            job.add_done_callback(lambda _: bar.advance(progress))
+            return job
+
+        stages = submit(run_stages, output)
+        jobs = [submit(run, *arguments) for arguments in early]
+        rows = stages.result()
+        jobs += [submit(run, *arguments, source=str(output / "source.ckpt")) for arguments in late]
+        rows += [row for job in jobs for row in job.result()]
+    environment = _environment(cores, time.perf_counter() - start)
+    results = {"rows": [{name: getattr(row, name) for name in COLUMNS} for row in rows], "environment": environment}
     (output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    draw(source, plain, output / "demo.png")
     title = "held-out tasks: test score, mean ± standard deviation over seeds"
-    columns = [(method, k) for k in SHOTS for method in ("prompt_tuning", "mpt")]
-    console.print(results_table(f"T5, k rows in all; {title}", rows, columns))
-    columns = [(method, CONTEXT_SHOTS) for method in CONTEXT_METHODS]
-    console.print(results_table(f"Decoder-only model, k rows per class in its context; {title}", rows, columns))
-    console.print(f"{seconds:.0f} seconds. Results: {output / 'results.json'}, picture: {output / 'demo.png'}")
+    adapted = _summary(rows, FEW_SHOT)
+    _draw(output / "source.ckpt", adapted, output / "demo.png")
+    _print(console, f"T5, k rows in all; {title}", adapted)
+    _print(console, f"Decoder-only model, k rows per class in its context; {title}", _summary(rows, IN_CONTEXT))
+    files = f"Results: {output / 'results.json'}, picture: {output / 'demo.png'}"
+    console.print(f"{environment['seconds']:.0f} seconds. {files}")
 
 
-def _environment(cores: int, seconds: float) -> dict[str, str | int | float]:
+def _summary(rows: Iterable[Result], methods: Mapping[str, Method]) -> pd.DataFrame:
+    summary = summarize(row for row in rows if row.method in methods)
+    return summary.rename(index={name: method.title for name, method in METHODS.items()}, level="method")
+
+
+def _print(console: Console, title: str, summary: pd.DataFrame) -> None:
+    table = score_table(summary, ["trained_parameters", "seconds"])
+    table.index = pd.Index([f"{method}\nk = {k}" for k, method in table.index])
+    console.print(rich_table(title, "task", table.T, sections=(TARGETS[-1], AVERAGE)))
+
+
+def _draw(source: Path, summary: pd.DataFrame, path: Path) -> None:
+    """Draw how similar the source tasks' prompts are, and the few-shot curves; save them as PNG."""
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    draw_similarity(left, read_checkpoint(str(source)).prompt())
+    left.set_title("Source tasks: cosine similarity of their prompts")
+    draw_curves(right, summary, SHOTS)
+    for colour, method in zip(COLOURS, summary.index.unique("method"), strict=False):
+        means = summary.xs(method, level="method")["mean"].unstack("task")
+        right.plot(100 * means.to_numpy(), color=colour, alpha=0.3)
+    right.set_ylabel("test score, times 100")
+    right.set_title("Held-out tasks (thin) and their mean (error bars: standard deviation over seeds)")
+    right.legend()
+    figure.savefig(path, dpi=150)
+
+
+def _environment(cores: int, seconds: float) -> dict[str, Any]:
     return {
         "mpt_lightning": __version__,
         "torch": torch.__version__,

@@ -86,9 +86,9 @@ def test_mistakes_get_one_message(
     assert told.err.count("mpt: error:") == 1
 
 
-def test_a_comparison_is_no_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_comparison_is_not_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["fit", "--config", "compare/few"])
     assert "compare/few is a comparison and no recipe. Run it with: mpt compare compare/few" in capsys.readouterr().err
     main(["configs"])
-    assert "A comparison of seconds" in capsys.readouterr().out
+    assert "A minimal comparison that takes seconds" in capsys.readouterr().out

@@ -1,0 +1,134 @@
+"""The methods of the demo, and a run of one: a stage on all source tasks, or a target task from few rows."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+
+from mpt_lightning import CPT, MPTSource, MPTTarget, MultitaskDataModule, PromptTuning, load_task
+from mpt_lightning.compare.pool import quiet
+from mpt_lightning.compare.results import Result
+from mpt_lightning.modules import PromptModule
+from mpt_lightning.resources import LLAMA, T5
+
+SOURCES = tuple(
+    f"demo/{name}" for name in ("sentiment", "acceptability", "paraphrase", "entailment", "question", "similarity")
+)
+TARGETS = tuple(f"demo/{name}" for name in ("topic", "voice", "conflict", "advice"))
+LENGTH = 16
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of the demo.
+
+    Attributes:
+        title: Its name in tables.
+        module: Builds the module.
+        data: Arguments of the data.
+        steps: Optimizer steps; without any, the module is only tested.
+        shots: The argument of the data that takes k.
+    """
+
+    title: str
+    module: Callable[..., PromptModule]
+    data: dict[str, Any]
+    steps: int
+    shots: str = "k_shot"
+
+
+SCRATCH = partial(PromptTuning, T5, prompt_length=LENGTH, lr=0.3, warmup_steps=5)
+# Factors start at 1 and embeddings have a scale of 2: with these rates both change by about the same share per step.
+MPT: dict[str, Any] = {"shared_lr": 0.3, "task_lr": 0.02, "warmup_steps": 5}
+CONTEXT = partial(CPT, LLAMA, normalize="weights", warmup_steps=5)
+FREE: dict[str, Any] = {"epsilon": None, "template_epsilon": None}
+BALLS: dict[str, Any] = {"epsilon": 0.4, "template_epsilon": 0.2, "epsilon_scale": "embedding"}
+
+STAGE_DATA: dict[str, Any] = {"sampling": "all", "batch_size": 24}
+SHOT_DATA: dict[str, Any] = {"shots_per": "balanced", "batch_size": 16}
+CONTEXT_DATA: dict[str, Any] = {"answer_prefix": "label :", "separator": "", "max_input_length": 64, "batch_size": 8}
+
+STAGES = {
+    "teacher": Method("teachers", SCRATCH, STAGE_DATA, 300),
+    "mpt_source": Method("MPT, source", partial(MPTSource, T5, prompt_length=LENGTH, **MPT), STAGE_DATA, 300),
+}
+FEW_SHOT = {
+    "prompt_tuning": Method("prompt tuning", SCRATCH, SHOT_DATA, 70),
+    "mpt": Method("MPT", partial(MPTTarget, T5, **MPT), SHOT_DATA, 70),
+}
+IN_CONTEXT = {
+    name: Method(title, partial(CONTEXT, **options), CONTEXT_DATA, steps, "context_shots")
+    for name, title, options, steps in (
+        ("icl", "in-context learning", {"method": "icl"}, 0),
+        ("context_prompt_tuning", "prompt tuning", {"method": "prompt_tuning", "lr": 0.01, **FREE}, 30),
+        ("instruction_prompt_tuning", "instruction prompt tuning", {"method": "instruction", "lr": 0.05, **FREE}, 30),
+        ("cpt", "CPT", {"method": "cpt", "lr": 0.05, **BALLS}, 30),
+    )
+}
+METHODS = STAGES | FEW_SHOT | IN_CONTEXT
+
+
+def run(
+    method: str,
+    tasks: Sequence[str],
+    k: int | None,
+    seed: int,
+    output: Path,
+    checkpoint: Path | None = None,
+    **options: Any,
+) -> list[Result]:
+    """Train and test a method.
+
+    Args:
+        method: A name of `METHODS`.
+        tasks: The source tasks, or one target task.
+        k: The number of training rows of a target task, or of examples per class in the context.
+        seed: The seed.
+        output: The folder of the cache.
+        checkpoint: Where to save the module.
+        **options: Further arguments of the module.
+
+    Returns:
+        The result of each task on its whole test split.
+    """
+    spec = METHODS[method]
+    data_options = {**spec.data, "eval_batch_size": 100, "cache_dir": str(output / "cache")}
+    data: L.LightningDataModule
+    if k is None:
+        data = MultitaskDataModule(list(tasks), **data_options)
+    else:
+        data = load_task(tasks[0], seed=seed, **{spec.shots: k}, **data_options)
+    module = spec.module(**options)
+    with quiet():
+        L.seed_everything(seed, verbose=False)
+        trainer = L.Trainer(
+            accelerator="cpu", max_steps=spec.steps, max_epochs=-1, gradient_clip_val=1.0, limit_val_batches=0,
+            logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        start = time.perf_counter()
+        if spec.steps:
+            trainer.fit(module, datamodule=data)
+        seconds = round(time.perf_counter() - start, 2)
+        if checkpoint is not None:
+            trainer.save_checkpoint(checkpoint)
+        trainer.test(module, datamodule=data, verbose=False)
+    metrics = {task: module.cards[task].metrics[0] for task in tasks}
+    trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    return [
+        Result(
+            method=method, task=task, k=k, seed=seed, metric=metric, trained_parameters=trained, seconds=seconds,
+            value=round(float(trainer.callback_metrics[f"test/{task}/{metric}"]), 4),
+        )
+        for task, metric in metrics.items()
+    ]  # fmt: skip
+
+
+def run_stages(output: Path) -> list[Result]:
+    """Train the teachers and a source prompt, and save them as teachers.ckpt and source.ckpt."""
+    teachers, source = output / "teachers.ckpt", output / "source.ckpt"
+    results = run("teacher", SOURCES, None, 0, output, teachers)
+    return results + run("mpt_source", SOURCES, None, 0, output, source, teachers=str(teachers))

@@ -1,0 +1,56 @@
+"""`mpt demo` with runs that return known scores."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from mpt_lightning.compare.pool import WorkerPool
+from mpt_lightning.compare.results import Result
+from mpt_lightning.demo import run
+from mpt_lightning.demo.methods import SOURCES, TARGETS
+from mpt_lightning.prompts import MultitaskPrompt
+
+
+def known(method: str, tasks: list[str], k: int | None, seed: int, output: Path, source: str = "") -> list[Result]:
+    assert Path(source).name == ("source.ckpt" if method == "mpt" else "")
+    values = {task: (TARGETS.index(task) + seed) / 10 if task in TARGETS else 0.5 for task in tasks}
+    names: dict[str, Any] = {"method": method, "k": k, "seed": seed, "metric": "accuracy", "trained_parameters": 1000}
+    return [Result(task=task, value=value, **names) for task, value in values.items()]
+
+
+@pytest.fixture
+def known_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stages(output: Path) -> list[Result]:
+        return known("teacher", SOURCES, None, 0, output) + known("mpt_source", SOURCES, None, 0, output)
+
+    prompt = MultitaskPrompt(2, 3, 4, tasks=["a", "b"])
+    monkeypatch.setattr(run, "run_stages", stages)
+    monkeypatch.setattr(run, "run", known)
+    monkeypatch.setattr(run, "read_checkpoint", lambda path: Mock(prompt=lambda: prompt))
+    monkeypatch.setattr(WorkerPool, "_start", lambda self: ThreadPoolExecutor(self.jobs))
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+def test_files_and_tables(known_results: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run.run_demo(tmp_path / "out", seeds=2)
+    content: dict[str, Any] = json.loads((tmp_path / "out" / "results.json").read_text())
+    rows = content["rows"]
+    assert set(rows[0]) == {"method", "task", "k", "seed", "metric", "value", "trained_parameters", "seconds"}
+    counts = {
+        method: sum(row["method"] == method for row in rows) for method in dict.fromkeys(r["method"] for r in rows)
+    }
+    assert counts == {
+        "teacher": 6, "mpt_source": 6, "prompt_tuning": 4 * 2 * 2, "mpt": 4 * 2 * 2,
+        "icl": 4 * 2, "context_prompt_tuning": 4 * 2, "instruction_prompt_tuning": 4 * 2, "cpt": 4 * 2,
+    }  # fmt: skip
+    assert content["environment"]["cores"] >= 1
+    assert (tmp_path / "out" / "demo.png").stat().st_size > 10_000
+    lines = [[cell.strip() for cell in line.split("│")] for line in capsys.readouterr().out.splitlines()]
+    table = {line[1]: line[2:-1] for line in lines if len(line) == 7}  # of the last table
+    assert table["demo/voice"] == ["15.0 ± 7.1"] * 4
+    assert table["average"] == ["20.0 ± 7.1"] * 4
+    assert table["trained parameters"] == ["1,000"] * 4
