@@ -1,4 +1,4 @@
-"""What happens when the system ends a run (SIGTERM, SLURM's time limit): it writes a checkpoint first."""
+"""Runs that the system ends (SIGTERM, SLURM's time limit): a checkpoint is written first."""
 
 import signal
 import threading
@@ -15,65 +15,62 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 
 class SaveOnTermination(L.Callback):
-    """Writes a checkpoint that `--ckpt_path last` finds when the process gets SIGTERM, and leaves.
+    """Writes a checkpoint for `--ckpt_path last` when the process gets SIGTERM, and exits.
 
-    The step and the validation after it are finished first, so that the run goes on exactly where it was. Several
-    processes leave after the same step, whichever of them got the signal: they agree with one number per step.
-    The package's modules bring this callback with them.
+    The step and the validation after it are finished first, so that the run resumes exactly. Several processes exit
+    after the same step, whichever of them got the signal: they agree by one number per step. The package's modules add
+    this callback.
 
-    The same for the signal that SLURM sends before the time limit (`--signal=SIGUSR1@90`): then Lightning's own handler
-    also saves `hpc_ckpt_<n>.ckpt` and has the job requeued, but between two steps. At any other moment its ranks may
-    wait for each other for ever, and its checkpoint may be of half a step.
+    The same holds for the signal that SLURM sends before the time limit (`--signal=SIGUSR1@90`). Lightning's handler
+    then also saves `hpc_ckpt_<n>.ckpt` and requeues the job, but here between two steps: at any other moment its ranks
+    may wait for each other forever, and its checkpoint may be of half a step.
     """
 
     def __init__(self) -> None:
-        self._asked = self._leaves = 0  # a signal's number
+        self._received = self._agreed = 0  # a signal's number
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listen to SIGTERM, in the place of Lightning's handler, which talks to other processes at any moment.
-
-        The Trainer puts back the handlers from before it when it ends.
-        """
-        self._asked = self._leaves = 0
+        """Replace Lightning's handler, which communicates at any moment; the Trainer restores the old ones."""
+        self._received = self._agreed = 0
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, *_requeue_signal(trainer)):
-                signal.signal(number, self._hear)
+                signal.signal(number, self._receive)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        self._asked = number
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received = number
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Agree on leaving."""
-        self._leaves = self._asked
+        """Agree on the exit."""
+        self._agreed = self._received
         if trainer.world_size > 1:
-            asked = torch.tensor(self._asked, device=trainer.strategy.root_device)
-            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
-            self._leaves = int(asked)
-        _ask_to_leave(trainer, self._leaves > 0)
+            received = torch.tensor(self._received, device=trainer.strategy.root_device)
+            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+            self._agreed = int(received)
+        _request_exit(trainer, self._agreed > 0)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Put it off: a validation left in the middle would go on there, and forget the batches before."""
-        _ask_to_leave(trainer, False)
+        """Postpone the exit: an interrupted validation would resume midway, without the batches already seen."""
+        _request_exit(trainer, False)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave now."""
-        _ask_to_leave(trainer, self._leaves > 0)
+        """Request the exit that was postponed."""
+        _request_exit(trainer, self._agreed > 0)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save, in every process."""
-        if not (self._leaves and isinstance(exception, SIGTERMException)):
+        if not (self._agreed and isinstance(exception, SIGTERMException)):
             return
         saved = trainer.checkpoint_callback
         folder = saved.dirpath if isinstance(saved, ModelCheckpoint) and saved.dirpath else trainer.default_root_dir
         path = Path(folder) / f"{ModelCheckpoint.CHECKPOINT_NAME_LAST}-terminated.ckpt"
         trainer.save_checkpoint(path)
         rank_zero_info(
-            f"Ended by {signal.Signals(self._leaves).name} after step {trainer.global_step}. Saved {path}; "
-            "--ckpt_path last goes on from there."
+            f"Ended by {signal.Signals(self._agreed).name} after step {trainer.global_step}. Saved {path}; resume with "
+            "--ckpt_path last."
         )
-        if self._leaves != signal.SIGTERM:
-            trainer._signal_connector._slurm_sigusr_handler_fn(self._leaves, None)  # type: ignore[arg-type]
-            # The first process that leaves takes the others with it (srun --kill-on-bad-exit).
+        if self._agreed != signal.SIGTERM:
+            trainer._signal_connector._slurm_sigusr_handler_fn(self._agreed, None)  # type: ignore[arg-type]
+            # The first process that exits ends the others (srun --kill-on-bad-exit).
             trainer.strategy.barrier("requeued")
 
 
@@ -81,21 +78,18 @@ class ReleaseOnException(L.Callback):
     """Frees what a module keeps on the device when a run fails: Lightning calls `teardown` of complete runs only."""
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Free it."""
+        """Call the module's `release`."""
         release: Any = getattr(pl_module, "release", None)
         if release is not None:
             release()
 
 
 def _requeue_signal(trainer: L.Trainer) -> list[int]:
-    """Give SLURM's signal that the time is nearly over, where Lightning listens to it."""
+    """Return the signal that SLURM sends before the time limit, if Lightning handles it; a user's handler stays."""
     number: int | None = getattr(trainer._accelerator_connector.cluster_environment, "requeue_signal", None)
-    # A handler of the user's own stays: Lightning leaves it alone, too.
-    if number is None or not isinstance(signal.getsignal(number), _HandlersCompose):
-        return []
-    return [number]
+    return [] if number is None or not isinstance(signal.getsignal(number), _HandlersCompose) else [number]
 
 
-def _ask_to_leave(trainer: L.Trainer, leaves: bool) -> None:
-    # The loops look at it at the end of a step, when their counters fit the weights, and raise SIGTERMException.
-    trainer._signal_connector.received_sigterm = leaves
+def _request_exit(trainer: L.Trainer, requested: bool) -> None:
+    # The loops read it at the end of a step, when their counters fit the weights, and raise SIGTERMException.
+    trainer._signal_connector.received_sigterm = requested

@@ -1,4 +1,4 @@
-"""Lightning's strategy for backbones that do not fit one device."""
+"""A Lightning strategy for backbones that do not fit one device."""
 
 from datetime import timedelta
 from typing import Any
@@ -25,38 +25,38 @@ class ShardedStrategy(ModelParallelStrategy):
     so a checkpoint is one file, the same as any other strategy's.
 
     Args:
-        process_group_backend: "nccl" or "gloo"; by default that of the device.
-        timeout: how long a rank waits for the others.
+        process_group_backend: "nccl" or "gloo"; that of the device by default.
+        timeout: How long a rank waits for the others.
 
     Example:
         >>> trainer = L.Trainer(devices=8, strategy=ShardedStrategy())  # doctest: +SKIP
     """
 
+    # All ranks must make the same passes, in evaluation too.
     ranks_in_step = True
-    """Whether all ranks must make the same passes, in evaluation too."""
 
     def __init__(self, process_group_backend: str | None = None, timeout: timedelta = default_pg_timeout) -> None:
         super().__init__(1, 1, False, process_group_backend, timeout)
 
     def setup_environment(self) -> None:
-        """Make the mesh, of all ranks: the default would make the devices of a node a tensor-parallel group."""
+        """Build the mesh of all ranks; by default the devices of a node would be a tensor-parallel group."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
     def shard(self, backbone: Backbone) -> None:
         """Shard a backbone over all ranks; see `mpt_lightning.backbones.sharding`."""
-        # In the precision that it will run in: parts that were gathered once do not change theirs.
+        # In the precision that it will run in: it cannot change once parts were gathered.
         self.precision_plugin.convert_module(backbone)
         shard(backbone, self.device_mesh["data_parallel"])
 
     def setup(self, trainer: L.Trainer) -> None:
-        """Wrap the module in DDP where it is trained; the backbone is sharded already, and nothing to DDP."""
+        """Wrap the module in DDP for training; DDP ignores the backbone, which is sharded already."""
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING and self.lightning_module is not None:
             self.model = DistributedDataParallel(self.lightning_module)
 
     def model_to_device(self) -> None:
-        """Move what is not sharded; shards are where they belong."""
+        """Move what is not sharded."""
         for part in self.lightning_module.children() if self.lightning_module is not None else ():
             if not isinstance(part, FSDPModule):
                 part.to(self.root_device)
@@ -68,15 +68,15 @@ class ShardedStrategy(ModelParallelStrategy):
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        """No: the optimizer is made for the prompt that the checkpoint brings."""
+        """False: the optimizer is built for the checkpoint's prompt."""
         return False
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """Yes: its state is not sharded."""
+        """True: its state is not sharded."""
         return True
 
-    # Lightning's own for models that are not sharded: a state dict is that of the prompt.
+    # Lightning's methods for models that are not sharded: a state dict holds the prompt alone.
     lightning_module_state_dict: Any = Strategy.lightning_module_state_dict
     optimizer_state: Any = Strategy.optimizer_state
     save_checkpoint: Any = Strategy.save_checkpoint
@@ -91,22 +91,22 @@ def share_random_numbers(strategy: Strategy) -> None:
     DDP broadcasts the parameters alone, and a prompt may draw more than its parameters.
 
     Args:
-        strategy: the Trainer's; a single process keeps its own state.
+        strategy: The Trainer's; a single process keeps its state.
     """
     torch.set_rng_state(strategy.broadcast(torch.get_rng_state()))
 
 
 def check_strategy(strategy: Strategy, quantization: str | None, data: Any = None) -> None:
-    """Refuse what cannot be sharded.
+    """Raise if a strategy does not fit this package's modules, their backbone or their data.
 
     Args:
-        strategy: the Trainer's.
-        quantization: the backbone's.
-        data: the DataModule, where there is one.
+        strategy: The Trainer's.
+        quantization: The backbone's.
+        data: The DataModule, if any.
 
     Raises:
-        MPTError: another way of sharding than `ShardedStrategy`; or with it a quantized backbone, or data for which
-            ranks would make different passes.
+        MPTError: If it shards otherwise than `ShardedStrategy`, accumulates gradients by itself, or is a
+            `ShardedStrategy` with a quantized backbone or with data for which ranks would make different passes.
     """
     if isinstance(strategy, FSDPStrategy | ModelParallelStrategy) and not isinstance(strategy, ShardedStrategy):
         raise MPTError(
@@ -124,7 +124,7 @@ def check_strategy(strategy: Strategy, quantization: str | None, data: Any = Non
         return
     if quantization is not None:
         raise MPTError(
-            f"backbone_quantization={quantization!r} and sharding do not go together: FSDP gathers weights in the "
+            f"backbone_quantization={quantization!r} cannot be sharded: FSDP gathers weights in the "
             "precision that they are stored in. Leave backbone_quantization unset, with backbone_dtype='bfloat16', or "
             "use --trainer.strategy ddp."
         )

@@ -5,7 +5,6 @@
 
 import hashlib
 import json
-import os
 import sqlite3
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +23,6 @@ FORMAT = 1
 
 _APPLICATION = 0x4D505443  # "MPTC", SQLite's field for the program that a file belongs to
 _WAIT = 120.0  # seconds for another process that is writing
-_INHERITED: list[sqlite3.Connection] = []
 
 # A row's tensors by name, without padding.
 Row = dict[str, Tensor]
@@ -45,7 +43,6 @@ class TeacherCache:
         name = hashlib.sha256(json.dumps({"format": FORMAT, **about}, sort_keys=True).encode()).hexdigest()[:16]
         self.path = folder / f"{name}.sqlite"
         self._connection: sqlite3.Connection | None = None
-        self._process = 0
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, Row]:
         """Return the rows that are stored.
@@ -76,8 +73,8 @@ class TeacherCache:
             transaction.executemany("INSERT OR IGNORE INTO rows VALUES (?, ?, ?)", entries)
 
     def close(self) -> None:
-        """Close the file, if this process has it open."""
-        if self._connection is not None and self._process == os.getpid():
+        """Close the file, if it is open."""
+        if self._connection is not None:
             with self._messages():
                 self._connection.close()
         self._connection = None
@@ -87,10 +84,6 @@ class TeacherCache:
         return self.__dict__ | {"_connection": None}
 
     def _open(self) -> sqlite3.Connection:
-        if self._connection is not None and self._process != os.getpid():
-            # This process was forked off: SQLite allows it neither to use the connection nor to close it.
-            _INHERITED.append(self._connection)
-            self._connection = None
         if self._connection is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # One process at a time creates the file and its table.
@@ -101,7 +94,7 @@ class TeacherCache:
                 except BaseException:
                     connection.close()
                     raise
-            self._connection, self._process = connection, os.getpid()
+            self._connection = connection
         return self._connection
 
     def _prepare(self, connection: sqlite3.Connection) -> None:

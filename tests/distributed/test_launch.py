@@ -248,7 +248,7 @@ def resume(folder: str) -> None:
     printed = io.StringIO()
     with pytest.raises(SystemExit), contextlib.redirect_stderr(printed):
         main([*words, "--ckpt_path", "last"])
-    assert f"Rank 0 goes on from step {STEPS}, and rank 1 from the beginning" in printed.getvalue()
+    assert f"Rank 0 starts from step {STEPS}, and rank 1 from the beginning" in printed.getvalue()
 
 
 def test_machines_that_see_different_checkpoints_stop(whole: Path, tmp_path: Path) -> None:

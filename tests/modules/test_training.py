@@ -10,6 +10,7 @@ from transformers import get_scheduler
 
 from mpt_lightning import MPTSource, MPTTarget, PromptTuning, SoftPrompt, load_backbone
 from mpt_lightning.modules import PromptModule
+from mpt_lightning.modules.distillation import Distillation
 from mpt_lightning.objectives import token_cross_entropy
 from tests.modules.conftest import TASKS, AnyData
 
@@ -141,7 +142,7 @@ def test_distillation_pulls_the_student_to_the_teachers(
             task_lr=0.01,
         )
         run.fit(module, datamodule=data)
-        module.distils, module.hparams["logits_weight"], module.hparams["hidden_weight"] = True, 1.0, 1.0
+        module.distils, module.distillation = True, Distillation(logits_weight=1.0, hidden_weight=1.0)
         if module.teacher_prompts is None:
             module.teacher_prompts = torch.stack([t.prompt().fold(n) for n, t in module._read_teachers().items()])
         batch = next(iter(data.train_dataloader()))
