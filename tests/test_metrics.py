@@ -28,7 +28,7 @@ def card(*metrics, **fields):
 
 
 def scores(of, predictions, references, groups=None, sizes=None):
-    """Scores of rows handed over in batches of the given sizes."""
+    """Return the scores of rows, added in batches of the given sizes."""
     metrics = TaskMetrics(of)
     groups = groups or [""] * len(predictions)
     references = [[text] if isinstance(text, str) else text for text in references]
@@ -65,7 +65,7 @@ def test_partial_last_batch_counts_by_rows():
     assert whole["accuracy"] == pytest.approx(5 / 7)
 
 
-def test_no_valid_class_is_wrong_and_counted():
+def test_invalid_class_is_wrong_and_counted():
     of = card("accuracy", "f1", "matthews")
     got = scores(of, ["perhaps", "", "yes", "yes."], ["yes", "no", "yes", "no"])
     assert (got["accuracy"], got["invalid"]) == (0.25, 3)
@@ -110,7 +110,7 @@ def test_correlations():
 
 
 @pytest.mark.parametrize("text", ["", "much", "7.0", "-1", "nan", "inf"])
-def test_no_valid_number_is_as_wrong_as_can_be(text):
+def test_invalid_number_is_the_farthest_end(text):
     gold = ["1", "2", "4.5"]
     got = scores(card("pearson"), ["1.0", text, text], gold)
     assert got["invalid"] == 2

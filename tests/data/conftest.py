@@ -87,7 +87,7 @@ def write_split(tmp_path: Path):
 @pytest.fixture
 def film_rows():
     def rows(count: int, words: int = 3) -> list[dict]:
-        """Rows whose text says their number in digits and whose label alternates."""
+        """Rows whose text contains their number in digits and whose label alternates."""
         texts = [" ".join([*str(n), *["film"] * (words - 1)]) for n in range(count)]
         return [{"text": text, "label": n % 2} for n, text in enumerate(texts)]
 

@@ -45,7 +45,7 @@ FIELDS = {"name": "a", "path": "b", "input": "x: {x}", "metrics": ["accuracy"], 
         ({"max_target_length": 0}, r"max_target_length: got 0, expected a whole number at least 1 or null"),
     ],
 )
-def test_bad_field_says_got_and_expected(change, message):
+def test_bad_field_names_got_and_expected(change, message):
     with pytest.raises(ValueError, match=message):
         TaskCard(**{**FIELDS, **change})
 
@@ -82,7 +82,7 @@ def test_missing_file_is_not_taken_for_a_name():
         load_card("nowhere/x.yaml")
 
 
-def test_name_that_leaves_the_folder_is_refused():
+def test_name_that_leaves_the_folder_raises():
     with pytest.raises(ValueError, match=r"Task name: got '../glue/sst2'"):
         load_card("../glue/sst2")
 

@@ -1,7 +1,7 @@
-"""The shipped cards, each against rows in the schema of its Hub data set, and against real data where there is some.
+"""The shipped cards, each against rows in the schema of its Hub data set, and against real data if available.
 
 `fixtures/` is laid out like a data root: `<last part of the Hub id>[/<subset>]/<Hub split>.jsonl`, with invented
-rows. `fixtures/expected.yaml` says what the first of them becomes.
+rows. `fixtures/expected.yaml` contains what the first of them becomes.
 """
 
 import json
@@ -173,13 +173,13 @@ def test_snli_drops_rows_without_a_label(load):
     assert len(load("snli", "train")) == len(raw_rows("snli", "train")) - 1
 
 
-def test_mnli_is_developed_on_the_other_genres():
+def test_mnli_validates_on_mismatched_genres():
     splits = load_card("glue/mnli").splits
     assert splits["validation"] == "validation_mismatched"
     assert splits["test"] == "validation_matched"
 
 
-def test_repositories_with_a_script_are_read_at_a_revision_without():
+def test_script_repositories_use_a_parquet_revision():
     revisions = {name: load_card(name).revision for name in HUB_TASKS if load_card(name).revision}
     branch = dict.fromkeys(["sick", "trec", "e2e_nlg", "webnlg"], "refs/convert/parquet")
     assert revisions == {**branch, "winogrande": "refs/pr/6"}

@@ -15,7 +15,7 @@ from mpt_lightning.data.tokenize import Encoder
 
 @pytest.fixture
 def words(backbones):
-    """A word-level encoder: every word and punctuation mark is a token, whitespace is none."""
+    """A word-level encoder: every word and punctuation mark is a token, whitespace is not."""
     return Encoder.from_backbone(backbones["causal"], 20, with_bos=False)
 
 
@@ -99,7 +99,7 @@ def test_types_at_the_borders(make_card, words, template, text, expected):
     assert pairs(context, encoder) == [("<s>", 0), *expected, ("good", 4), ("</s>", 4)]
 
 
-def test_space_before_the_column_goes_with_it_when_a_token_holds_both(make_card, letters):
+def test_token_of_a_space_and_a_column_is_input(make_card, letters):
     context = build_context(make_card(input="i {text}"), [example(text="film a")], letters, "", None)
     assert pairs(context, letters)[1:5] == [("i", 1), ("Ġfilm", 2), ("Ġ", 2), ("a", 2)]
 
@@ -253,7 +253,7 @@ def test_training_rows_are_the_examples_token_by_token(make, kind, group_by_leng
         assert 4 not in types[: len(ids)]
 
 
-def test_rows_begin_without_bos_and_the_context_with_one(make, kind):
+def test_context_begins_with_bos_and_rows_do_not(make, kind):
     module = make(kind, context_shots=2)
     bos = module.tokenizer.bos_token_id
     assert module.context.token_ids[0] == bos
@@ -301,7 +301,7 @@ def test_order_follows_the_seed(make):
     assert whole[0] != sorted(whole[0])
 
 
-def test_classes_do_not_stand_in_blocks(make):
+def test_classes_are_shuffled(make):
     changes = []
     for seed in range(5):
         classes = [row % 2 for row in make(context_shots=6, seed=seed).context.row_ids]
@@ -357,7 +357,7 @@ def test_context_needs_setup(film):
         _ = TaskDataModule(**film, context_shots=1).context
 
 
-def test_several_tasks_have_none(film):
+def test_several_tasks_have_no_context(film):
     film.pop("card")
     module = MultitaskDataModule(["glue/sst2", "sick"], **film, answer_prefix="yes:")
     assert module.context is None
@@ -391,7 +391,7 @@ def test_options_are_saved(film):
 
 
 class Nothing(L.LightningModule):
-    """Learns nothing and keeps what it was given."""
+    """Trains nothing and stores its batches."""
 
     def __init__(self):
         super().__init__()

@@ -123,7 +123,7 @@ def test_splits_follow_the_stage(film):
     assert len(module.predict_dataloader()) == 1
 
 
-def test_missing_test_split_says_what_to_do(film, make_card):
+def test_missing_test_split_raises(film, make_card):
     film["card"] = make_card(splits={"train": "train", "validation": "validation"})
     module = TaskDataModule(**film)
     module.setup("fit")
@@ -196,7 +196,7 @@ def test_load_task_reads_options_of_the_file(film, tmp_path):
 
 
 class Recorder(L.LightningModule):
-    """Learns nothing and keeps what it was given."""
+    """Trains nothing and stores its batches."""
 
     def __init__(self):
         super().__init__()
@@ -246,7 +246,7 @@ def test_all_stages_in_a_trainer(two_tasks, tmp_path):
     assert module.seen["val"] == module.seen["test"] == module.seen["predict"] == expected
 
 
-def test_validation_is_not_loaded_when_it_is_switched_off(film, make_card, tmp_path):
+def test_validation_is_not_loaded_when_disabled(film, make_card, tmp_path):
     film["card"] = make_card(splits={"train": "train"})
     trainer(tmp_path, limit_val_batches=0).fit(Recorder(), TaskDataModule(**film))
     with pytest.raises(ValueError, match="got no 'validation' split"):

@@ -84,7 +84,7 @@ def test_ranks_share_the_rows(film, film_rows, make_card, write_split, tmp_path,
 
 
 def prepare(card, options, folder):
-    """One of several machines that share a cache, and all begin to fill it at once."""
+    """One of several machines that share a cache and fill it at the same time."""
     Path(folder, f"ready{os.environ['RANK']}").touch()
     while len(list(Path(folder).glob("ready*"))) < int(os.environ["WORLD_SIZE"]):
         time.sleep(0.001)

@@ -33,7 +33,7 @@ def test_inputs_and_targets(encoder):
     assert inputs == ([*plain, 1] if encoder.family == "seq2seq" else [3, *plain])
 
 
-def test_trailing_end_of_sequence_of_a_causal_input_goes(backbones):
+def test_causal_input_loses_its_end_of_sequence(backbones):
     encoder = replace(Encoder.from_backbone(backbones["seq2seq"], 12), family="causal")
     assert encoder.format.inputs(["a film"]) == [encoder.tokenizer.convert_tokens_to_ids(["a", "film"])]
     assert encoder.format.targets(["good"])[0][-2:] == encoder.tokenizer.convert_tokens_to_ids(["good", "</s>"])
@@ -92,7 +92,7 @@ def test_answer_prefix_is_never_cut(make_card, encoder):
 
 
 @pytest.mark.parametrize(("kind", "bos"), [("causal", [3]), ("bytes", [2]), ("seq2seq", [])])
-def test_inputs_without_what_the_tokenizer_puts_first(backbones, kind, bos):
+def test_inputs_without_bos(backbones, kind, bos):
     encoder = replace(Encoder.from_backbone(backbones[kind], 12), family="causal")
     assert encoder.format.special[0] == bos
     (ids,) = replace(encoder, with_bos=False).format.inputs(["a film"])

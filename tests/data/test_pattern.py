@@ -1,4 +1,4 @@
-"""Patterns: other words around the same columns."""
+"""Patterns: other templates over the same columns."""
 
 from dataclasses import asdict
 
@@ -14,7 +14,7 @@ def card(**changes: object) -> TaskCard:
     return TaskCard(**{**FIELDS, "choices": ["yes", "no"], "patterns": PATTERNS, **changes})
 
 
-def test_a_pattern_takes_the_inputs_place() -> None:
+def test_pattern_replaces_the_input() -> None:
     module = load_task(card(), backbone="mpt_lightning/demo/t5", pattern=1)
     chosen = module.cards["one"]
     assert (chosen.input, chosen.choices, chosen.patterns) == ("is {a} so ?", ["sure", "never"], [])
@@ -24,7 +24,7 @@ def test_a_pattern_takes_the_inputs_place() -> None:
     assert TaskCard(**asdict(card())) == card()
 
 
-def test_rows_are_written_with_it(tmp_path) -> None:
+def test_rows_are_rendered_with_the_pattern(tmp_path) -> None:
     module = load_task(
         "demo/sentiment", backbone="mpt_lightning/demo/t5", pattern=0, max_eval_rows=5, cache_dir=str(tmp_path)
     )
@@ -37,12 +37,12 @@ def test_rows_are_written_with_it(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("number", [-1, 2])
-def test_a_number_out_of_range_is_told(number: int) -> None:
+def test_pattern_number_out_of_range(number: int) -> None:
     with pytest.raises(ValueError, match=f"Task 'one': got pattern={number}, expected 0 to 1; change `pattern`"):
         load_task(card(), pattern=number)
 
 
-def test_a_card_without_patterns_is_told() -> None:
+def test_card_without_patterns() -> None:
     with pytest.raises(ValueError, match="'demo/similarity': got pattern=0, expected none, since the card has no"):
         MultitaskDataModule(["demo/topic", "demo/similarity"], pattern=0)
 
@@ -61,12 +61,12 @@ def test_a_card_without_patterns_is_told() -> None:
         ({"input": "{a}"}, "patterns: got {'input': '{a}'}, expected a list"),
     ],
 )
-def test_a_wrong_pattern_is_told_by_the_card(patterns: object, message: str) -> None:
+def test_bad_pattern(patterns: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         card(patterns=patterns)
 
 
-def test_the_demo_models_vocabulary_has_every_word_of_its_patterns() -> None:
+def test_demo_vocabulary_covers_all_patterns() -> None:
     from transformers import AutoTokenizer
 
     from mpt_lightning.resources import backbone_path

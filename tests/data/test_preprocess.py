@@ -1,4 +1,4 @@
-"""The row functions of the tasks that need code: exact outputs, untouched inputs, clear refusals."""
+"""The row functions of the tasks that need code: exact outputs, unchanged inputs, clear errors."""
 
 import copy
 
@@ -63,7 +63,7 @@ def test_input_is_not_changed(name, split):
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_a_row_of_other_data_is_refused(name):
+def test_row_of_another_data_set_raises(name):
     with pytest.raises(ValueError, match=r"got the columns title, text_b, expected also .*; change `path`"):
         getattr(preprocess, name)({"title": "a", "text_b": "b"}, "train")
 
@@ -79,12 +79,12 @@ def test_multirc_cleans_and_names_the_question():
     }
 
 
-def test_multirc_refuses_an_index_without_a_question():
+def test_multirc_index_without_a_question_raises():
     with pytest.raises(ValueError, match="got idx=4, expected a mapping"):
         preprocess.multirc({**MULTIRC, "idx": 4}, "train")
 
 
-def test_record_gives_training_one_row_per_answer():
+def test_record_has_one_training_row_per_answer():
     clean = {
         "query": "The crews were praised by @placeholder.",
         "entities": "Velm, Iris Holt",
@@ -95,7 +95,7 @@ def test_record_gives_training_one_row_per_answer():
     assert preprocess.record(RECORD, "test") == [{**clean, "label": ["Iris Holt", "Holt"]}]
 
 
-def test_record_refuses_a_row_without_answers():
+def test_record_without_answers_raises():
     with pytest.raises(ValueError, match="got no answers"):
         preprocess.record({**RECORD, "answers": []}, "validation")
 
@@ -134,12 +134,12 @@ def test_wsc_marks_the_spans(change, text):
 
 
 @pytest.mark.parametrize("change", [{"span1_text": "Rut"}, {"span2_index": 90}, {"span2_text": " "}])
-def test_wsc_refuses_a_span_that_is_not_there(change):
+def test_wsc_span_that_is_missing_raises(change):
     with pytest.raises(ValueError, match="expected it in the text"):
         preprocess.wsc({**WSC, **change}, "train")
 
 
-def test_squad_takes_texts_out_of_the_mapping():
+def test_squad_extracts_texts_of_the_mapping():
     assert preprocess.squad_answers(SQUAD, "train") == [{**SQUAD, "label": "1931"}]
     assert preprocess.squad_answers(SQUAD, "validation") == [{**SQUAD, "label": ["1931", "in 1931"]}]
     plain = {**SQUAD, "answers": ["1931"]}
@@ -147,7 +147,7 @@ def test_squad_takes_texts_out_of_the_mapping():
 
 
 @pytest.mark.parametrize("answers", [{"text": []}, {"text": [" "]}, {"start": [3]}, "1931", 1931])
-def test_squad_refuses_answers_that_are_none(answers):
+def test_squad_without_answers_raises(answers):
     with pytest.raises(ValueError, match="expected a mapping with a non-empty list `text`"):
         preprocess.squad_answers({**SQUAD, "answers": answers}, "train")
 
@@ -159,17 +159,17 @@ def test_winogrande_keeps_both_options(answer, label):
 
 
 @pytest.mark.parametrize("answer", ["", "0", "3"])
-def test_winogrande_refuses_another_answer(answer):
+def test_winogrande_unknown_answer_raises(answer):
     with pytest.raises(ValueError, match="expected '1' or '2'"):
         preprocess.winogrande({**WINOGRANDE, "answer": answer}, "train")
 
 
 @pytest.mark.parametrize(("asked", "words"), [("cause", "What was the cause?"), ("effect", "What was the effect?")])
-def test_copa_asks_in_words(asked, words):
+def test_copa_writes_the_question_in_words(asked, words):
     assert preprocess.copa({**COPA, "question": asked}, "test") == [{**COPA, "question": words}]
 
 
-def test_copa_refuses_another_question():
+def test_copa_unknown_question_raises():
     with pytest.raises(ValueError, match="got question='reason', expected 'cause' or 'effect'"):
         preprocess.copa({**COPA, "question": "reason"}, "train")
 
@@ -182,7 +182,7 @@ def test_webnlg_writes_triples_and_keeps_all_references():
     assert (test["triples"], test["label"]) == (triples, WEBNLG["references"])
 
 
-def test_webnlg_without_references_falls_back_on_the_target_it_names():
+def test_webnlg_without_references_uses_the_target():
     (made,) = preprocess.webnlg({**WEBNLG, "references": []}, "validation")
     assert made["label"] == [WEBNLG["target"]]
 
@@ -195,6 +195,6 @@ def test_webnlg_without_references_falls_back_on_the_target_it_names():
         ({"references": [" "]}, "and 0 texts"),
     ],
 )
-def test_webnlg_refuses_broken_rows(change, message):
+def test_webnlg_broken_row_raises(change, message):
     with pytest.raises(ValueError, match=message.replace("|", r"\|")):
         preprocess.webnlg({**WEBNLG, **change}, "validation")

@@ -99,7 +99,7 @@ def test_resume_is_exact_with_workers_that_read_ahead(fit, tmp_path, when):
     check_resume(path, whole, fit("task", 2, ckpt_path=path, max_epochs=3))
 
 
-def test_resume_in_mid_epoch_wants_the_same_batches(fit, film, tmp_path):
+def test_resume_in_mid_epoch_needs_the_same_batches(fit, film, tmp_path):
     fit("task", callbacks=[saver(tmp_path, "mid-epoch")], max_epochs=1)
     film["batch_size"] = 4
     with pytest.raises(ValueError, match=r"Got batches of 4 rows over all devices, expected 8 as in the checkpoint"):

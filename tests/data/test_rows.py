@@ -1,4 +1,4 @@
-"""Labels, split rules and draws, on rows written as local files."""
+"""Labels, split rules and draws, on rows in local files."""
 
 import csv
 from collections import Counter
@@ -115,7 +115,7 @@ def test_bad_row(make_card, write_split, read, row, fields, message):
         read(make_card(**fields), write_split([good, row]))
 
 
-def test_column_that_is_no_text(make_card, write_split, read):
+def test_column_that_is_not_text(make_card, write_split, read):
     with pytest.raises(ValueError, match=r"row 0: got dict in column 'text', expected text; change `input` or add a"):
         read(make_card(), write_split([{"text": {"a": 1}, "label": 1}]))
 
@@ -143,7 +143,7 @@ def test_nothing_left(make_card, write_split, read):
         ({"group": "question"}, r"got no column 'question'.*change `group`"),
     ],
 )
-def test_missing_column_lists_those_there_are(make_card, write_split, read, fields, message):
+def test_missing_column_lists_the_others(make_card, write_split, read, fields, message):
     with pytest.raises(ValueError, match=message):
         read(make_card(**fields), write_split([{"text": "a", "label": 1}]))
 
@@ -170,7 +170,7 @@ def test_damaged_file(make_card, tmp_path, read):
         read(make_card(), str(tmp_path / "data"))
 
 
-def test_missing_file_says_where_it_looked(make_card, write_split, read):
+def test_missing_file_names_the_folder(make_card, write_split, read):
     root = write_split([{"text": "a", "label": 1}])
     with pytest.raises(ValueError, match=r"no file for split 'test' in '.*film', expected test\{.parquet,.jsonl"):
         read(make_card(), root, "test")
@@ -289,7 +289,7 @@ def double(row, split):
 
 @pytest.fixture
 def functions(monkeypatch):
-    """Give functions a dotted path: a card names what is importable."""
+    """Add functions under a dotted path, since a card names what can be imported."""
 
     def add(function):
         monkeypatch.setattr(function, "__module__", rows_module.__name__)

@@ -52,7 +52,7 @@ def test_stochastic_batch_splits_over_k_tasks():
     assert set(seen) == {2, 3}
 
 
-def test_stochastic_with_replacement_may_hold_one_task():
+def test_stochastic_with_replacement_may_draw_one_task():
     sampler = TaskMixSampler([500, 500], 4, kappa=2)
     assert {len({row // 500 for row in batch}) for batch in batches(sampler, 4)} == {1, 2}
 
@@ -113,7 +113,7 @@ def test_small_task_wraps_around_after_all_its_rows():
     assert len(set(map(tuple, rounds))) == len(rounds)  # in a new order each time
 
 
-def test_each_task_has_an_order_of_its_own_in_each_epoch():
+def test_each_task_has_a_new_order_in_each_epoch():
     sampler, orders = TaskMixSampler([50, 50], 2, "all"), set()
     for epoch in range(2):
         sampler.set_epoch(epoch)

@@ -9,7 +9,7 @@ from mpt_lightning.data import source
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Stand in for the Hub: what was asked for, and what it answers."""
+    """Replace the Hub: record what is requested, and answer."""
     monkeypatch.delenv("MPT_DATA_ROOT", raising=False)
     asked = []
 
@@ -35,7 +35,7 @@ def hub(monkeypatch):
         (None, source.CONVERTED, ("someone/film", None, "dev", source.CONVERTED, {"dev": "default/dev/*.parquet"})),
     ],
 )
-def test_path_subset_split_and_revision_reach_the_hub(make_card, hub, subset, revision, expected):
+def test_card_fields_reach_the_hub(make_card, hub, subset, revision, expected):
     asked = hub(Dataset.from_list([{"text": "a", "label": 1}, {"text": "b", "label": 0}]))
     raw = source.load_raw(make_card(subset=subset, revision=revision), "dev")
     assert asked == [expected]
@@ -51,7 +51,7 @@ def test_path_subset_split_and_revision_reach_the_hub(make_card, hub, subset, re
         RuntimeError("Dataset scripts are no longer supported"),
     ],
 )
-def test_what_the_hub_refuses_is_one_message(make_card, hub, error):
+def test_errors_of_the_hub_are_one_message(make_card, hub, error):
     hub(error)
     with pytest.raises(ValueError, match=r"Task 'film': got 'someone/film' \(small\), split 'dev'") as caught:
         source.load_raw(make_card(subset="small"), "dev")

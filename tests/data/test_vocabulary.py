@@ -38,7 +38,7 @@ def test_choices_that_cannot_be_told_apart(make_card, tokenizer, family, choices
 
 
 @pytest.mark.parametrize("kind", ["seq2seq", "causal"])
-def test_unknown_choices_are_refused_before_any_row(film, make_card, backbones, kind):
+def test_unknown_choices_raise_before_any_row(film, make_card, backbones, kind):
     options = {**film, "backbone": backbones[kind], "data_root": "nowhere"}
     del options["card"]
     card = make_card(choices=["bad", "great", "very good"])
@@ -75,14 +75,14 @@ def test_training_targets_that_cannot_be_written(free):
         free(lost=2).setup("fit")
 
 
-def test_other_targets_with_unknown_words_are_warned_of(free):
+def test_other_targets_with_unknown_words_warn(free):
     with pytest.warns(UserWarning, match="'free': 3 of 10 validation targets have tokens that the tokenizer"):
         free(lost=2, split="validation").setup("fit")
     with pytest.warns(UserWarning, match="'free': 1 of 10 train targets have tokens"):
         free(lost=0).setup("fit")
 
 
-def test_many_unknown_inputs_are_warned_of_once(film, write_split):
+def test_many_unknown_inputs_warn_once(film, write_split):
     for split in ("train", "validation"):
         # "task text : a zebra": a fifth of the tokens, and of the closing one a sixth.
         write_split([{"text": "a zebra", "label": n % 2} for n in range(10)], split=split)
@@ -93,7 +93,7 @@ def test_many_unknown_inputs_are_warned_of_once(film, write_split):
     assert len([warning for warning in caught if "unknown" in str(warning.message)]) == 1
 
 
-def test_few_unknown_inputs_are_not_warned_of(film, write_split):
+def test_few_unknown_inputs_do_not_warn(film, write_split):
     write_split([{"text": "a film film film film zebra", "label": n % 2} for n in range(10)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

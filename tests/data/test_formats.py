@@ -1,4 +1,4 @@
-"""Answers in their places: the ids of a text and of its answer are those of both tokenised together."""
+"""Joint tokenisation: the ids of an input and of its answer are those of both tokenised together."""
 
 from collections import Counter
 from itertools import product
@@ -182,7 +182,7 @@ def module(request, make_card, write_split, tmp_path, formats) -> TaskDataModule
     return module
 
 
-def test_batches_and_context_hold_joint_tokens(module: TaskDataModule) -> None:
+def test_batches_and_context_have_joint_tokens(module: TaskDataModule) -> None:
     tokenizer = module.tokenizer
 
     def joint(text: str, answer: str) -> list[int]:
