@@ -48,7 +48,7 @@ def against_peft(length: int, repeats: int) -> Line:
     }
     predictor = Predictor(backbone, prompt, cards, Encoder(backbone.tokenizer, "causal", 256))
     # Answers end with the end-of-text token in a checkpoint's tasks; PEFT's users compare the words' first tokens.
-    predictor.encoder.choices = lambda placed, choices: [[[100], [101]] for _ in placed]
+    predictor.encoder.format.choices = lambda inputs, choices: [[[100], [101]] for _ in inputs]
     config = MultitaskPromptTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=PROMPT, num_transformer_submodules=1, num_tasks=len(TASKS)
     )

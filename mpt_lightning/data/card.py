@@ -1,4 +1,4 @@
-"""Task cards: what a task is, in one small YAML file.
+"""Task cards: the definition of a task in one small YAML file.
 
 This module is light (no torch, no datasets): `mpt tasks` lists every card in a fraction of a second.
 """
@@ -25,7 +25,7 @@ _SPLITS = ("train", "validation", "test")
 
 @dataclass
 class TaskCard:
-    """What a task is: where its rows are, how they become text, what is predicted and how it is scored.
+    """Definition of a task: where its rows are, how they become text, what is predicted and how it is scored.
 
     Args:
         name: Name of the task in logs, checkpoints and exports, for example `glue/sst2`.
@@ -59,7 +59,7 @@ class TaskCard:
         homepage: Web page of the data (documentation).
 
     Raises:
-        MPTError: If a field has a value that cannot work; the message says what was got and what is expected.
+        MPTError: If a field has an impossible value.
     """
 
     name: str
@@ -185,7 +185,7 @@ def list_cards() -> dict[str, TaskCard]:
 
 
 def load_card(card: str | Path | TaskCard | Mapping[str, Any]) -> TaskCard:
-    """Load and check a card.
+    """Return a checked card.
 
     Args:
         card: Name of a shipped card (`glue/sst2`), path of a YAML file, the fields as a mapping, or a card.
@@ -213,13 +213,10 @@ def load_card(card: str | Path | TaskCard | Mapping[str, Any]) -> TaskCard:
 
 
 def read_card_file(card: str | Path) -> dict[str, Any]:
-    """Read the YAML file of a card.
+    """Return the content of a card's YAML file: `class_path`, and `init_args` with the `card` and other options.
 
     Args:
         card: Name of a shipped card or path of a YAML file.
-
-    Returns:
-        The content: `class_path`, and `init_args` with the `card` and options of the DataModule.
 
     Raises:
         MPTError: If there is no such card or file, or if it is not a YAML mapping.

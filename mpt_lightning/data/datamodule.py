@@ -166,11 +166,7 @@ class PromptDataModule(L.LightningDataModule):
             self._load(split)
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the tokenised rows, from the cache if they are in it.
-
-        Args:
-            stage: `fit`, `validate`, `test` or `predict`. Unset: as for `fit`.
-        """
+        """Read the tokenised rows of a stage (`fit`, `validate`, `test`, `predict`; unset: `fit`) from the cache."""
         for split in self._needed(stage):
             self._load(split)
 

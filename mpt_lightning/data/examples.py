@@ -36,10 +36,6 @@ class Example:
 def read_examples(card: TaskCard, rows: Dataset) -> Iterator[Example | None]:
     """Yield one example per row, None for a row that the card drops.
 
-    Args:
-        card: The task.
-        rows: Rows with the columns that the card names, and `__row__`.
-
     Raises:
         MPTError: If a text is empty or a label is missing or out of range, and the card does not drop such rows.
     """

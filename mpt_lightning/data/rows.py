@@ -43,16 +43,10 @@ class Draw:
 
 
 def source_rows(card: TaskCard, split: Split, data_root: str | None, cache_dir: str | None) -> Dataset:
-    """Return the raw rows that a split is drawn from, with a `__row__` column.
+    """Return the raw rows that a split is drawn from, as `load_raw` reads them.
 
     With `split_rule: held_out`, validation is min(1,000, a tenth) of the training rows, at least one;
     rows of one group stay together.
-
-    Args:
-        card: The task.
-        split: Our name of the split.
-        data_root: See `load_raw`.
-        cache_dir: See `load_raw`.
 
     Raises:
         MPTError: If the card has no such split, or if the data cannot be read.
@@ -78,16 +72,13 @@ def source_rows(card: TaskCard, split: Split, data_root: str | None, cache_dir: 
 
 
 def select_rows(card: TaskCard, raw: Dataset, split: Split, draw: Draw) -> Dataset:
-    """Check labels and texts of the rows of `source_rows`, apply the split rule and draw.
+    """Return the drawn rows of a split, in the order of the source; labels and texts of all its rows are checked.
 
     Args:
         card: The task.
-        raw: The raw rows.
+        raw: The rows of `source_rows`.
         split: Our name of the split.
         draw: Which rows to use.
-
-    Returns:
-        The rows of the split, in the order of the source.
 
     Raises:
         MPTError: If a column is missing, a label or text is unusable, or there are fewer rows than drawn.
@@ -126,13 +117,9 @@ def select_rows(card: TaskCard, raw: Dataset, split: Split, draw: Draw) -> Datas
 
 
 def _cut(positions: np.ndarray, groups: np.ndarray | None, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cut positions at random into two sorted parts; rows of one group stay together.
+    """Cut positions [N] at random into a part of `size`, at most `size` with groups, and the rest, both sorted.
 
-    Args:
-        positions: Positions [N].
-        groups: Group id by position; "" is no group. Unset: no groups.
-        size: Rows of the first part; with groups, the most.
-        seed: Seed of the shuffle.
+    Rows of one group stay together; `groups` has each position's group id, "" for none.
     """
     order = np.random.default_rng(seed).permutation(positions)
     if groups is None or not any(groups[order]):

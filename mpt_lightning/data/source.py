@@ -127,15 +127,7 @@ def _local_file(card: TaskCard, hub_split: str, root: Path) -> Path:
 
 
 def preprocess(card: TaskCard, raw: Dataset, split: str) -> Dataset:
-    """Apply the card's preprocess function, if any, to every row, which has a `__row__` column.
-
-    Args:
-        card: The task.
-        raw: The rows.
-        split: Our name of the split, passed to the function.
-
-    Returns:
-        The new rows, each with the `__row__` of the raw row that it comes from.
+    """Return what the card's preprocess function, if any, makes of every row, with the raw row's `__row__`.
 
     Raises:
         MPTError: If the function cannot be imported, does not return a list of mappings, or leaves no row.

@@ -52,11 +52,7 @@ def count_slots(text: str) -> int:
 
 
 def with_slots(text: str, tokenize: Callable[[str], list[int]]) -> list[int]:
-    """Return a text's token ids, with -1, -2, ... for the prompt's tokens in their order.
-
-    Args:
-        text: The text with its slots.
-        tokenize: Returns the ids of a piece of text, without special tokens.
+    """Return a text's token ids, with -1, -2, ... in its slots; `tokenize` returns those of a piece of text.
 
     Example:
         >>> with_slots("[prompt*2] a [prompt*1]", lambda piece: [ord(c) for c in piece if c != " "])
@@ -98,11 +94,7 @@ def read_patterns(card: TaskCard, given: list[Any]) -> list[Pattern]:
 
 
 def apply_pattern(card: TaskCard, number: int) -> TaskCard:
-    """Return the card with one of its patterns in place of its input, and without further patterns.
-
-    Args:
-        card: The card.
-        number: Index in `card.patterns`, from 0.
+    """Return the card with pattern `number`, from 0, in place of its input, and without further patterns.
 
     Raises:
         MPTError: If there is no such pattern, or if it does not fit the card.

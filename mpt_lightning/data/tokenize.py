@@ -33,7 +33,7 @@ class Encoder:
         tokenizer: The backbone's tokenizer.
         family: The backbone's family; see `Format`.
         max_input_length: Most tokens of an input.
-        answer_prefix: Words at the end of every input, joined with one space where there is no whitespace yet.
+        answer_prefix: Words at the end of every input, joined with one space unless there is whitespace.
         with_bos: Whether inputs begin with what the tokenizer puts before a text. False if a context comes before
             them, which begins with it. Decoder-only models.
 
@@ -132,12 +132,7 @@ class Encoder:
         return [end for _, end in offsets["offset_mapping"]]
 
     def encode(self, card: TaskCard, rows: Iterator[Example], split: Split) -> Iterator[dict[str, Any]]:
-        """Yield one mapping per example, as it is cached.
-
-        Args:
-            card: The task.
-            rows: The examples; a thousand at a time are encoded.
-            split: Our name of the split; only training targets have a limit.
+        """Yield one mapping per example, as it is cached; only training targets have a length limit.
 
         Raises:
             MPTError: If an input has no tokens or cannot be cut to fit, or a training target is too long.
