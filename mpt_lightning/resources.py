@@ -1,9 +1,12 @@
 """What is shipped with the package, by name: task cards, recipes, the embedded models and their tasks' rows."""
 
+import difflib
 import os
 from importlib import resources
 from pathlib import Path
 from typing import Literal
+
+from mpt_lightning.errors import MPTError
 
 Kind = Literal["tasks", "configs"]
 
@@ -21,11 +24,27 @@ def packaged(kind: Kind, name: str) -> Path | None:
         name: "glue/sst2", "mpt/source"; with or without ".yaml".
 
     Returns:
-        The file, or None if none of this name is shipped.
+        The file, or None if it does not exist.
     """
     root = Path(str(resources.files(f"mpt_lightning.{kind}")))
     file = (root / (name if name.endswith(".yaml") else f"{name}.yaml")).resolve()
     return file if file.is_file() and root.resolve() in file.parents else None
+
+
+def find_packaged(kind: Kind, name: str) -> Path:
+    """Return a shipped YAML file; see `packaged`.
+
+    Raises:
+        MPTError: If none of this name is shipped; the message lists similar names.
+    """
+    file = packaged(kind, name)
+    if file is None:
+        known, what = packaged_names(kind), "recipe" if kind == "configs" else "task"
+        near = difflib.get_close_matches(name, known) or known
+        raise MPTError(
+            f"unknown {what} {name!r}. Expected a file or one of: {', '.join(near)}. `mpt {kind}` lists all."
+        )
+    return file
 
 
 def packaged_names(kind: Kind) -> list[str]:

@@ -1,16 +1,16 @@
-"""`mpt`: the command line. Light commands answer without importing torch; training is a LightningCLI."""
+"""`mpt`: the command line. Light commands do not import torch; training is a LightningCLI."""
 
 import argparse
-import difflib
 import shutil
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 from mpt_lightning import __version__
 from mpt_lightning.cli.exit import fail
 from mpt_lightning.errors import MPTError
-from mpt_lightning.resources import packaged, packaged_names
+from mpt_lightning.resources import find_packaged, packaged, packaged_names
 
 TRAINER_COMMANDS = {
     "fit": "train: mpt fit --config mpt/source --data.data_root DATA",
@@ -24,40 +24,21 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line.
 
     Args:
-        args: the arguments; those of the process by default.
+        args: The arguments; those of the process by default.
     """
     argv = list(sys.argv[1:] if args is None else args)
-    if argv and argv[0] in TRAINER_COMMANDS:
+    # With --input, `mpt predict` needs neither a DataModule nor a Trainer.
+    own_texts = argv[:1] == ["predict"] and any(word.partition("=")[0] == "--input" for word in argv)
+    if argv and argv[0] in TRAINER_COMMANDS and not own_texts:
         from mpt_lightning.cli.trainer import run
 
-        output = None
-        if argv[0] == "predict" and "--help" not in argv:
-            own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-            own.add_argument("--output", default="predictions.jsonl")
-            own.add_argument("--input")
-            known, argv = own.parse_known_args(argv)
-            output = known.output
-            if known.input is not None:
-                _predict(known.input, output, argv[1:])
-                return
-        run(argv, output)
+        run(argv)
         return
     options = _parser().parse_args(argv)
-    if options.command == "tasks":
-        _tasks(options.name)
-    elif options.command == "configs":
-        _configs(options.name, options.dest)
-    elif options.command == "export":
-        _export(options)
-    elif options.command == "compare":
-        _compare(options)
-    else:
-        from mpt_lightning.demo.run import run_demo
-
-        try:
-            run_demo(Path(options.output), seeds=options.seeds)
-        except MPTError as error:
-            fail(str(error))
+    try:
+        options.run(options)
+    except (MPTError, OSError) as error:
+        fail(str(error))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,13 +51,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mpt_lightning {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in TRAINER_COMMANDS.items():
-        commands.add_parser(name, help=text, add_help=False)
+    made = {name: commands.add_parser(name, help=text) for name, text in TRAINER_COMMANDS.items()}
+    predict = made["predict"]
+    predict.description = "Answer a file of JSON lines with a checkpoint."
+    predict.add_argument("--input", required=True, help="a file of JSON lines with `text`, or the card's columns")
+    predict.add_argument("--output", default="predictions.jsonl", help="the file to write (default: %(default)s)")
+    predict.add_argument("--ckpt_path", required=True, help="a .ckpt file of any of the methods, or a PEFT folder")
+    predict.add_argument("--backbone", help="where the backbone is, if not where it was in training")
+    predict.add_argument("--device", default="cpu", help="such as cuda (default: %(default)s)")
+    predict.add_argument("--batch_size", type=int, default=64, help="rows per batch (default: %(default)s)")
+    predict.add_argument("--raw", action="store_true", help="read `text` as it is, without the card's template")
+    predict.set_defaults(run=_predict)
     tasks = commands.add_parser("tasks", help="list the tasks, or show one's card")
     tasks.add_argument("name", nargs="?", help="a task, such as glue/sst2")
+    tasks.set_defaults(run=_tasks)
     configs = commands.add_parser("configs", help="list the recipes, show one, or copy one")
     configs.add_argument("name", nargs="?", help="a recipe, such as mpt/source")
     configs.add_argument("dest", nargs="?", help="file or folder to copy it to")
+    configs.set_defaults(run=_configs)
     export = commands.add_parser(
         "export", help="write a checkpoint for PEFT, or as embeddings for vLLM and transformers"
     )
@@ -85,28 +77,38 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--to", required=True, choices=["peft", "prompt-embeds"], help="what to write")
     export.add_argument("--task", metavar="NAME", help="this task alone (default: all)")
     export.add_argument("--push", metavar="REPO", help="then upload it to this Hub repository, such as user/name")
+    export.set_defaults(run=_export)
     compare = commands.add_parser(
         "compare", help="compare methods: runs each recipe by task, k and seed, and tables them"
     )
     compare.add_argument("file", metavar="FILE", help="a comparison's YAML file, or a shipped one such as compare/demo")
     compare.add_argument("--output", metavar="DIR", help="folder of the results (default: runs/compare/NAME)")
     compare.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one per core, one with a GPU)")
-    compare.add_argument("--report", action="store_true", help="only report what is there")
+    compare.add_argument("--report", action="store_true", help="only report the results so far")
+    compare.set_defaults(run=_compare)
     demo = commands.add_parser("demo", help="the whole method, offline, on two CPU cores, in three minutes")
     demo.add_argument("--output", default="outputs/demo", help="folder of the results (default: %(default)s)")
     demo.add_argument("--seeds", type=int, default=3, help="runs per method, task and k (default: %(default)s)")
+    demo.set_defaults(run=_demo)
     return parser
 
 
-def _tasks(name: str | None) -> None:
+def _predict(options: Namespace) -> None:
+    from mpt_lightning.predictor import Predictor, predict_file
+
+    predictor = Predictor.from_checkpoint(
+        options.ckpt_path, options.backbone, options.device, batch_size=options.batch_size
+    )
+    count = predict_file(predictor, options.input, options.output, options.raw)
+    print(f"wrote {count} answers to {options.output}")
+
+
+def _tasks(options: Namespace) -> None:
     from mpt_lightning.data.card import list_cards, load_card
 
-    if name is not None:
-        try:
-            load_card(name)
-        except MPTError as error:
-            fail(str(error))
-        print((packaged("tasks", name) or Path(name)).read_text(encoding="utf-8"), end="")
+    if options.name is not None:
+        load_card(options.name)
+        print((packaged("tasks", options.name) or Path(options.name)).read_text(encoding="utf-8"), end="")
         return
     from rich.console import Console
     from rich.table import Table
@@ -118,71 +120,47 @@ def _tasks(name: str | None) -> None:
     Console().print(table)
 
 
-def _predict(source: str, output: str, rest: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="mpt predict", description="Answer a file of JSON lines with a checkpoint.", allow_abbrev=False
-    )
-    parser.add_argument("--ckpt_path", required=True, help="a .ckpt file of any of the methods, or a PEFT folder")
-    parser.add_argument("--backbone", help="where the backbone is, if not where it was in training")
-    parser.add_argument("--device", default="cpu", help="such as cuda (default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=64, help="rows per batch (default: %(default)s)")
-    parser.add_argument("--raw", action="store_true", help="read `text` as it is, without the card's template")
-    options = parser.parse_args(rest)
-    from mpt_lightning.predictor import Predictor, predict_file
-
-    try:
-        predictor = Predictor.from_checkpoint(
-            options.ckpt_path, options.backbone, options.device, batch_size=options.batch_size
-        )
-        print(f"wrote {predict_file(predictor, source, output, options.raw)} answers to {output}")
-    except (MPTError, OSError) as error:
-        fail(str(error))
+def _configs(options: Namespace) -> None:
+    if options.name is None:
+        for name in packaged_names("configs"):
+            headline = find_packaged("configs", name).read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+            print(f"{name:28} {headline}")
+        return
+    file = find_packaged("configs", options.name)
+    if options.dest is None:
+        print(file.read_text(encoding="utf-8"), end="")
+        return
+    target = Path(options.dest)
+    target = target / file.name if target.is_dir() else target
+    if target.exists():
+        raise MPTError(f"{target} exists; choose another destination.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, target)
+    print(f"wrote {target}")
 
 
-def _export(options: argparse.Namespace) -> None:
+def _export(options: Namespace) -> None:
     from mpt_lightning.interop import export_peft, export_prompt_embeds, push
 
     write = export_peft if options.to == "peft" else export_prompt_embeds
-    try:
-        print(f"wrote {write(options.checkpoint, options.dest, options.task)}")
-        if options.push:
-            print(f"pushed to {push(options.dest, options.push)}")
-    except (MPTError, OSError) as error:
-        fail(str(error))
+    print(f"wrote {write(options.checkpoint, options.dest, options.task)}")
+    if options.push:
+        print(f"pushed to {push(options.dest, options.push)}")
 
 
-def _compare(options: argparse.Namespace) -> None:
+def _compare(options: Namespace) -> None:
     from mpt_lightning.compare.command import compare
 
     try:
         done = compare(options)
-    except (MPTError, OSError) as error:
-        fail(str(error))
     except KeyboardInterrupt:
-        print("mpt: interrupted; the same command goes on from here", file=sys.stderr)
+        print("mpt: interrupted; the same command resumes", file=sys.stderr)
         raise SystemExit(130) from None
     if not done:
         raise SystemExit(1)
 
 
-def _configs(name: str | None, dest: str | None) -> None:
-    if name is None:
-        for known in packaged_names("configs"):
-            file = packaged("configs", known)
-            headline = file.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") if file else ""
-            print(f"{known:28} {headline}")
-        return
-    file = packaged("configs", name)
-    if file is None:
-        shipped = packaged_names("configs")
-        near = difflib.get_close_matches(name, shipped, n=3) or shipped
-        fail(f"unknown recipe {name!r}. Expected one of: {', '.join(near)}. `mpt configs` lists all.")
-    if dest is None:
-        print(file.read_text(encoding="utf-8"), end="")
-    else:
-        target = Path(dest) / file.name if Path(dest).is_dir() else Path(dest)
-        if target.exists():
-            fail(f"{target} exists; give another place.")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target)
-        print(f"wrote {target}")
+def _demo(options: Namespace) -> None:
+    from mpt_lightning.demo.run import run_demo
+
+    run_demo(Path(options.output), seeds=options.seeds)

@@ -1,9 +1,12 @@
-"""`mpt fit|validate|test|predict`: a user's mistake ends in one message."""
+"""`mpt fit|validate|test|predict`: LightningCLI, with a user's mistake as one message."""
 
 import signal
 from collections.abc import Sequence
+from typing import Any
 
+import lightning.pytorch as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from mpt_lightning.callbacks import PredictionWriter
@@ -12,12 +15,26 @@ from mpt_lightning.errors import find_error
 from mpt_lightning.recipes import MPTCLI
 
 
-def run(args: Sequence[str], predictions: str | None = None) -> None:
+class CommandLine(MPTCLI):
+    """MPTCLI with `mpt predict --output`."""
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            parser.add_argument("--output", default="predictions.jsonl", help="The JSONL file to write.")
+        return parser
+
+    def _instantiate_trainer(self, config: Any, callbacks: list[L.Callback]) -> L.Trainer:
+        if self.subcommand == "predict":
+            callbacks = [*callbacks, PredictionWriter(self.config.predict.output)]
+        return super()._instantiate_trainer(config, callbacks)
+
+
+def run(args: Sequence[str]) -> None:
     """Run a trainer command; a user's mistake ends in one message, not in a traceback."""
-    # The process keeps its own arguments: with several devices, Lightning starts the others with the same ones.
     try:
-        callbacks = [] if predictions is None else [PredictionWriter(predictions)]
-        MPTCLI(list(args), trainer_defaults={"callbacks": callbacks} if callbacks else None)
+        # The process keeps its own arguments: with several devices, Lightning starts the others with the same ones.
+        CommandLine(args)
     except SIGTERMException:
         # Its own exit status is that of success.
         raise SystemExit(128 + signal.SIGTERM) from None
@@ -26,5 +43,5 @@ def run(args: Sequence[str], predictions: str | None = None) -> None:
         if known is not None:
             fail(str(known))
         if isinstance(error, OSError) and error.filename and error.strerror:
-            fail(f"{error.filename}: {error.strerror}. Check the path, what it allows, and the space that is left.")
+            fail(f"{error.filename}: {error.strerror}. Check the path, its permissions, and the free disk space.")
         raise
