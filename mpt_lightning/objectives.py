@@ -1,10 +1,8 @@
-"""Losses: token cross-entropy, and distillation of logits and hidden states.
-
-Plain functions of tensors. `Segment`s (hidden states with a weight per position) come from the backbones.
-"""
+"""Losses: token cross-entropy, and distillation of logits and hidden states, as plain functions of tensors."""
 
 from collections.abc import Mapping
-from typing import Literal, Protocol
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,9 +10,9 @@ from torch.nn import functional
 
 from mpt_lightning.errors import MPTError
 
+# The label of padding, Hugging Face's and torch's convention.
 IGNORE = -100
-
-# The hidden states of a decoder-only model's prompts, which all rows of a task share.
+# The key of the hidden states of a decoder-only model's prompts, which all rows of a task share.
 OF_PROMPTS = "decoder/prompt"
 
 Layers = Literal["last", "all"]
@@ -23,20 +21,33 @@ Normalize = Literal["paper", "weights"]
 Stacks = Literal["both", "encoder", "decoder"]
 
 
-class HiddenStates(Protocol):
-    """Hidden states of one part of the sequence; see `mpt_lightning.backbones.Segment`."""
+@dataclass
+class Segment:
+    """Hidden states of one part of the sequence.
+
+    Attributes:
+        layers: Per layer `[N, S, H]`, the last layer last.
+        weight: `[N, S]`, how often each position counts: 0 for padding, for a prompt that several rows share the
+            number of those rows.
+    """
 
     layers: tuple[Tensor, ...]
     weight: Tensor
 
 
 def _precise(logits: Tensor) -> Tensor:
-    """Lift half precision to fp32; keep fp64."""
+    """Convert half precision to fp32; keep fp64."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
+def _cross_entropy(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
+    return functional.cross_entropy(
+        _precise(logits).flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction=reduction
+    )
+
+
 def token_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of the label tokens, in fp32.
+    """Return the mean cross-entropy of the label tokens, in fp32.
 
     Args:
         logits: [B, M, V].
@@ -49,10 +60,20 @@ def token_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         >>> token_cross_entropy(torch.zeros(1, 2, 4), torch.tensor([[3, -100]]))
         tensor(1.3863)
     """
-    total = functional.cross_entropy(
-        _precise(logits).flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
-    return total / (labels != IGNORE).sum().clamp(min=1)
+    return _cross_entropy(logits, labels, "sum") / (labels != IGNORE).sum().clamp(min=1)
+
+
+def log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the sum of the label tokens' log-probabilities per row.
+
+    Args:
+        logits: [N, M, V].
+        labels: [N, M], -100 for padding.
+
+    Returns:
+        [N] in nats, fp32 or better.
+    """
+    return -_cross_entropy(logits, labels, "none").view(labels.shape).sum(dim=1)
 
 
 def context_cross_entropy(
@@ -64,9 +85,10 @@ def context_cross_entropy(
     decay: float = 0.95,
     normalize: Normalize = "paper",
 ) -> Tensor:
-    """Cross-entropy of the context's labels and of the rows' own, the older the less (CPT sections 3.2 and 3.3).
+    """Return the cross-entropy of the context's labels and the rows' labels (CPT sections 3.2 and 3.3).
 
-    The context's part is the same for every row, so it comes in once, and counts B times.
+    Older examples of the context weigh less. The context's loss is the same for every row, so it is computed once and
+    counts B times.
 
     Args:
         context_logits: [N, V], one for each label token of the context.
@@ -74,7 +96,7 @@ def context_cross_entropy(
         distances: [N] examples from a label to the row: 1 for the last example of the context. Weight: decay^distance.
         logits: [B, M, V] of the rows' own labels, which have weight 1.
         labels: [B, M], -100 for padding.
-        decay: above 0, at most 1; 1 weighs all alike.
+        decay: Above 0, at most 1, which weighs all examples equally.
         normalize: "paper" divides by the number of label tokens, as PEFT does, so that the loss shrinks with more
             examples; "weights" divides by the sum of their weights.
 
@@ -87,9 +109,7 @@ def context_cross_entropy(
         tensor(1.3863)
     """
     of_context = functional.cross_entropy(_precise(context_logits), context_labels, reduction="none")
-    own = functional.cross_entropy(
-        _precise(logits).flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
+    own = _cross_entropy(logits, labels, "sum")
     weights = decay ** distances.to(of_context.dtype)
     return (len(labels) * (weights * of_context).sum() + own) / context_tokens(weights, labels, normalize)
 
@@ -97,28 +117,22 @@ def context_cross_entropy(
 def context_tokens(weights: Tensor, labels: Tensor, normalize: Normalize) -> Tensor:
     """Return the number of label tokens that `context_cross_entropy` divides by.
 
-    Args:
-        weights: [N] of the context's label tokens: decay^distance.
-        labels: [B, M] of the rows, -100 for padding.
-        normalize: as there.
-
-    Returns:
-        A scalar.
+    The arguments are the weights decay^distance `[N]` of the context's label tokens, and those of that function.
     """
     of_context = len(weights) if normalize == "paper" else weights.sum()
     return len(labels) * of_context + (labels != IGNORE).sum()
 
 
 def logit_distillation(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(teacher || student) over the vocabulary, mean over the label tokens (paper section 3.2, L_Logits).
+    """Return KL(teacher || student) over the vocabulary, averaged over label tokens (paper section 3.2, L_Logits).
 
-    Multiplied by temperature squared, so that its gradient keeps its scale (Hinton et al., 2015).
+    It is multiplied by temperature squared, so that its gradient keeps its scale (Hinton et al., 2015).
 
     Args:
         student: [B, M, V] logits.
         teacher: [B, M, V] logits; no gradient flows into them.
         labels: [B, M], -100 for padding.
-        temperature: softens both sides, above 0.
+        temperature: Softens both distributions, above 0.
 
     Returns:
         A scalar, in nats.
@@ -130,22 +144,26 @@ def logit_distillation(student: Tensor, teacher: Tensor, labels: Tensor, tempera
     """
     counted = labels != IGNORE
     of_student = functional.log_softmax(_precise(student)[counted] / temperature, dim=-1)
-    of_teacher = functional.log_softmax(_precise(teacher.detach())[counted] / temperature, dim=-1)
-    divergence = functional.kl_div(of_student, of_teacher, log_target=True, reduction="sum")
+    of_teacher = functional.log_softmax(_precise(teacher)[counted] / temperature, dim=-1)
+    return _divergence(of_student, of_teacher, temperature, counted)
+
+
+def _divergence(student: Tensor, teacher: Tensor, temperature: float, counted: Tensor) -> Tensor:
+    divergence = functional.kl_div(student, teacher.detach(), log_target=True, reduction="sum")
     return divergence * temperature**2 / counted.sum().clamp(min=1)
 
 
 def top_buckets(logits: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Shorten distributions: the likeliest tokens, each a bucket of its own, and all others together as one more.
+    """Shorten distributions to one bucket for each of the k likeliest tokens, and one for all others together.
 
     Args:
         logits: [N, V].
-        k: tokens to keep, 1 or more. From V on all are kept, and there is no bucket of the others.
-        temperature: softens the distribution first, above 0.
+        k: Tokens to keep, 1 or more. With V or more all are kept, without a bucket of others.
+        temperature: Softens the distribution first, above 0.
 
     Returns:
         The tokens' ids [N, k], the likeliest first, and log-probabilities [N, k + 1], the others' at the end; both
-        [N, V] where all tokens are kept.
+        [N, V] if all tokens are kept.
 
     Example:
         >>> ids, log_probs = top_buckets(torch.tensor([[1.0, 0.0, 2.0, 0.0]]), k=2)
@@ -158,10 +176,8 @@ def top_buckets(logits: Tensor, k: int, temperature: float = 1.0) -> tuple[Tenso
 
 
 def _with_rest(log_probs: Tensor, ids: Tensor, top: Tensor) -> Tensor:
-    """Append the log-probability of all tokens but `ids`, if there are others.
-
-    It is summed from the others themselves: one minus the kept ones' sum would be rounding alone where that is near 1.
-    """
+    """Append the log-probability of all tokens but `ids`, if there are others."""
+    # Summed over the others: one minus the sum of the kept ones is rounding error if that sum is near 1.
     if ids.shape[-1] == log_probs.shape[-1]:
         return top
     rest = log_probs.scatter(-1, ids, float("-inf")).logsumexp(dim=-1, keepdim=True)
@@ -171,17 +187,17 @@ def _with_rest(log_probs: Tensor, ids: Tensor, top: Tensor) -> Tensor:
 def bucketed_distillation(
     student: Tensor, ids: Tensor, log_probs: Tensor, labels: Tensor, temperature: float = 1.0
 ) -> Tensor:
-    """KL(teacher || student) over the buckets of `top_buckets`; otherwise as `logit_distillation`.
+    """Return KL(teacher || student) over the buckets of `top_buckets`; otherwise like `logit_distillation`.
 
-    Both distributions are put into the teacher's buckets, so that this is a lower bound of the KL over the vocabulary
-    (the log-sum inequality), and equal to it where all tokens were kept.
+    Both distributions use the teacher's buckets, so that this is a lower bound of the KL over the vocabulary (the
+    log-sum inequality), and equal to it if all tokens are kept.
 
     Args:
         student: [B, M, V] logits.
         ids: [N, k] the teacher's likeliest tokens at the N label tokens, row by row, without padding.
         log_probs: [N, k + 1], or [N, V] with k = V; at the same temperature. No gradient flows into them.
         labels: [B, M], -100 for padding.
-        temperature: of the student, above 0.
+        temperature: Of the student, above 0.
 
     Returns:
         A scalar, in nats.
@@ -193,15 +209,13 @@ def bucketed_distillation(
     """
     counted = labels != IGNORE
     of_student = functional.log_softmax(_precise(student)[counted] / temperature, dim=-1)
-    buckets = _with_rest(of_student, ids, of_student.gather(-1, ids))
-    divergence = functional.kl_div(buckets, log_probs.detach(), log_target=True, reduction="sum")
-    return divergence * temperature**2 / counted.sum().clamp(min=1)
+    return _divergence(_with_rest(of_student, ids, of_student.gather(-1, ids)), log_probs, temperature, counted)
 
 
 def chosen_states(
-    states: Mapping[str, HiddenStates], layers: Layers, positions: Positions, stacks: Stacks
+    states: Mapping[str, Segment], layers: Layers, positions: Positions, stacks: Stacks
 ) -> dict[str, tuple[Tensor, ...]]:
-    """Pick the hidden states that `hidden_distillation` compares, by "<stack>/<part>"; its arguments."""
+    """Return the hidden states that `hidden_distillation` compares, by "<stack>/<part>"; the arguments are its own."""
     return {
         key: found.layers[-1:] if layers == "last" else found.layers
         for key, found in states.items()
@@ -210,23 +224,23 @@ def chosen_states(
 
 
 def label_weights(
-    states: Mapping[str, HiddenStates], rows: Tensor, labels: Tensor, positions: Positions
+    states: Mapping[str, Segment], rows: Tensor, labels: Tensor, positions: Positions
 ) -> dict[str, Tensor]:
-    """Return weights of positions with which each row counts as often as it has label tokens.
+    """Return weights of positions with which each row counts in proportion to its label tokens.
 
-    With these weights `hidden_distillation` is, per stack, the mean over rows of the mean squared error of a row's
-    positions, weighted by the rows' label tokens. So its denominator is the one of the other terms, and losses of
-    several batches add up.
+    With these weights `hidden_distillation` has, per stack, the denominator of the other losses: the number of label
+    tokens. So losses of several batches add up.
 
     Args:
-        states: hidden states by "<stack>/<part>": of rows `[B, S, H]`, or of prompts that rows share `[U, P, H]`.
+        states: Hidden states by "<stack>/<part>": of rows `[B, S, H]`, or of prompts that rows share `[U, P, H]`.
         rows: [B] in 0..U-1, each row's prompt.
         labels: [B, M], -100 for padding.
-        positions: those that are compared.
+        positions: The positions that are compared.
 
     Returns:
-        Per key [B, S] or [U, P]. The weight of a row's position is the row's label tokens divided by its compared
-        positions in the stack, 0 for padding; that of a shared prompt's position is the sum of this over its rows.
+        Per key [B, S] or [U, P]. The weight of a row's position is the row's number of label tokens divided by its
+        number of compared positions in the stack, 0 for padding; that of a shared prompt's position is the sum of this
+        over its rows.
     """
     lengths: dict[str, Tensor] = {}  # [B] per stack
     for key in chosen_states(states, "last", positions, "both"):
@@ -244,29 +258,29 @@ def label_weights(
 
 
 def hidden_distillation(
-    student: Mapping[str, HiddenStates],
-    teacher: Mapping[str, HiddenStates],
+    student: Mapping[str, Segment],
+    teacher: Mapping[str, Segment],
     layers: Layers = "last",
     positions: Positions = "text",
     stacks: Stacks = "both",
 ) -> Tensor:
-    """Masked mean squared error of hidden states (paper section 3.2, L_Hidden).
+    """Return the masked mean squared error of hidden states (paper section 3.2, L_Hidden).
 
-    The paper does not say which layers and positions, so both are choices. Within a stack the mean goes over layers,
+    The paper does not specify layers and positions, so both are arguments. Within a stack the mean is over layers,
     positions by their `weight`, and H; the stacks' means are added.
 
     Args:
-        student: hidden states by "<stack>/<part>".
-        teacher: the same keys and shapes, at least of the states that are compared; no gradient flows into them.
-        layers: the last layer of each stack, or all.
-        positions: text tokens, prompt tokens, or all.
-        stacks: encoder, decoder, or both where the model has both.
+        student: Hidden states by "<stack>/<part>".
+        teacher: The same keys and shapes, at least of the compared states; no gradient flows into them.
+        layers: The last layer of each stack, or all.
+        positions: Text tokens, prompt tokens, or all.
+        stacks: Encoder, decoder, or both if the model has both.
 
     Returns:
         A scalar.
 
     Raises:
-        MPTError: the model has none of the states asked for.
+        MPTError: If the model has none of the requested states.
     """
     errors: dict[str, list[Tensor]] = {}
     counts: dict[str, list[Tensor]] = {}

@@ -3,8 +3,9 @@
 from mpt_lightning.backbones.base import Backbone
 from mpt_lightning.backbones.causal import CausalBackbone
 from mpt_lightning.backbones.load import load_backbone
-from mpt_lightning.backbones.outputs import BackboneOutput, EncodedPrompts, Segment
+from mpt_lightning.backbones.outputs import BackboneOutput, EncodedPrompts
 from mpt_lightning.backbones.seq2seq import Seq2SeqBackbone
+from mpt_lightning.objectives import Segment
 
 __all__ = [
     "Backbone",

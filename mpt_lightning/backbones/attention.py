@@ -1,6 +1,6 @@
 """Attention to a prefix that all rows share, without a copy of it per row.
 
-To the prefix, the queries of all rows are one long sequence: one matrix product instead of B. The softmax is joint
+For the prefix, the queries of all rows are one long sequence: one matrix product instead of B. The softmax is joint
 with the rows' own tokens, so the result is that of plain attention over `[prefix, own]`.
 """
 
@@ -15,18 +15,14 @@ from transformers.masking_utils import sdpa_mask
 
 from mpt_lightning.backbones.packed import current_layout, packed_attention
 
+# The name for transformers' `set_attn_implementation`.
 NAME = "mpt_shared_prefix"
-"""What transformers knows it by (`set_attn_implementation`)."""
 
 
 def put_before(keys: Tensor, prefix: tuple[Tensor, Tensor]) -> Tensor:
-    """Mark a pass's keys with the prefix that comes before them.
+    """Attach to keys `[B, heads, S, D]` the prefix before them: keys and values `[1, heads, P, D]`.
 
-    Models hand keys from the cache to the attention function as they are, and have no place for more.
-
-    Args:
-        keys: [B, heads, S, D].
-        prefix: keys and values, [1, heads, P, D] each.
+    Models pass keys from the cache to the attention function unchanged, and offer no other way to pass more.
     """
     keys.shared_prefix = prefix  # type: ignore[attr-defined]
     return keys
@@ -42,20 +38,20 @@ def shared_prefix_attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attend to a shared prefix and to own tokens; plain attention where no prefix is marked and no pass is packed.
+    """Attend to a shared prefix and to own tokens; plain attention without a prefix or a packed pass.
 
     Args:
-        module: the model's attention layer.
+        module: The model's attention layer.
         query: [B, heads, S, D].
-        key: [B, key heads, S, D], marked by `put_before`.
+        key: [B, key heads, S, D], with a prefix from `put_before`.
         value: [B, key heads, S, D].
-        attention_mask: [B, 1, S, P + S], True where attended or 0 where attended; the prefix is attended wholly.
-        dropout: of the attention weights.
-        scaling: of the scores, D^-0.5 by default.
-        **options: what else transformers hands to attention functions.
+        attention_mask: [B, 1, S, P + S], True where attended or 0 where attended; all of the prefix is attended.
+        dropout: Of the attention weights.
+        scaling: Of the scores, D^-0.5 by default.
+        **options: Other arguments from transformers.
 
     Returns:
-        [B, S, heads, D], and nothing for the weights.
+        [B, S, heads, D], and None for the weights.
     """
     layout = current_layout()
     if layout is not None:
@@ -67,13 +63,13 @@ def shared_prefix_attention(
         )
     keys, values = (states[0].to(query.dtype) for states in prefix)  # [G, P, D], G key heads
     heads, length = len(keys), keys.shape[1]
-    size, _, tokens, width = query.shape
-    # [G, heads per key head, B, S, ...] from here on, so that all that reads one key head lies together.
+    tokens, width = query.shape[2:]
+    # [G, heads per key head, B, S, ...] from here on, so that the queries of one key head are contiguous.
     queries = query.unflatten(1, (heads, -1)).permute(1, 2, 0, 3, 4) * (width**-0.5 if scaling is None else scaling)
     shape = queries.shape[:-1]
     far = (queries.reshape(heads, -1, width) @ keys.transpose(1, 2)).view(*shape, length)
     near = queries @ key.permute(1, 0, 3, 2)[:, None]
-    near = near + _bias(attention_mask, length, size, tokens, near)
+    near = near + _bias(attention_mask, length, tokens, near)
     scores = torch.cat([far, near], dim=-1)
     precise = torch.float32 if scores.dtype in (torch.float16, torch.bfloat16) else scores.dtype
     weights = functional.dropout(scores.softmax(dim=-1, dtype=precise).to(scores.dtype), dropout, dropout > 0)
@@ -82,9 +78,9 @@ def shared_prefix_attention(
     return mixed.permute(2, 3, 0, 1, 4).flatten(2, 3), None
 
 
-def _bias(mask: Tensor | None, length: int, size: int, tokens: int, like: Tensor) -> Tensor:
-    """Give what is added to the scores of own tokens, `[B, S, S]` or `[S, S]`."""
-    if mask is None:  # nothing is hidden but the future
+def _bias(mask: Tensor | None, length: int, tokens: int, like: Tensor) -> Tensor:
+    """Return the summand of the scores of own tokens, `[B, S, S]` or `[S, S]`."""
+    if mask is None:  # only later tokens are hidden
         seen = torch.ones(tokens, tokens, dtype=torch.bool, device=like.device).tril()
     else:
         seen = mask[:, 0, :, length:]
@@ -94,7 +90,7 @@ def _bias(mask: Tensor | None, length: int, size: int, tokens: int, like: Tensor
 
 
 def _mask(*args: Any, **options: Any) -> Tensor | None:
-    """Give transformers' mask; none in a packed pass, which brings its own."""
+    """Return transformers' mask, or None in a packed pass, whose layout contains the mask."""
     return None if current_layout() is not None else sdpa_mask(*args, **options)
 
 

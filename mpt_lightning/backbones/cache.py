@@ -1,4 +1,4 @@
-"""A cache that lets rows read a shared prefix's keys and values, with gradients through it."""
+"""A key/value cache that rows share as their prefix, with gradients through it."""
 
 from collections.abc import Sequence
 
@@ -11,15 +11,13 @@ from mpt_lightning.backbones.outputs import Pair
 
 
 class PrefixLayer(CacheLayerMixin):
-    """One layer's prefix, in front of whatever keys and values a pass computes.
+    """One layer's prefix, before the keys and values of a pass: first one that all rows share, then one per row.
 
-    A prefix that all rows share comes first, then one per row.
-
-    Nothing accumulates: `update` gives `[prefix, new]` and only remembers it. So the same prefix serves many passes,
-    and recomputing a layer (gradient checkpointing) gives the same result again.
+    Nothing accumulates: `update` returns and stores `[prefix, new]`. So the same prefix can be used in many passes, and
+    recomputing a layer (gradient checkpointing) has the same result.
     """
 
-    is_sliding = False  # all keys are kept, and a window is the attention mask's work
+    is_sliding = False  # all keys are kept; a window is part of the attention mask
 
     def __init__(self, prefix: Pair | None = None, shared: Pair | None = None) -> None:
         super().__init__()
@@ -27,10 +25,10 @@ class PrefixLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: there is no storage."""
+        """Do nothing: there is no storage."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> Pair:
-        """Give the prefix and the new keys `[B, heads, P + S, D]`, and the values alike."""
+        """Return the prefix and the new keys `[B, heads, P + S, D]`, and the same of the values."""
         if self.prefix is not None:
             key_states = torch.cat([self.prefix[0].to(key_states.dtype), key_states], dim=2)
             value_states = torch.cat([self.prefix[1].to(value_states.dtype), value_states], dim=2)
@@ -38,15 +36,15 @@ class PrefixLayer(CacheLayerMixin):
         return (key_states if self.shared is None else put_before(key_states, self.shared)), value_states
 
     def get_seq_length(self) -> int:
-        """Give the tokens before a pass."""
+        """Return the number of tokens before a pass."""
         return sum(pair[0].shape[2] for pair in (self.shared, self.prefix) if pair is not None)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Give the number of keys that a pass sees, and where they begin."""
+        """Return the number of keys that a pass attends to, and the position of the first."""
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
-        """Say that there is no limit."""
+        """Return -1: there is no limit."""
         return -1
 
 
@@ -54,9 +52,9 @@ class PrefixCache(Cache):
     """The prefixes of all layers.
 
     Args:
-        layers: per layer the prefix's keys and values `[B, heads, P, D]`; or how many layers there are, for a pass
-            without such a prefix.
-        shared: per layer the keys and values `[1, heads, P, D]` that all rows share, before their own; the model's
+        layers: Per layer the prefix's keys and values `[B, heads, P, D]`; or the number of layers, for a pass without
+            such a prefix.
+        shared: Per layer the keys and values `[1, heads, P, D]` that all rows share, before their own; the model's
             attention must be `shared_prefix_attention`.
     """
 
@@ -68,7 +66,7 @@ class PrefixCache(Cache):
         super().__init__(layers=list(self.prefix_layers))
 
     def contents(self) -> tuple[Pair, ...]:
-        """Give what the last pass saw: per layer the rows' keys and values, prefix and new ones."""
+        """Return per layer the keys and values of the last pass, prefix and new ones."""
         pairs = []
         for layer in self.prefix_layers:
             if layer.keys is None or layer.values is None:

@@ -1,8 +1,8 @@
-"""Decoder-only models (GPT-2, Llama, ...): one pass over each distinct prompt, the rows on top of it.
+"""Decoder-only models (GPT-2, Llama, ...): one pass over each distinct prompt, whose keys and values the rows reuse.
 
 The prompt comes first, so its keys and values depend on the prompt alone. They are computed once per distinct prompt
 and gathered per row: U·P + B·S tokens instead of B·(P + S). Gradients flow through them. Training runs prompts and rows
-as one packed sequence where the model allows it (`packed`), otherwise the prompts first and the rows on top of them.
+as one packed sequence if the model allows it (`packed`), otherwise first the prompts, then the rows.
 """
 
 import inspect
@@ -18,14 +18,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from mpt_lightning.backbones.attention import NAME
-from mpt_lightning.backbones.base import IGNORE, Backbone, align, log_likelihood
+from mpt_lightning.backbones.base import Backbone, align
 from mpt_lightning.backbones.cache import PrefixCache
 from mpt_lightning.backbones.gather import gather_layers
 from mpt_lightning.backbones.limits import attention_windows, length_limit
-from mpt_lightning.backbones.outputs import BackboneOutput, EncodedPrompts, Prompts, Segment
+from mpt_lightning.backbones.outputs import BackboneOutput, EncodedPrompts, Prompts
 from mpt_lightning.backbones.packed import packed_forward
 from mpt_lightning.backbones.sharding import tie
 from mpt_lightning.errors import MPTError
+from mpt_lightning.objectives import IGNORE, Segment, log_likelihood
 from mpt_lightning.prompts import PromptOutput
 
 
@@ -55,17 +56,16 @@ class CausalBackbone(Backbone):
         self._num_layers: int = config.num_hidden_layers
         self._limit = length_limit(config)
         # Our attention function packs prompts and rows into one pass, and without gradients reads a shared prefix
-        # without copying it for every row. With gradients the copies are faster, on a CPU by a tenth: the attention
-        # weights would have to be kept.
-        takes_ours = config._attn_implementation == "sdpa" and model._supports_attention_backend
-        ours = takes_ours and not attention_windows(config)
-        self.ways = {"packed", "shared"} if ours else set()
-        if ours:
+        # without copying it for every row. With gradients copies are faster, on a CPU by a tenth, since otherwise the
+        # attention weights would have to be kept.
+        replaceable = config._attn_implementation == "sdpa" and model._supports_attention_backend
+        if replaceable and not attention_windows(config):
+            self.ways = {"packed", "shared"}
             model.set_attn_implementation(NAME)
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         for layer in model.modules():
             if isinstance(layer, GradientCheckpointingLayer):
-                # Our caches are read-only, so that recomputing a layer with them is safe.
+                # Our caches are read-only, so a layer can be recomputed with them.
                 layer._can_checkpoint_with_cache = True
 
     @classmethod
@@ -99,8 +99,8 @@ class CausalBackbone(Backbone):
         """Run the model over the prompts, once each.
 
         Args:
-            prompts: Of U tasks. Keys and values, and encoded prompts, are returned without a pass.
-            predict_at: [N] positions in 0..P-1 whose logits for the next token are wanted.
+            prompts: Keys and values, and encoded prompts, need no pass.
+            predict_at: [N] positions in 0..P-1 whose logits for the next token are returned too.
         """
         return self._encode(prompts, predict_at)
 
@@ -115,9 +115,9 @@ class CausalBackbone(Backbone):
         if given.length == 0:
             return EncodedPrompts((), (embeddings,) * self._num_layers, shift=given.shift)
         cache = PrefixCache(self._num_layers)
-        # `logits_to_keep=1`: mostly a prompt predicts nothing, and no vocabulary-sized output is made for it.
+        # `logits_to_keep=1` avoids a vocabulary-sized output, since a prompt usually predicts nothing.
         output = self.model(
-            inputs_embeds=embeddings.to(self.dtype, copy=True),  # CTRL scales in place what it is given
+            inputs_embeds=embeddings.to(self.dtype, copy=True),  # CTRL scales its inputs in place
             past_key_values=cache,
             use_cache=not self.gradient_checkpointing,
             output_hidden_states=True,
@@ -131,10 +131,7 @@ class CausalBackbone(Backbone):
         return EncodedPrompts(layers, hidden, embeddings, given.shift, logits)
 
     def _prefix(self, encoded: EncodedPrompts, rows: Tensor, whole: bool = True) -> PrefixCache:
-        """Give the cache that a pass over the rows `[B]` begins with; without prompts it is empty.
-
-        `whole` says that every row sees all of its prompt.
-        """
+        """Return the cache for a pass over the rows `[B]`; with `whole` each row attends to all of its prompt."""
         if not encoded.length:
             return PrefixCache(self._num_layers)
         if "shared" in self.ways and whole and len(encoded.layers[0][0]) == 1 and not torch.is_grad_enabled():
@@ -144,9 +141,9 @@ class CausalBackbone(Backbone):
     def _among(
         self, encoded: EncodedPrompts, rows: Tensor, input_ids: Tensor, text: Tensor
     ) -> tuple[EncodedPrompts, Tensor]:
-        """Give what comes before rows, and the rows: ids, or embeddings where a prompt has a say in them.
+        """Return what precedes the rows, and the rows: ids, or embeddings if these depend on the prompt.
 
-        `text` `[B, S]` is 1 at the text's tokens, as opposed to padding and the answer's.
+        `text` `[B, S]` is 1 at the text's tokens, and 0 at padding and the answer's tokens.
         """
         if encoded.shift is not None:
             return encoded, self.embed_shifted(encoded.shift, rows, input_ids, text)
@@ -164,10 +161,10 @@ class CausalBackbone(Backbone):
         keep: int,
         hidden_states: bool = False,
     ) -> Any:
-        """Run tokens `[N, S]`, or embeddings `[N, S, H]`, on top of a cache; logits for the last `keep` ones.
+        """Run tokens `[N, S]`, or embeddings `[N, S, H]`, after a cache; return logits for the last `keep` ones.
 
-        `past` `[N, P]` is the cache's mask. `before`, `[N, 1]` or a number, says how many tokens the cache has, whether
-        the rows see them or not.
+        `past` `[N, P]` is the cache's mask. `before` `[N, 1]`, or a number, is the number of tokens in the cache,
+        including those that rows do not attend to.
         """
         full = torch.cat([past, mask], dim=1)
         self._check_length(full.shape[1])
@@ -198,12 +195,12 @@ class CausalBackbone(Backbone):
     ) -> BackboneOutput:
         """Predict the label tokens; see `Backbone.forward`.
 
-        `prompt_mask` `[B, P]` is 1 where a row sees its prompt's token; by default it sees all. `predict_at` `[N]`
-        names positions in 0..P-1 of the prompts whose logits for the next token are wanted too, as `prompt_logits`.
+        `prompt_mask` `[B, P]` is 1 where a row attends to its prompt's token, by default everywhere. `predict_at` `[N]`
+        are positions in 0..P-1 of the prompts; the output's `prompt_logits` are those of the next tokens.
         """
-        # With the padding on the left the text ends in one column, and the labels' logits are the last M columns.
+        # With padding on the left all texts end in the same column, and the labels' logits are the last M columns.
         input_ids, attention_mask = align(input_ids, attention_mask, "left")
-        given, read = labels[:, :-1], labels[:, 1:] != IGNORE  # a row's last label is predicted, never read
+        given, read = labels[:, :-1], labels[:, 1:] != IGNORE  # a row's last label is never an input
         whole = torch.cat([input_ids, given.clamp(min=0)], dim=1)
         mask = torch.cat([attention_mask, read.to(attention_mask.dtype)], dim=1)
         packable = self._packable(prompts)
@@ -242,14 +239,9 @@ class CausalBackbone(Backbone):
         return given.embeddings if given.shift is None and given.length else None
 
     def score(
-        self,
-        prompts: Prompts,
-        rows: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        choices: Tensor,
+        self, prompts: Prompts, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, choices: Tensor
     ) -> Tensor:
-        """Give each choice's log-likelihood; see `Backbone.score`."""
+        """Return each choice's log-likelihood; see `Backbone.score`."""
         encoded = self._encode(prompts)
         input_ids, attention_mask = align(input_ids, attention_mask, "left")
         encoded, tokens = self._among(encoded, rows, input_ids, attention_mask)
@@ -259,11 +251,11 @@ class CausalBackbone(Backbone):
         exists = (choices != IGNORE).any(dim=2)
         row, _ = exists.nonzero(as_tuple=True)
         labels = choices[exists]
-        if self.sharded and labels.shape[1] == 1:  # a second pass on every rank, whatever the others' choices are
+        if self.sharded and labels.shape[1] == 1:  # a second pass on every rank, whatever the choices on others
             labels = functional.pad(labels, (0, 1), value=IGNORE)
         logits = first[row]
         if labels.shape[1] > 1:
-            # The text's keys and values serve all its choices; only the choices' own tokens are run.
+            # All choices of a text reuse its keys and values; only the choices' tokens are run.
             given = labels[:, :-1]
             rest = self._read(
                 PrefixCache(gather_layers(cache.contents(), row), cache.shared),
@@ -279,12 +271,7 @@ class CausalBackbone(Backbone):
         return scores.masked_scatter(exists, likelihood)
 
     def generate(
-        self,
-        prompts: Prompts,
-        rows: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        **options: Any,
+        self, prompts: Prompts, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, **options: Any
     ) -> Tensor:
         """Generate label tokens; see `Backbone.generate`."""
         encoded = self._encode(prompts)
@@ -292,15 +279,15 @@ class CausalBackbone(Backbone):
         encoded, tokens = self._among(encoded, rows, input_ids, attention_mask)
         self._check_length(encoded.length + input_ids.shape[1] + (options.get("max_new_tokens") or 1))
         if tokens.is_floating_point():
-            if encoded.length:  # only `generate` itself could put a cache before embeddings, and it does not
+            if encoded.length:  # transformers' `generate` takes no cache together with embeddings
                 prompt = encoded.embeddings
                 if prompt is None:
-                    raise RuntimeError("these prompts have no embeddings")
+                    raise RuntimeError("a shift of the text needs prompts with embeddings")
                 tokens = torch.cat([prompt.to(tokens.dtype)[rows], tokens], dim=1)
                 attention_mask = torch.cat([attention_mask.new_ones(len(rows), encoded.length), attention_mask], dim=1)
             written: Tensor = self.model.generate(inputs_embeds=tokens, attention_mask=attention_mask, **options)
             return written
-        # `generate` wants ids for every cached position; it skips these, so any id does.
+        # `generate` expects an id for every cached position, and skips it.
         stand_in = input_ids.new_zeros(len(rows), encoded.length)
         copies = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
         prefix = DynamicCache(gather_layers(encoded.layers, rows.repeat_interleave(copies))) if encoded.length else None

@@ -1,8 +1,8 @@
-"""Compiling the parts of a model that stand between its attentions (`torch.compile`).
+"""Compiling the feed-forward networks and norms of a model (`torch.compile`).
 
-These parts, feed-forward networks and norms, take one tensor and give one, so that one compiled version serves all
-layers, all verbs and all lengths. A whole layer does not: it is handed masks, caches and its own number, and every
-combination of these would be compiled anew, up to torch's limit and then not at all. Attention has kernels of its own.
+These have one tensor as input and one as output, so that one compiled version fits all layers, passes and lengths. A
+whole layer has masks, caches and its index as inputs, and torch would compile every combination of them, up to its
+limit and then none. Attention has its own kernels.
 """
 
 from collections.abc import Iterator
@@ -20,13 +20,10 @@ _VERSIONS = 32  # torch's limit for all models of a process together; beyond it 
 
 
 def check_compiler(device: torch.device) -> None:
-    """Compile and run a line of code.
-
-    Args:
-        device: where the model will run.
+    """Compile and run a line of code on the device where the model will run.
 
     Raises:
-        MPTError: this cannot be done here; says why.
+        MPTError: If this fails.
     """
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
@@ -41,30 +38,26 @@ def check_compiler(device: torch.device) -> None:
 def compile_parts(model: PreTrainedModel, name: str) -> None:
     """Compile feed-forward networks and norms of all layers in place; the model keeps its modules and their names.
 
-    Each is compiled when it first runs, and runs as what it then is: layers that PEFT put into it included.
-
-    Args:
-        model: the model.
-        name: what the error calls it.
+    Each is compiled when it first runs, including layers that PEFT has added until then.
 
     Raises:
-        MPTError: the model's layers have no such parts.
+        MPTError: If the layers of the model `name` have no such parts.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     parts = [part for layer in layers for part in _parts(layer)]
     if not parts:
         raise MPTError(
             f"{type(model).__name__} ({name}) has no part that is known to gain from compiling: no feed-forward "
-            "network that is a module, and no norm but torch's own. Set backbone_compile=False."
+            "network that is a module, and no norm except torch's own. Set backbone_compile=False."
         )
-    # One version each with gradients, without, and in inference mode, times whether there is one row and one token.
+    # One version each with gradients, without, and in inference mode, for one or more rows and one or more tokens.
     dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, _VERSIONS)
     for part in parts:
         part.compile(dynamic=True)  # lengths and batch sizes vary from step to step
 
 
 def _parts(module: nn.Module) -> Iterator[nn.Module]:
-    """Find the largest modules within one that have no attention, and more to do than one of torch's own."""
+    """Yield the largest modules within one that contain no attention and are not torch's own."""
     for child in module.children():
         if any("Attention" in type(inner).__name__ for inner in list(child.modules())[1:]):
             yield from _parts(child)

@@ -1,4 +1,4 @@
-"""Telling one backbone from another by its weights."""
+"""Identifying a backbone by its weights."""
 
 import hashlib
 import math
@@ -14,22 +14,21 @@ SAMPLES = 4096
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Return a short hash of a model's weights, whatever its name.
+    """Return a short hash of a model's weights.
 
-    Each parameter and saved buffer counts with its shape and a sample of its values: up to 4,096 values all of them, of
-    larger tensors at least 4,096 at equal distances, in all columns alike. So merged adapters, a tuned head and further
-    training are seen. A change is missed if it leaves the sample as it is: if it has fewer neighbouring values than the
-    distance, as one row of a large embedding table, or is lost in rounding to bfloat16.
+    It covers the shape of each parameter and saved buffer and a sample of its values: all of up to 4,096 values, and at
+    least 4,096 of larger tensors at equal distances, over all columns. So it detects merged adapters, a tuned head and
+    further training. It misses a change outside the sample, such as one row of a large embedding table.
 
-    Values are rounded to bfloat16, so that loading in another precision or on another device does not change the hash.
-    Neither names nor tied weights do: a tensor counts wherever the model uses it.
+    Values are rounded to bfloat16, so that the hash is the same in another precision or on another device. It does not
+    depend on names or tied weights: a tensor counts wherever the model uses it.
 
     Args:
-        model: not sharded, and without adapters.
+        model: Not sharded, and without adapters.
 
     Returns:
-        Two hashes, "<12 digits>-<12 digits>". The second is of the weights of linear layers but for the output layer's:
-        of what quantization changes. For a quantized model it is the word "quantized".
+        Two hashes, "<12 digits>-<12 digits>". The second is that of the weights that quantization changes: linear
+        layers except the output layer. For a quantized model it is the word "quantized".
     """
     head: Any = model.get_output_embeddings()
     parts: dict[bool, list[Tensor]] = {False: [], True: []}

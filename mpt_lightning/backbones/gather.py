@@ -1,4 +1,4 @@
-"""Giving each row its prompt's states, with a cheap gradient."""
+"""Selecting each row's prompt, with a cheap gradient."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from torch.nn import functional
 class _Gather(torch.autograd.Function):
     """`states[rows]` whose gradient is one small matrix product.
 
-    The usual one adds row by row, which is slow on CPUs and in no fixed order on GPUs.
+    PyTorch's gradient adds row by row, which is slow on CPUs and has no fixed order on GPUs.
     """
 
     @staticmethod
@@ -28,15 +28,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gather_rows(states: Tensor, rows: Tensor) -> Tensor:
-    """Give `states[rows]`.
-
-    Args:
-        states: [U, ...].
-        rows: [B] in 0..U-1.
-
-    Returns:
-        [B, ...]; a view where U is 1.
-    """
+    """Return `states[rows]` `[B, ...]` of `states` `[U, ...]` and `rows` `[B]`; a view if U is 1."""
     if len(states) == 1:
         return states.expand(len(rows), *states.shape[1:])
     gathered: Tensor = _Gather.apply(states, rows)
@@ -44,13 +36,5 @@ def gather_rows(states: Tensor, rows: Tensor) -> Tensor:
 
 
 def gather_layers(layers: Sequence[tuple[Tensor, Tensor]], rows: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Return each row's keys and values.
-
-    Args:
-        layers: Per layer `[U, heads, P, D]` each.
-        rows: [B] in 0..U-1.
-
-    Returns:
-        Per layer `[B, heads, P, D]` each; views if U is 1.
-    """
+    """Return each row's keys and values `[B, heads, P, D]` per layer, from those of the prompts `[U, heads, P, D]`."""
     return tuple((gather_rows(keys, rows), gather_rows(values, rows)) for keys, values in layers)

@@ -1,4 +1,4 @@
-"""How long a sequence may get before a decoder-only model treats a prompt and its rows differently."""
+"""The sequence length beyond which a decoder-only model treats a prompt and its rows differently."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ class Limit:
     """A length that prompt, text and answer together must not exceed.
 
     Attributes:
-        columns: the length, padding included.
-        reason: what the model does beyond it, as the end of a sentence about the model.
+        columns: The length, padding included.
+        reason: What the model does beyond it, as the end of a sentence about the model.
     """
 
     columns: int
@@ -21,18 +21,14 @@ class Limit:
 
 
 def length_limit(config: PreTrainedConfig) -> Limit | None:
-    """Return the smallest limit of a model, or None if no length changes what it computes.
-
-    Args:
-        config: the text model's configuration.
-    """
-    # A window counts columns, so that beyond it padding would decide which tokens a row attends to.
+    """Return the smallest limit of a text model, or None if it has no limit."""
+    # A window counts columns, so that beyond it the attended tokens of a row would depend on padding.
     windows = [Limit(size, f"attends to the last {size} only") for size in attention_windows(config)]
     return min((*windows, *_rotations(config)), key=lambda limit: limit.columns, default=None)
 
 
 def attention_windows(config: Any) -> list[int]:
-    """Return the sizes of the attention windows of some layers; empty if every layer attends to all tokens."""
+    """Return the sizes of the layers' attention windows; empty if every layer attends to all tokens."""
     layers = getattr(config, "layer_types", None)
     sizes = [getattr(config, "sliding_window", None) if layers is None or "sliding_attention" in layers else None]
     if "local" in (getattr(config, "attention_layers", None) or []):  # GPT-Neo
@@ -43,8 +39,8 @@ def attention_windows(config: Any) -> list[int]:
 def _rotations(config: Any) -> Iterator[Limit]:
     """Yield the lengths beyond which a model's rotary embedding changes.
 
-    The longest row of a pass decides on the frequencies of all its positions (`transformers.modeling_rope_utils`), so
-    that the cached keys of a prompt, and rows beside a longer one, would be rotated by other angles than alone.
+    The longest row of a pass determines the frequencies of all its positions (`transformers.modeling_rope_utils`), so
+    that a prompt's cached keys, and shorter rows of the same batch, would be rotated by other angles than alone.
     """
     parameters = getattr(config, "rope_parameters", None) or {}
     by_layer = [found for found in parameters.values() if isinstance(found, Mapping)]

@@ -89,23 +89,23 @@ def load_backbone(
         )
     if quantization is not None:
         keep_differentiable(model)
-    return wrap_model(model, name_or_path, dropout, gradient_checkpointing, compiled, check)
+    return wrap_model(
+        model,
+        name_or_path,
+        check=check,
+        dropout=dropout,
+        gradient_checkpointing=gradient_checkpointing,
+        compiled=compiled,
+    )
 
 
-def wrap_model(
-    model: PreTrainedModel,
-    name: str,
-    dropout: bool = False,
-    gradient_checkpointing: bool = False,
-    compiled: bool = False,
-    check: bool = True,
-) -> Backbone:
-    """Freeze a model that is already in memory, and prepare it for prompts; see `load_backbone`.
+def wrap_model(model: PreTrainedModel, name: str, *, check: bool = True, **options: bool) -> Backbone:
+    """Freeze a model that is already in memory, and prepare it for prompts; see `load_backbone` and `Backbone`.
 
     Raises:
         MPTError: If the model belongs to neither family, or gives wrong results with prompts.
     """
-    backbone = backbone_class(model.config, name)(model, name, dropout, gradient_checkpointing, compiled)
+    backbone = backbone_class(model.config, name)(model, name, **options)
     if check:
         check_backbone(backbone)
     return backbone

@@ -1,4 +1,4 @@
-"""A small model of the same kind as a large one, on which the large one's behaviour can be tried out at no cost."""
+"""A small model of the same kind as a large one, to test the large one's behaviour at no cost."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from mpt_lightning.errors import MPTError
 
 LAYERS, HEADS, HEAD_DIM, VOCABULARY = 2, 4, 8, 128
 HIDDEN, INNER = HEADS * HEAD_DIM, 2 * HEADS * HEAD_DIM
-# The names that configurations give to sizes. What is not named here stays: it is a setting, not a size.
+# The names of sizes in configurations. Everything else is a setting, and is kept.
 SIZES = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_size", "word_embed_proj_dim"), HIDDEN),
     **dict.fromkeys(("intermediate_size", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner"), INNER),
@@ -32,21 +32,21 @@ KEY_HEADS = ("num_key_value_heads", "num_kv_heads")
 def miniature(model: PreTrainedModel) -> PreTrainedModel:
     """Build a model of the same class and settings, with few narrow layers and large random weights.
 
-    Weights are large so that every part of the model shows in its logits. The global random state stays as it is.
+    Weights are large so that every part of the model affects its logits. The global random state does not change.
 
     Raises:
-        Exception: whatever a configuration raises whose sizes depend on each other in an unknown way.
+        Exception: If sizes of the configuration depend on each other in an unknown way.
     """
     if model.config.sub_configs:
-        raise MPTError(f"{type(model).__name__} is made of several models, whose sizes are not known here")
+        raise MPTError(f"{type(model).__name__} is made of several models, whose sizes are unknown here")
     config = _small(model.config)
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), no_init_weights():
         small: Any = type(model)._from_config(config, dtype=torch.float32)
-    small.tie_weights()  # a part of what was left out
+    small.tie_weights()  # `no_init_weights` skips this too
     with torch.no_grad():
         for name, parameter in small.named_parameters():
-            is_scale = parameter.dim() == 1 and name.endswith("weight")  # of a norm, which starts at one
+            is_scale = parameter.dim() == 1 and name.endswith("weight")  # of a norm, which starts at 1
             parameter.normal_(float(is_scale), 0.2, generator=generator)
     return small.eval()
 
@@ -59,7 +59,7 @@ def _small(config: PreTrainedConfig) -> PreTrainedConfig:
         if (found := values.get(name)) is not None:
             changed[name] = HEADS if found == heads else min(found, HEADS // 2)
     if kinds := values.get("layer_types"):
-        # The first layer of each kind, and what other lists say of the same layers.
+        # The first layer of each kind, and the same layers' items of other lists.
         kept = sorted({kind: kinds.index(kind) for kind in kinds}.values())
         kept += [layer for layer in range(len(kinds)) if layer not in kept][: max(0, LAYERS - len(kept))]
         changed["num_hidden_layers"] = len(kept)

@@ -6,24 +6,11 @@ from typing import TypeAlias
 from torch import Tensor
 
 from mpt_lightning.backbones.gather import gather_layers
+from mpt_lightning.objectives import Segment
 from mpt_lightning.prompts import PromptOutput
 
 # Keys and values of one layer, `[N, heads, S, D]` each.
 Pair: TypeAlias = tuple[Tensor, Tensor]
-
-
-@dataclass
-class Segment:
-    """Hidden states of one part of the sequence.
-
-    Attributes:
-        layers: Per layer `[N, S, H]`, the last layer last.
-        weight: `[N, S]`, how often each position counts: 0 for padding, for a prompt that several rows share the
-            number of those rows.
-    """
-
-    layers: tuple[Tensor, ...]
-    weight: Tensor
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """Prompts and rows in one pass: `[prompt 1, ..., prompt U, row 1, ..., row B]` as one sequence.
 
-Everything but attention treats tokens one by one, so one long sequence does for all of them at once what two passes
-(prompts, then rows on top of their keys and values) do one after the other. Attention alone knows who reads what:
-prompts read themselves, rows their prompt and themselves.
+Everything except attention treats tokens one by one, so one pass over a long sequence replaces two passes, prompts and
+then rows on top of their keys and values. Only attention separates them: prompts attend to themselves, rows to their
+prompt and themselves.
 """
 
 from collections.abc import Iterator
@@ -18,20 +18,20 @@ from transformers.integrations.sdpa_attention import repeat_kv
 
 from mpt_lightning.backbones.base import Backbone
 from mpt_lightning.backbones.gather import gather_rows
-from mpt_lightning.backbones.outputs import BackboneOutput, Segment
+from mpt_lightning.backbones.outputs import BackboneOutput
+from mpt_lightning.objectives import Segment
 
 
 @dataclass
 class Layout:
-    """What lies where in the sequence of a packed pass.
+    """The positions of prompts and rows in the sequence of a packed pass.
 
     Attributes:
         prompts: U.
         length: P.
         rows: [B] each row's prompt, in 0..U-1.
-        bias: [B / G, 1, G·S, P + G·S] what is added to attention scores: 0, or the lowest number where a token must
-            not look.
-        group: G, rows that attend together, so that they share one copy of their prompt's keys and values.
+        bias: [B / G, 1, G·S, P + G·S], added to attention scores: 0, or the lowest number for masked tokens.
+        group: G, the number of rows that share one copy of their prompt's keys and values.
     """
 
     prompts: int
@@ -42,7 +42,7 @@ class Layout:
 
     @property
     def start(self) -> int:
-        """Where the rows begin."""
+        """The position of the first row."""
         return self.prompts * self.length
 
     def split(self, states: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ _LAYOUT: ContextVar[Layout | None] = ContextVar("layout", default=None)
 
 @contextmanager
 def packed(layout: Layout) -> Iterator[None]:
-    """Tell the attention function that the pass inside is packed."""
+    """Set the layout of the packed pass in this context."""
     token = _LAYOUT.set(layout)
     try:
         yield
@@ -65,21 +65,16 @@ def packed(layout: Layout) -> Iterator[None]:
 
 
 def current_layout() -> Layout | None:
-    """Give the layout of the packed pass that is running, if any."""
+    """Return the layout of the packed pass that is running, if any."""
     return _LAYOUT.get()
 
 
 def group_size(prompts: int, length: int, rows: int, tokens: int) -> int:
-    """Choose how many rows attend together.
+    """Return G, the number of rows that share one copy of their prompt's keys and values; it divides `rows`, B.
 
-    A group copies its prompt once, and looks in vain at its other rows. Of 1, 2, 4, ... the largest whose tokens are a
-    fifth of the prompt's was the fastest on a CPU (P from 100 to 800, rows of 32 and 40 tokens).
-
-    Args:
-        prompts: U; rows of different prompts do not attend together.
-        length: P.
-        rows: B, which the result divides.
-        tokens: S.
+    Attention between the rows of a group is masked, which costs time. Of 1, 2, 4, ... the largest group with at most a
+    fifth of the prompt's tokens was the fastest on a CPU (P from 100 to 800, rows of S = 32 and 40 tokens). Rows of
+    different prompts form no groups.
     """
     group = 1
     while prompts == 1 and rows % (2 * group) == 0 and 2 * group * tokens * 5 <= 1.1 * length:
@@ -88,13 +83,13 @@ def group_size(prompts: int, length: int, rows: int, tokens: int) -> int:
 
 
 def row_bias(prompt_mask: Tensor, mask: Tensor, dtype: torch.dtype, group: int = 1) -> Tensor:
-    """Make a layout's `bias`: rows see what the masks say of their prompt and of themselves, and not ahead.
+    """Return a layout's `bias`.
 
     Args:
-        prompt_mask: [B, P], 1 where a row sees its prompt's token.
+        prompt_mask: [B, P], 1 where a row attends to its prompt's token.
         mask: [B, S], 1 at tokens, 0 at padding.
-        dtype: of the queries.
-        group: rows that attend together; they do not see each other.
+        dtype: Of the queries.
+        group: G.
     """
     size, tokens = mask.shape
     ahead = torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device).triu(1)
@@ -111,16 +106,16 @@ def row_bias(prompt_mask: Tensor, mask: Tensor, dtype: torch.dtype, group: int =
 def packed_attention(
     layout: Layout, module: Any, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None
 ) -> Tensor:
-    """Attend within a packed sequence.
+    """Attend within a packed sequence; see `shared_prefix_attention` for the other arguments.
 
     Args:
-        layout: what lies where.
-        module: the model's attention layer.
+        layout: Of the sequence.
+        module: The model's attention layer.
         query: [1, heads, U·P + B·S, D].
         key: [1, key heads, U·P + B·S, D].
-        value: as `key`.
-        dropout: of the attention weights.
-        scaling: of the scores, D^-0.5 by default.
+        value: Like `key`.
+        dropout: Of the attention weights.
+        scaling: Of the scores.
 
     Returns:
         [1, U·P + B·S, heads, D].
@@ -166,15 +161,15 @@ def packed_forward(
     """Run prompts and rows of a decoder-only model in one pass.
 
     Args:
-        backbone: its model must use `shared_prefix_attention`, and take position ids.
+        backbone: Its model must use `shared_prefix_attention`, and take position ids.
         prompts: [U, P, H].
         rows: [B] in 0..U-1.
         tokens: [B, S] ids of text and answer.
         mask: [B, S], 1 at tokens, padding on any side.
-        predicted: M, the last columns whose logits are wanted.
-        hidden_states: also return every layer's hidden states.
+        predicted: M, the number of last columns whose logits are returned.
+        hidden_states: Also return every layer's hidden states.
         prompt_mask: [B, P], 1 where a row attends to its prompt's token; None is everywhere.
-        predict_at: [N] positions in 0..P-1 of the prompts whose logits are wanted, too.
+        predict_at: [N] positions in 0..P-1 of the prompts whose logits are returned too.
     """
     (count, length), (size, width) = prompts.shape[:2], tokens.shape
     seen = mask.new_ones(size, length) if prompt_mask is None else prompt_mask

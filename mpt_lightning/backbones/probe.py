@@ -1,8 +1,8 @@
-"""Checking at load time that a model gives the same results through our verbs as by itself.
+"""Checking at load time that a model gives the same results with prompts as by itself.
 
-A prompt of known tokens' embeddings before a text must give what the bare model gives for the ids of both, for rows of
-different lengths in one padded batch. Models that scale embeddings, count positions in columns, change keys behind the
-cache, or attend to what comes later do not pass, whatever they are called.
+A prompt of known tokens' embeddings before a text must have the same logits as the ids of both in the bare model, for
+rows of different lengths in one padded batch. Models fail if they scale embeddings, count positions in columns, change
+keys behind the cache, or attend to later tokens.
 """
 
 import logging
@@ -19,12 +19,13 @@ from mpt_lightning.io import one_line
 
 logger = logging.getLogger(__name__)
 
-PROMPT, TEXTS, ANSWER = 3, (4, 2), 2  # tokens of the prompt, of two texts and of an answer to each
-# Sums in another order differ by less than this share of the logits' standard deviation. In float32 by about 1e-6 per
-# layer; half precision keeps 8 bits of each number, and 8-bit layers round activations too, so that there only large
-# errors show.
+# Tokens of the prompt, of two texts and of an answer to each.
+PROMPT, TEXTS, ANSWER = 3, (4, 2), 2
+# The largest rounding error, in standard deviations of the logits. In float32 it is about 1e-6 per layer. Half
+# precision has 8 bits per number, and 8-bit layers round activations too, so that only large errors are detected.
 TOLERANCE, HALF_TOLERANCE = 3e-4, 0.1
-SMALL = 10_000_000  # parameters; a larger model is tried out on its miniature, since each pass reads all weights
+# Parameters; a larger model is represented by its miniature, since each pass reads all weights.
+SMALL = 10_000_000
 
 
 @torch.no_grad()
@@ -32,19 +33,19 @@ def check_backbone(backbone: Backbone) -> None:
     """Compare a backbone with its bare model on a few tokens, and choose the ways that give the same results.
 
     Large models are represented by a miniature of the same class and settings, in float32. If a miniature cannot be
-    built, or cannot be used, the model itself is what counts.
+    built, or fails the check, the model itself is checked.
 
     Args:
-        backbone: as it was loaded, not sharded yet; on any device and in any precision.
+        backbone: As loaded, not sharded yet; on any device and in any precision.
 
     Raises:
-        MPTError: no way gives the model's own results; says what differs and by how much.
+        MPTError: If no way gives the model's own results; it contains the cause and the size of the error.
     """
     if backbone.model.num_parameters() > SMALL:
         try:
             small = type(backbone)(miniature(backbone.model), backbone.name)
             _choose_ways(small)
-        except Exception as failure:  # sizes of a configuration that depend on each other in an unknown way
+        except Exception as failure:  # e.g. sizes of a configuration that depend on each other
             logger.info("%s is checked with all its weights: %s", backbone.name, one_line(failure))
         else:
             backbone.ways &= small.ways
@@ -67,11 +68,7 @@ def _choose_ways(backbone: Backbone) -> None:
 
 
 class _Probe:
-    """Two rows with one prompt, and the bare model's logits of their answers.
-
-    Args:
-        backbone: what is checked.
-    """
+    """Two rows with one prompt, and the bare model's logits of their answers."""
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone, model = backbone, backbone.model
@@ -86,32 +83,28 @@ class _Probe:
         self.tolerance = HALF_TOLERANCE if half else TOLERANCE
 
     def problem(self, way: Way | None = None) -> str:
-        """Return what is wrong with one way to bring prompts to rows; an empty string if nothing is.
-
-        Args:
-            way: None is the plain one: a copy of the prompt for every row.
-        """
+        """Return what is wrong with one way to bring prompts to rows, or an empty string; None copies prompts."""
         try:
             if self.expected is None:
                 self.expected = self._bare(lambda ids: {"input_ids": ids})
-            # The prompt twice, in place of once, is two prompts to a backbone, which cannot be shared.
+            # For a backbone the same prompt twice is two prompts, which cannot be shared.
             count = 1 if way == "shared" else 2
             prompts = self.backbone.embed(self.prompt).expand(count, -1, -1)
             rows = torch.arange(2, device=self.ids.device) % count
-            with torch.set_grad_enabled(way == "packed"):  # nothing needs a gradient: it selects the training pass
+            with torch.set_grad_enabled(way == "packed"):  # selects the training pass; nothing needs a gradient
                 logits = self.backbone(prompts, rows, self.ids, self.mask, self.answers).logits
             error = self._error(logits, self.expected)
-        except Exception as failure:  # whatever a model does not take
+        except Exception as failure:  # models reject arguments in any way
             return f"it fails: {one_line(failure)}"
         return "" if error <= self.tolerance else f"logits are off by {error:.2g} of their standard deviation"
 
     def refusal(self, problem: str) -> str:
-        """Return the message of a model that cannot be used, with the first of its checks that fails."""
+        """Return the error message of a model that cannot be used."""
         name = f"{type(self.backbone.model).__name__} ({self.backbone.name})"
         return (
             f"{name} cannot take prompts: with a prompt of embeddings before padded texts, compared with the bare "
-            f"model on the same tokens, {problem}. {self._cause()} Use another backbone; to use this one all the "
-            "same, set --model.backbone_check false (load_backbone(..., check=False))."
+            f"model on the same tokens, {problem}. {self._cause()} Use another backbone; to use this one anyway, "
+            "set --model.backbone_check false (load_backbone(..., check=False))."
         )
 
     def _cause(self) -> str:
@@ -120,13 +113,13 @@ class _Probe:
         try:
             embedded = self._bare(lambda ids: {"inputs_embeds": self.backbone.embed(ids)})
         except Exception as failure:
-            return f"It does not take embeddings in the place of ids: {one_line(failure)}."
+            return f"It does not take embeddings instead of ids: {one_line(failure)}."
         if (error := self._error(embedded, self.expected)) > self.tolerance:
             return f"Without any padding, it gives other logits for embeddings than for their ids (off by {error:.2g})."
         return "It takes embeddings; padding or positions change its results."
 
     def _bare(self, inputs: Callable[[Tensor], dict[str, Tensor]]) -> Tensor:
-        """Run the model itself on each row alone, without padding; logits `[2, ANSWER, V]` of the answers."""
+        """Return the bare model's logits `[2, ANSWER, V]` of the answers, each row alone without padding."""
         texts = [torch.cat([self.prompt, self.ids[row, :size]])[None] for row, size in enumerate(TEXTS)]
         answers = self.answers.split(1)
         return torch.cat([self.backbone.bare_logits(inputs, *row) for row in zip(texts, answers, strict=True)])
@@ -139,7 +132,7 @@ class _Probe:
 
 
 def _plain_ids(backbone: Backbone) -> Tensor:
-    """Choose distinct token ids, spread over the vocabulary, to which no model gives a meaning of their own."""
+    """Return distinct token ids, spread over the vocabulary, without special tokens."""
     config = backbone.model.config.get_text_config()
     special = {value for name, value in config.to_dict().items() if name.endswith("token_id") and type(value) is int}
     size = config.vocab_size

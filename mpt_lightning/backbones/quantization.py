@@ -1,4 +1,4 @@
-"""Frozen weights in 4 or 8 bits (QLoRA; Dettmers et al., 2023), where the libraries and the machine can do it."""
+"""Frozen weights in 4 or 8 bits (QLoRA; Dettmers et al., 2023)."""
 
 import logging
 from collections.abc import Iterable
@@ -9,15 +9,16 @@ import torch
 from torch import nn
 
 from mpt_lightning.errors import MPTError
+from mpt_lightning.io import one_line
 
 Quantization = Literal["4bit", "8bit"]
 
 
 def check_quantization(kind: Quantization) -> None:
-    """Refuse quantization without the libraries it needs.
+    """Raise if a library that quantization needs is missing.
 
     Raises:
-        MPTError: one is missing; says how to install it.
+        MPTError: If bitsandbytes or accelerate is missing.
     """
     missing = [name for name in ("bitsandbytes", "accelerate") if find_spec(name) is None]
     if missing:
@@ -29,15 +30,15 @@ def check_quantization(kind: Quantization) -> None:
 
 
 def quantized(kind: Quantization, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Give the arguments with which `from_pretrained` quantizes.
+    """Return the arguments of `from_pretrained` for a quantized model.
 
     Args:
         kind: "4bit" is QLoRA's NF4 with double quantization, "8bit" LLM.int8().
-        dtype: the precision that 4-bit weights are computed in.
-        device: where the model goes; quantized weights are made there.
+        dtype: The precision of computations with 4-bit weights.
+        device: Where the weights are quantized and the model is placed.
 
     Raises:
-        MPTError: a library is missing, or the machine cannot do it.
+        MPTError: If a library is missing, or does not support this machine.
     """
     check_quantization(kind)
     from transformers import BitsAndBytesConfig
@@ -48,7 +49,7 @@ def quantized(kind: Quantization, dtype: torch.dtype, device: torch.device) -> d
     except (RuntimeError, ImportError) as error:
         raise MPTError(
             f"backbone_quantization='{kind}': bitsandbytes cannot run on this machine. Use one with a device that it "
-            f"supports, or leave backbone_quantization unset. The cause: {' '.join(str(error).split())}"
+            f"supports, or leave backbone_quantization unset. The cause: {one_line(error)}"
         ) from error
     if kind == "8bit":
         config = BitsAndBytesConfig(load_in_8bit=True)
@@ -63,17 +64,14 @@ def quantized(kind: Quantization, dtype: torch.dtype, device: torch.device) -> d
 
 
 def keep_differentiable(model: nn.Module) -> None:
-    """Keep quantized layers in the form that gradients pass through.
+    """Keep the layers of a quantized model differentiable.
 
-    On a CPU with AVX512-BF16, bitsandbytes packs a 4-bit layer anew when it first runs without gradients, say in a
-    teacher's pass or in validation. From then on it cuts off gradients, without a word: nothing would be learned.
-
-    Args:
-        model: a quantized model.
+    On a CPU with AVX512-BF16, bitsandbytes repacks a 4-bit layer when it first runs without gradients, for example in
+    validation. From then on no gradient passes through it, without an error, and prompts would not be trained.
     """
     layers: Iterable[Any] = model.modules()
     for layer in layers:
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
-    # At each product it logs that activations are cast to float16, which is how LLM.int8() works.
+    # At each product it logs that activations are cast to float16, which LLM.int8() always does.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)

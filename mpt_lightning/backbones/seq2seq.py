@@ -1,4 +1,4 @@
-"""Encoder-decoders (T5, BART, ...): the prompt goes before the encoder's input."""
+"""Encoder-decoders (T5, BART, ...): the prompt precedes the encoder's input."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,9 +9,10 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
-from mpt_lightning.backbones.base import IGNORE, Backbone, align, log_likelihood
-from mpt_lightning.backbones.outputs import BackboneOutput, EncodedPrompts, Prompts, Segment
+from mpt_lightning.backbones.base import Backbone, align
+from mpt_lightning.backbones.outputs import BackboneOutput, EncodedPrompts, Prompts
 from mpt_lightning.errors import MPTError
+from mpt_lightning.objectives import IGNORE, Segment, log_likelihood
 from mpt_lightning.prompts import PromptOutput
 
 
@@ -19,7 +20,7 @@ class Seq2SeqBackbone(Backbone):
     """A frozen encoder-decoder; see `Backbone` for the arguments.
 
     Raises:
-        MPTError: the model cannot make its decoder's inputs of labels.
+        MPTError: If the model cannot turn labels into its decoder's inputs.
     """
 
     family = "seq2seq"
@@ -29,11 +30,10 @@ class Seq2SeqBackbone(Backbone):
         super().__init__(model, name, *args, **kwargs)
         if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
             raise MPTError(
-                f"{type(model).__name__} ({name}) cannot be used: it has no prepare_decoder_input_ids_from_labels, so "
-                "what its decoder reads during training is unknown. Use a T5, BART, mBART, PLBART, MVP, Marian or "
-                "Pegasus model."
+                f"{type(model).__name__} ({name}) has no prepare_decoder_input_ids_from_labels, so the inputs of its "
+                "decoder in training are unknown. Use a T5, BART, mBART, PLBART, MVP, Marian or Pegasus model."
             )
-        if model.config.model_type != "fsmt":  # scales whatever it is given
+        if model.config.model_type != "fsmt":  # FSMT scales `inputs_embeds` too
             self.input_scale = float(getattr(model.get_encoder(), "embed_scale", 1.0))
 
     @classmethod
@@ -59,11 +59,11 @@ class Seq2SeqBackbone(Backbone):
     def _encode(
         self, prompts: Prompts, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, hidden_states: bool = False
     ) -> tuple[Any, Tensor]:
-        """Run the encoder over `[prompt, text, padding]`; give its output and the mask `[B, P + L]`."""
-        # Relative and absolute positions alike count from the left, so padding goes to the right.
+        """Run the encoder over `[prompt, text, padding]`; return its output and the mask `[B, P + L]`."""
+        # Positions, relative and absolute, count from the left, so padding goes to the right.
         input_ids, attention_mask = align(input_ids, attention_mask, "right")
         given, shift = _embeddings(prompts)
-        if (input_ids < 0).any():  # the prompt stands among the text
+        if (input_ids < 0).any():  # the prompt's tokens are among the text's
             embeds, mask = self.embed_among(given, rows, input_ids), attention_mask
         else:
             text = (
@@ -102,7 +102,7 @@ class Seq2SeqBackbone(Backbone):
         output = BackboneOutput(decoded.logits)
         if hidden_states:
             length = mask.shape[1] - input_ids.shape[1]
-            # The first state of each stack is the embedding, which no layer has touched.
+            # The first state of each stack is the embedding, before any layer.
             states = encoded.hidden_states[1:]
             output.hidden = {
                 "encoder/prompt": Segment(tuple(state[:, :length] for state in states), mask[:, :length]),
@@ -114,7 +114,7 @@ class Seq2SeqBackbone(Backbone):
     def score(
         self, prompts: Prompts, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, choices: Tensor
     ) -> Tensor:
-        """Give each choice's log-likelihood; see `Backbone.score`."""
+        """Return each choice's log-likelihood; see `Backbone.score`."""
         encoded, mask = self._encode(prompts, rows, input_ids, attention_mask)
         states = encoded.last_hidden_state
         exists = (choices != IGNORE).any(dim=2)

@@ -1,6 +1,6 @@
 """Sharding a frozen backbone over ranks (FSDP2), for models that do not fit one device.
 
-Each rank keeps its part of every block, and holds a whole block only while that block runs.
+Each rank stores a part of every block, and gathers a whole block only while that block runs.
 """
 
 import warnings
@@ -17,22 +17,22 @@ from mpt_lightning.errors import MPTError
 
 
 def shard(backbone: Backbone, mesh: DeviceMesh) -> None:
-    """Shard a backbone in place, and move it to the mesh's device part by part; a sharded one stays as it is.
+    """Shard a backbone in place, and move it to the mesh's device part by part; do nothing if it is sharded already.
 
-    From then on its verbs and `embeddings` gather weights, so all ranks must ask for them, in the same order.
+    From then on its verbs and `embeddings` gather weights, so all ranks must use them, in the same order.
 
     Args:
-        backbone: nothing of it is trained; on any device.
-        mesh: the ranks that share it, one-dimensional.
+        backbone: Wholly frozen; on any device.
+        mesh: The ranks that share it, one-dimensional.
 
     Raises:
-        MPTError: the model's weights are trained, or it has no layers of a known kind.
+        MPTError: If weights of the model are trained, or it has no layers of transformers' own kind.
     """
     if isinstance(backbone, FSDPModule):
         return
     if any(parameter.requires_grad for parameter in backbone.parameters()):
         raise MPTError(
-            f"{backbone.name}: only a frozen backbone is sharded, and this run trains weights inside it. Use "
+            f"{backbone.name}: only a frozen backbone can be sharded, and this run trains weights inside it. Use "
             "--trainer.strategy ddp, or a method that trains prompts (PromptTuning, MPTSource, MPTTarget, CPT)."
         )
     # Children before parents, as `fully_shard` wants them.
@@ -42,21 +42,21 @@ def shard(backbone: Backbone, mesh: DeviceMesh) -> None:
             f"{type(backbone.model).__name__} ({backbone.name}) has no layers of transformers' own kind to shard. "
             "Use --trainer.strategy ddp."
         )
-    backbone.fingerprint  # noqa: B018  # computed once and kept; one rank alone may ask for it later
+    backbone.fingerprint  # noqa: B018  # computed and cached now, since a single rank may read it later
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(backbone, mesh=mesh)  # the rest: embeddings, norms, head
     backbone.sharded = True
     for verb in ("encode_prompts", "score", "generate"):
         register_fsdp_forward_method(backbone, verb)
-    # A rank whose answers are done keeps running until those of all ranks are.
+    # A rank that has finished generating runs on until all ranks have.
     backbone.model.generate = partial(backbone.model.generate, synced_gpus=True)
-    # Logits are views of longer outputs, and nobody writes into them.
+    # Logits are views of longer outputs, and never changed in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
 
 class _Tied(torch.autograd.Function):
-    """Gives tensors as they are; in the backward pass each gets a gradient, if only zeros, when any does."""
+    """The identity on tensors; in the backward pass all get a gradient, possibly of zeros, if one does."""
 
     @staticmethod
     def forward(ctx: object, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -68,10 +68,10 @@ class _Tied(torch.autograd.Function):
 
 
 def tie(keys: Tensor, values: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-    """Give keys and values of a block whose output nobody uses.
+    """Return the keys and values of a block whose output is not used.
 
     FSDP gathers a block's weights for the backward pass when a gradient reaches its output. Keys and values leave a
-    block beside its output, in a cache: where only they are used, the weights would not be there.
+    block through the cache instead: if only they are used, the weights would not be gathered.
     """
     keys, values, _ = _Tied.apply(keys, values, output)
     return keys, values

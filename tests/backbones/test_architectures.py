@@ -12,8 +12,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from mpt_lightning.backbones import Backbone
-from mpt_lightning.backbones.base import IGNORE, align, log_likelihood
+from mpt_lightning.backbones.base import align
 from mpt_lightning.backbones.load import wrap_model
+from mpt_lightning.objectives import IGNORE, log_likelihood
 from tests.backbones.architectures import (
     EXACT_CAUSAL,
     EXACT_SEQ2SEQ,

@@ -10,11 +10,10 @@ from transformers import MistralConfig, MistralForCausalLM
 from mpt_lightning import load_backbone
 from mpt_lightning.backbones import Backbone, CausalBackbone, Seq2SeqBackbone
 from mpt_lightning.backbones.attention import put_before, shared_prefix_attention
-from mpt_lightning.backbones.base import align, log_likelihood
+from mpt_lightning.backbones.base import align
 from mpt_lightning.backbones.packed import group_size
+from mpt_lightning.objectives import IGNORE, log_likelihood
 from tests.conftest import KINDS, VOCABULARY, build_model, make_batch
-
-IGNORE = -100
 
 
 @pytest.fixture(params=KINDS)
