@@ -1,9 +1,8 @@
 """The teachers of a source run: where they come from, and the terms of the loss that follow them."""
 
 import hashlib
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +54,21 @@ class Distillation:
 
 
 @dataclass
-class Targets(ABC):
-    """The teachers' output for a batch, which the student is compared with."""
+class Targets:
+    """The teachers' output for a batch, which the student is compared with.
+
+    Attributes:
+        options: What is distilled.
+        states: Hidden states laid out as the student's: all of a fresh pass, or those of the prompts beside a cache.
+        logits: Of a fresh pass, [B, M, V].
+        packed: A cache's rows, one after the other without padding, by the names of a `Row`: "ids" and "log_probs" of
+            `objectives.top_buckets`, and per "<stack>/<part>" states [tokens, layers, H].
+    """
 
     options: Distillation
+    states: States
+    logits: Tensor | None = None
+    packed: Row = field(default_factory=dict)
 
     def terms(self, student: BackboneOutput, rows: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Return the distillation terms that have a weight, "logits_loss" and "hidden_loss".
@@ -71,70 +81,31 @@ class Targets(ABC):
             rows: Each row's task among the batch's [B], in 0..U-1.
             labels: [B, M], -100 for padding.
         """
-        terms = {}
-        if self.options.logits_weight > 0:
-            terms["logits_loss"] = self.logits_loss(student.logits, labels)
-        if self.options.hidden_weight > 0:
-            weights = objectives.label_weights(student.hidden, rows, labels, self.options.hidden.positions)
-            weighted = {key: Segment(student.hidden[key].layers, weight) for key, weight in weights.items()}
-            terms["hidden_loss"] = objectives.hidden_distillation(
-                weighted, self.hidden(student.hidden), **asdict(self.options.hidden)
+        options, terms = self.options, {}
+        if options.logits_weight > 0 and self.logits is not None:
+            terms["logits_loss"] = objectives.logit_distillation(
+                student.logits, self.logits, labels, options.temperature
             )
+        elif options.logits_weight > 0:
+            ids, log_probs = self.packed["ids"].long(), self.packed["log_probs"]
+            terms["logits_loss"] = objectives.bucketed_distillation(
+                student.logits, ids, log_probs, labels, options.temperature
+            )
+        if options.hidden_weight > 0:
+            weights = objectives.label_weights(student.hidden, rows, labels, options.hidden.positions)
+            ours = {key: Segment(student.hidden[key].layers, weight) for key, weight in weights.items()}
+            theirs = {key: Segment(self._layers(key, found), found.weight) for key, found in student.hidden.items()}
+            terms["hidden_loss"] = objectives.hidden_distillation(ours, theirs, **asdict(options.hidden))
         return terms
 
-    @abstractmethod
-    def logits_loss(self, student: Tensor, labels: Tensor) -> Tensor:
-        """Compare the logits `[B, M, V]`."""
-
-    @abstractmethod
-    def hidden(self, student: Mapping[str, Segment]) -> dict[str, Segment]:
-        """Return the hidden states to compare, laid out as the student's."""
-
-
-@dataclass
-class FreshTargets(Targets):
-    """The output of a teachers' pass: logits `[B, M, V]` and hidden states."""
-
-    logits: Tensor
-    states: States
-
-    def logits_loss(self, student: Tensor, labels: Tensor) -> Tensor:
-        """Compare the whole distributions."""
-        return objectives.logit_distillation(student, self.logits, labels, self.options.temperature)
-
-    def hidden(self, student: Mapping[str, Segment]) -> dict[str, Segment]:
-        """Return the states as they are."""
-        return {key: Segment(layers, student[key].weight) for key, layers in self.states.items()}
-
-
-@dataclass
-class CachedTargets(Targets):
-    """A cache's content for a batch: its rows, one after the other without padding, and what its prompts share.
-
-    `packed` has the names of a `Row`: "ids" and "log_probs" of `objectives.top_buckets`, and per "<stack>/<part>"
-    states `[tokens, layers, H]`.
-    """
-
-    packed: Row
-    shared: States
-
-    def logits_loss(self, student: Tensor, labels: Tensor) -> Tensor:
-        """Compare the likeliest tokens, and all others as one."""
-        ids, log_probs = self.packed["ids"].long(), self.packed["log_probs"]
-        return objectives.bucketed_distillation(student, ids, log_probs, labels, self.options.temperature)
-
-    def hidden(self, student: Mapping[str, Segment]) -> dict[str, Segment]:
-        """Put the rows' states where the student has the same tokens."""
-        found = {}
-        for key, ours in student.items():
-            if key in self.shared:
-                found[key] = Segment(self.shared[key], ours.weight)
-            elif key in self.packed:
-                counted, packed = ours.weight > 0, self.packed[key]
-                spread = packed.new_zeros(*counted.shape, *packed.shape[1:])
-                spread[counted] = packed
-                found[key] = Segment(spread.unbind(dim=2), ours.weight)
-        return found
+    def _layers(self, key: str, student: Segment) -> tuple[Tensor, ...]:
+        """Return the teachers' states `[N, S, H]` per layer; a cache's are put where the student has tokens."""
+        if key not in self.packed:
+            return self.states.get(key, ())
+        counted, packed = student.weight > 0, self.packed[key]
+        spread = packed.new_zeros(*counted.shape, *packed.shape[1:])
+        spread[counted] = packed
+        return spread.unbind(dim=2)
 
 
 class Teachers:
@@ -192,7 +163,7 @@ class Teachers:
             self._cache = self._cache or TeacherCache(self.folder, self._about(backbone, rows.device))
             return self._cached(self._cache, backbone, distinct, rows, batch, any_rank)
         output = self._run(backbone, distinct, rows, batch)
-        return FreshTargets(self.options, output.logits, self.options.chosen(output.hidden))
+        return Targets(self.options, self.options.chosen(output.hidden), output.logits)
 
     def _run(self, backbone: Backbone, distinct: Tensor, rows: Tensor, batch: Batch) -> BackboneOutput:
         inputs = (rows, batch["input_ids"], batch["attention_mask"], batch["labels"])
@@ -228,7 +199,7 @@ class Teachers:
             found |= new
         pieces = [found[key] for key in keys]
         packed = {name: torch.cat([piece[name] for piece in pieces]).to(rows.device) for name in pieces[0]}
-        return CachedTargets(self.options, packed, self._of_prompts(backbone, distinct))
+        return Targets(self.options, self._of_prompts(backbone, distinct), packed=packed)
 
     def _about(self, backbone: Backbone, device: torch.device) -> dict[str, Any]:
         """Return what all rows of a cache depend on; their teachers' prompts are in the rows' keys."""

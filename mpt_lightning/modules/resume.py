@@ -64,7 +64,7 @@ class ResumedRun:
             trainer: The run's.
 
         Raises:
-            MPTError: The checkpoint does not fit an argument of this run.
+            MPTError: If the checkpoint does not fit an argument of this run.
         """
         found = list(self._found)
         with suppress(AttributeError, IndexError, KeyError, TypeError, ValueError):
@@ -75,10 +75,9 @@ class ResumedRun:
                 f"{self.path} cannot be resumed with other arguments than it was trained with: "
                 f"{'; '.join(map(str, unfit))}. Set the checkpoint's values, or start a new run without --ckpt_path."
             )
-        if not found:
-            return
-        tell = rank_zero_warn if any(difference.counts == CHECKPOINT for difference in found) else rank_zero_info
-        tell(f"Resuming from {self.path} with other arguments: {'; '.join(map(str, found))}.")
+        if found:
+            inform = rank_zero_warn if any(item.counts == CHECKPOINT for item in found) else rank_zero_info
+            inform(f"Resuming from {self.path} with other arguments: {'; '.join(map(str, found))}.")
 
     def _of_optimizers(self, trainer: L.Trainer) -> Iterator[Difference]:
         explained = {difference.argument.rpartition(".")[2] for difference in self._found}
@@ -102,39 +101,27 @@ class ResumedRun:
         for config, state in zip(trainer.lr_scheduler_configs, self._schedules, strict=False):
             if not isinstance(config.scheduler, LambdaLR) or not isinstance(state.get("_last_lr"), list):
                 continue
-            step, bases = state["last_epoch"], state["base_lrs"]
-            now = [base * rate(step) for base, rate in zip(bases, config.scheduler.lr_lambdas, strict=False)]
+            step, rates = state["last_epoch"], config.scheduler.lr_lambdas
+            now = [base * rate(step) for base, rate in zip(state["base_lrs"], rates, strict=False)]
             if not all(map(math.isclose, now, state["_last_lr"])):
-                name = f"learning rate by the schedule at step {step}"
-                yield Difference(name, now, state["_last_lr"], RUN)
+                yield Difference(f"learning rate by the schedule at step {step}", now, state["_last_lr"], RUN)
 
 
 def _of_module(module: Any, found: PromptCheckpoint) -> Iterator[Difference]:
-    options: Mapping[str, Any] = module.hparams
-    counts: str | None
-    prefix = "--model." if "_instantiator" in options else ""
-    datamodule = getattr(module.trainer, "datamodule", None)
+    prefix = "--model." if "_instantiator" in module.hparams else ""
     for name, saved in found.hyper_parameters.items():
-        if name.startswith("_") or name not in options:
+        if name.startswith("_") or name not in module.hparams:
             continue
-        now = options[name]
+        now = module.hparams[name]
+        fixed = name in module.fixed_arguments and now is not None and saved is not None
         if name == "tasks":
             saved, now = found.tasks, now or found.tasks
-        if now == saved:
-            continue
-        of_state = (
-            name in module.initial_arguments
-            or name in found.prompt_config
-            or name.endswith("lr")
-            or name == "weight_decay"
-        )
-        counts = CHECKPOINT if of_state else RUN
-        if name in module.fixed_arguments and now is not None and saved is not None:
-            counts = None
-        if name == "tasks" and not hasattr(datamodule, "tasks"):
-            # The batches' task_ids count along this list, and the prompt's rows along the checkpoint's.
-            counts = None
-        yield Difference(f"{prefix}{name}", now, saved, counts)
+            # Without names in the data, the batches' task_ids index this list, and the prompt's rows the checkpoint's.
+            fixed = not hasattr(getattr(module.trainer, "datamodule", None), "tasks")
+        read_once = name in module.initial_arguments or name in found.prompt_config
+        of_state = read_once or name.endswith("lr") or name == "weight_decay"
+        if now != saved:
+            yield Difference(f"{prefix}{name}", now, saved, None if fixed else CHECKPOINT if of_state else RUN)
 
 
 def _of_callbacks(trainer: L.Trainer, states: Mapping[str, Any]) -> Iterator[Difference]:
