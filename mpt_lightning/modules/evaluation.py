@@ -56,16 +56,22 @@ class EvaluatedModule(CheckpointedModule):
         for card in (card for name, card in self.cards.items() if name in self._data_tasks() and card.choices):
             check_choices(card, backbone.tokenizer, backbone.family)
 
-    def _begin_evaluation(self) -> None:
+    def on_validation_epoch_start(self) -> None:
+        """Encode the prompts once for the whole evaluation, and reset the metrics.
+
+        Raises:
+            MPTError: If there is no prompt, or the data's tasks are not the prompt's.
+        """
         if self.prompt is None:
             raise MPTError(NO_PROMPT)
         backbone, prompt = self.parts()
         self._match_tasks()
         self._check_choices()
         with torch.no_grad():
-            # What depends on the prompts alone is computed once for the whole evaluation.
             encoded = backbone.encode_prompts(prompt(torch.arange(prompt.num_tasks, device=self.device)))
         self.evaluation = Evaluation(encoded, Evaluator(self._data_tasks(), self.cards).to(self.device))
+
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
 
     def _inputs(self, batch: Batch, rows: Tensor) -> tuple[Any, Tensor, Tensor, Tensor]:
         """Return the backbone's arguments for a batch."""
@@ -108,18 +114,6 @@ class EvaluatedModule(CheckpointedModule):
         if "choices" in batch:
             return choice_texts(backbone.score(*inputs, batch["choices"]).argmax(dim=1), self.cards.get(task))
         return generated_texts(backbone, inputs, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams)
-
-    def on_validation_epoch_start(self) -> None:
-        """Encode the prompts."""
-        self._begin_evaluation()
-
-    def on_test_epoch_start(self) -> None:
-        """Encode the prompts."""
-        self._begin_evaluation()
-
-    def on_predict_epoch_start(self) -> None:
-        """Encode the prompts."""
-        self._begin_evaluation()
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Evaluate a batch of one task."""

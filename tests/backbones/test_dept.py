@@ -70,7 +70,7 @@ def test_it_trains_with_two_rates_and_comes_back(backbone: str, tmp_path) -> Non
 def test_impossible_values_are_told() -> None:
     with pytest.raises(ValueError, match="text_length and rank must be at least 1"):
         DecomposedPrompt(1, 2, 4, text_length=3, rank=0)
-    with pytest.raises(ValueError, match="shift_lr: got -1.0, expected a number at least 0"):
+    with pytest.raises(ValueError, match=r"shift_lr: got -1\.0, expected a number at least 0"):
         DePT(T5, shift_lr=-1.0)
     with pytest.raises(ValueError, match="DePT cannot start from a checkpoint"):
         DePT(T5, prompt_init="checkpoint")
