@@ -24,7 +24,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from mpt_lightning import MPTSource, MultitaskDataModule, load_backbone
-from mpt_lightning.compare.pool import WorkerPool, quiet
+from mpt_lightning.compare.pool import WorkerPool
 from mpt_lightning.compare.results import Result
 from mpt_lightning.demo.methods import LENGTH, SOURCES, TARGETS, run
 from mpt_lightning.demo.run import COLUMNS
@@ -114,7 +114,9 @@ def source(variant: str, seed: int, teachers: str, folder: Path) -> tuple[str, l
     output.mkdir()
     (output / "cache").symlink_to(folder / "cache")  # the tokenised data
     path = output / "source.ckpt"
-    return str(path), run("mpt_source", SOURCES, None, seed, output, path, teachers=teachers, **options)
+    return str(path), run(
+        "mpt_source", SOURCES, k=None, seed=seed, output=output, checkpoint=path, teachers=teachers, **options
+    )
 
 
 def row_of(result: Result, variant: str) -> dict[str, Any]:
@@ -128,7 +130,7 @@ def scores(seeds: int, folder: Path) -> list[dict[str, Any]]:
     with Progress(transient=True) as bar, WorkerPool(cores) as pool:
         progress = bar.add_task("scores", total=len(chains) * (1 + len(TARGETS)))
         teachers = folder / "teachers.ckpt"
-        pool.submit(run, "teacher", SOURCES, None, 0, folder, teachers).result()
+        pool.submit(run, "teacher", SOURCES, k=None, seed=0, output=folder, checkpoint=teachers).result()
         sources = {pool.submit(source, *chain, str(teachers), folder): chain for chain in chains}
         targets = {}
         for job in as_completed(sources):
@@ -136,7 +138,8 @@ def scores(seeds: int, folder: Path) -> list[dict[str, Any]]:
             path, made = job.result()
             rows += [row_of(result, variant) for result in made]
             for task in TARGETS:
-                targets[pool.submit(run, "mpt", [task], SHOTS, seed, folder, source=path)] = variant
+                job = pool.submit(run, "mpt", [task], k=SHOTS, seed=seed, output=folder, source=path)
+                targets[job] = variant
             bar.advance(progress)
         for job in as_completed(targets):
             rows += [row_of(result, targets[job]) for result in job.result()]
@@ -198,8 +201,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         if "steps" in options.only:
-            with quiet():
-                lines = list(steps(options.repeats, Path(name)))
+            lines = list(steps(options.repeats, Path(name)))
             show("Teachers", lines, found)
             keep(environment=found, steps=plain(lines))
         if "scores" in options.only:

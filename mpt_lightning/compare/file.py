@@ -7,8 +7,9 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from mpt_lightning.compare.plan import Comparison, recipe_file, yaml_content
+from mpt_lightning.compare.plan import Comparison, recipe_file
 from mpt_lightning.errors import MPTError
+from mpt_lightning.io import read_yaml
 from mpt_lightning.resources import packaged, packaged_names
 
 
@@ -25,7 +26,7 @@ def read_comparison(name: str) -> Comparison:
     if file is None:
         shipped = [known for known in packaged_names("configs") if known.startswith("compare/")]
         raise MPTError(f"Unknown comparison {name!r}. Expected a YAML file or one of: {', '.join(shipped)}.")
-    content = yaml_content(file)
+    content = read_yaml(file)
     if not isinstance(content, dict):
         raise MPTError(f"{name}: got {type(content).__name__}, expected a mapping with tasks, shots, seeds, methods.")
     parser = ArgumentParser(exit_on_error=False)

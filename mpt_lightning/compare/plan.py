@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from string import Template
@@ -13,7 +13,7 @@ from typing import Any
 
 from mpt_lightning.data.card import load_card, read_card_file
 from mpt_lightning.errors import MPTError
-from mpt_lightning.io import can_be_path, parse_yaml, read_text
+from mpt_lightning.io import can_be_path, read_yaml
 from mpt_lightning.resources import packaged
 
 # The folder of the prepared runs, where others have the method's name.
@@ -39,6 +39,11 @@ class Recipe:
     def recipes(self) -> list[str]:
         """The recipe as a list."""
         return [self.recipe] if isinstance(self.recipe, str) else self.recipe
+
+    @cached_property
+    def contents(self) -> list[Any]:
+        """The recipes' values, without comments and formatting."""
+        return [read_yaml(recipe_file(name)) for name in self.recipes]
 
 
 @dataclass
@@ -172,7 +177,7 @@ class Comparison:
             "words": words,
             "fit": fit,
             "metric": self.metric,
-            "recipes": [yaml_content(recipe_file(name)) for name in recipe.recipes],
+            "recipes": recipe.contents,
             "card": card,
             "needs": [run.fingerprint for run in needs],
         }
@@ -232,14 +237,6 @@ def recipe_file(name: str) -> Path:
     if file is None:
         raise MPTError(f"unknown recipe {name!r}, expected a file or a name that `mpt configs` lists.")
     return file
-
-
-def yaml_content(file: Path) -> Any:
-    """Read a YAML file; the same text is parsed once, since hundreds of runs share a recipe."""
-    return _parse(read_text(file), str(file))
-
-
-_parse = lru_cache(parse_yaml)
 
 
 def _check_list(place: str, values: Sequence[Any] | None) -> None:

@@ -1,4 +1,4 @@
-"""Worker processes of one thread each, for runs that are too small to use several cores."""
+"""Silent worker processes of one thread each, for runs that are too small to use several cores."""
 
 import logging
 import multiprocessing
@@ -6,10 +6,9 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 import datasets
@@ -63,6 +62,11 @@ def _initialize() -> None:
     # tqdm's own lock is shared by processes, and a killed process would leave it behind with a warning.
     tqdm.set_lock(threading.RLock())
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Dozens of short runs would repeat the libraries' messages.
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()  # type: ignore[attr-defined]
 
 
 def _end_with_parent() -> None:
@@ -76,20 +80,3 @@ def progress_bar(console: Console) -> Progress:
     """Return a progress bar that counts runs."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     return Progress(*columns, TimeElapsedColumn(), console=console)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence warnings, log messages and progress bars of the libraries, which dozens of short runs would repeat."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()  # type: ignore[attr-defined]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-        transformers.utils.logging.enable_progress_bar()
-        datasets.enable_progress_bars()  # type: ignore[attr-defined]

@@ -18,7 +18,6 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from mpt_lightning.compare.pool import quiet
 from mpt_lightning.compare.results import Outcome
 from mpt_lightning.errors import MPTError, find_error
 from mpt_lightning.recipes import MPTCLI
@@ -40,7 +39,7 @@ def work(words: Sequence[str], folder: Path, *, fit: bool = True, test: bool = T
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     outcome, before, begin = Outcome(), _reset_peak_memory(), time.perf_counter()
-    with (folder / "log.txt").open("w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log), quiet():
+    with (folder / "log.txt").open("w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         try:
             if fit:
                 _fit(words, folder, outcome)

@@ -10,7 +10,6 @@ from typing import Any
 import lightning.pytorch as L
 
 from mpt_lightning import CPT, MPTSource, MPTTarget, MultitaskDataModule, PromptTuning, load_task
-from mpt_lightning.compare.pool import quiet
 from mpt_lightning.compare.results import Result
 from mpt_lightning.modules import PromptModule
 from mpt_lightning.resources import LLAMA, T5
@@ -75,6 +74,7 @@ METHODS = STAGES | FEW_SHOT | IN_CONTEXT
 def run(
     method: str,
     tasks: Sequence[str],
+    *,
     k: int | None,
     seed: int,
     output: Path,
@@ -88,7 +88,7 @@ def run(
         tasks: The source tasks, or one target task.
         k: The number of training rows of a target task, or of examples per class in the context.
         seed: The seed.
-        output: The folder of the cache.
+        output: The folder of the cache and of what Lightning writes.
         checkpoint: Where to save the module.
         **options: Further arguments of the module.
 
@@ -103,19 +103,19 @@ def run(
     else:
         data = load_task(tasks[0], seed=seed, **{spec.shots: k}, **data_options)
     module = spec.module(**options)
-    with quiet():
-        L.seed_everything(seed, verbose=False)
-        trainer = L.Trainer(
-            accelerator="cpu", max_steps=spec.steps, max_epochs=-1, gradient_clip_val=1.0, limit_val_batches=0,
-            logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        )  # fmt: skip
-        start = time.perf_counter()
-        if spec.steps:
-            trainer.fit(module, datamodule=data)
-        seconds = round(time.perf_counter() - start, 2)
-        if checkpoint is not None:
-            trainer.save_checkpoint(checkpoint)
-        trainer.test(module, datamodule=data, verbose=False)
+    L.seed_everything(seed, verbose=False)
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=spec.steps, max_epochs=-1, gradient_clip_val=1.0, limit_val_batches=0,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=output,
+    )  # fmt: skip
+    start = time.perf_counter()
+    if spec.steps:
+        trainer.fit(module, datamodule=data)
+    seconds = round(time.perf_counter() - start, 2)
+    if checkpoint is not None:
+        trainer.save_checkpoint(checkpoint)
+    trainer.test(module, datamodule=data, verbose=False)
     metrics = {task: module.cards[task].metrics[0] for task in tasks}
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     return [
@@ -130,5 +130,6 @@ def run(
 def run_stages(output: Path) -> list[Result]:
     """Train the teachers and a source prompt, and save them as teachers.ckpt and source.ckpt."""
     teachers, source = output / "teachers.ckpt", output / "source.ckpt"
-    results = run("teacher", SOURCES, None, 0, output, teachers)
-    return results + run("mpt_source", SOURCES, None, 0, output, source, teachers=str(teachers))
+    options: dict[str, Any] = {"tasks": SOURCES, "k": None, "seed": 0, "output": output}
+    results = run("teacher", checkpoint=teachers, **options)
+    return results + run("mpt_source", checkpoint=source, teachers=str(teachers), **options)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -48,21 +49,27 @@ def run_demo(output: Path, seeds: int = 3) -> None:
         raise MPTError(f"--output {output} is a file; give a folder.")
     output.mkdir(parents=True, exist_ok=True)
     console, start, cores = Console(), time.perf_counter(), min(os.cpu_count() or 1, 8)
-    early = [("prompt_tuning", [task], k, seed, output) for task in TARGETS for k in SHOTS for seed in range(seeds)]
-    early += [(m, [task], CONTEXT_SHOTS, seed, output) for m in IN_CONTEXT for task in TARGETS for seed in range(seeds)]
-    late = [("mpt", [task], k, seed, output) for task in TARGETS for k in SHOTS for seed in range(seeds)]
+
+    def runs(methods: Iterable[str], shots: Iterable[int]) -> list[dict[str, Any]]:
+        return [
+            {"method": method, "tasks": [task], "k": k, "seed": seed, "output": output}
+            for method, task, k, seed in product(methods, TARGETS, shots, range(seeds))
+        ]
+
+    early = runs(["prompt_tuning"], SHOTS) + runs(IN_CONTEXT, [CONTEXT_SHOTS])
+    late = runs(["mpt"], SHOTS)
     with progress_bar(console) as bar, WorkerPool(cores) as pool:
         progress = bar.add_task("runs", total=1 + len(early) + len(late))
 
-        def submit(function: Callable[..., list[Result]], *arguments: Any, **options: str) -> Future[list[Result]]:
-            job = pool.submit(function, *arguments, **options)
+        def submit(function: Callable[..., list[Result]], **arguments: Any) -> Future[list[Result]]:
+            job = pool.submit(function, **arguments)
             job.add_done_callback(lambda _: bar.advance(progress))
             return job
 
-        stages = submit(run_stages, output)
-        jobs = [submit(run, *arguments) for arguments in early]
+        stages = submit(run_stages, output=output)
+        jobs = [submit(run, **arguments) for arguments in early]
         rows = stages.result()
-        jobs += [submit(run, *arguments, source=str(output / "source.ckpt")) for arguments in late]
+        jobs += [submit(run, **arguments, source=str(output / "source.ckpt")) for arguments in late]
         rows += [row for job in jobs for row in job.result()]
     environment = _environment(cores, time.perf_counter() - start)
     results = {"rows": [{name: getattr(row, name) for name in COLUMNS} for row in rows], "environment": environment}

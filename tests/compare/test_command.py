@@ -1,4 +1,4 @@
-"""`mpt compare`, as a user types it."""
+"""`mpt compare` from the command line."""
 
 import csv
 import json
@@ -26,15 +26,15 @@ def leave(code: int, *words: str) -> None:
 
 
 def test_from_the_file_to_the_report(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A comparison with a method that cannot run, then once more with a result lost."""
+    """Run a comparison with a method that fails, then once more after a result was deleted."""
     text = packaged("configs", "compare/few").read_text()
     (own_folder / "few.yaml").write_text(
         text + "  wrong: {recipe: baselines/ia3, arguments: {model.lr: -1}, seeds: [0]}\n"
     )
     leave(1, "few.yaml", "--jobs", "1", "--output", "out")
-    told = " ".join(capsys.readouterr().out.split())
-    assert "wrong/demo/topic/8/0 failed: lr must be 0 or more, got -1" in told
-    assert "4 of 5 runs done; 1 failed." in told
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "wrong/demo/topic/8/0 failed: lr: got -1.0, expected a number at least 0" in printed
+    assert "4 of 5 runs done; 1 failed." in printed
     results = {path: json.loads(path.read_text()) for path in sorted(Path("out/results").rglob("*.json"))}
     assert len(results) == 5
     one = results[Path("out/results/lora/demo/topic/8/0.json")]
@@ -59,7 +59,7 @@ def test_from_the_file_to_the_report(own_folder: Path, capsys: pytest.CaptureFix
     leave(1, "few.yaml", "--jobs", "1", "--output", "out")
     again = {path for path in results if path.stat().st_mtime_ns != before[path]}
     assert again == {lost, Path("out/results/wrong/demo/topic/8/0.json")}
-    # In a process that had another run before it, the same run gives the same.
+    # A run in a process that ran another one before gives the same result.
     same = ("value", "metrics", "trained_parameters", "checkpoint_bytes", "commands")
     assert all(json.loads(lost.read_text())[key] == results[lost][key] for key in same)
     leave(1, "few.yaml", "--report", "--output", "out")
@@ -81,14 +81,14 @@ def test_mistakes_get_one_message(
     (own_folder / "mine").mkdir()
     (own_folder / "mine" / "thesis.txt").write_text("")
     leave(2, *words)
-    told = capsys.readouterr()
-    assert message in told.err
-    assert told.err.count("mpt: error:") == 1
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.count("mpt: error:") == 1
 
 
 def test_a_comparison_is_not_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["fit", "--config", "compare/few"])
-    assert "compare/few is a comparison and no recipe. Run it with: mpt compare compare/few" in capsys.readouterr().err
+    assert "not a recipe. Run it with: mpt compare compare/few" in capsys.readouterr().err
     main(["configs"])
     assert "A minimal comparison that takes seconds" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What a comparison's file stands for."""
+"""The runs of a comparison's file, and mistakes in it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +43,7 @@ def comparison(tmp_path: Path) -> Callable[..., Comparison]:
     return read
 
 
-def test_every_run_is_there_once(comparison: Callable[..., Comparison]) -> None:
+def test_every_run_exists_once(comparison: Callable[..., Comparison]) -> None:
     runs = comparison().runs()
     counts = {name: sum(run.method == name for run in runs) for name in ("lora", "mpt", "hard", "cpt")}
     assert counts == {"lora": 2 * 2 * 3, "mpt": 2 * 3, "hard": 2, "cpt": 2 * 2}
@@ -53,7 +53,7 @@ def test_every_run_is_there_once(comparison: Callable[..., Comparison]) -> None:
     assert comparison().name == "mine"
 
 
-def test_arguments_are_those_of_the_command_line(comparison: Callable[..., Comparison]) -> None:
+def test_arguments_of_the_command_line(comparison: Callable[..., Comparison]) -> None:
     runs = {run.place: run for run in comparison().runs()}
 
     def words(place: str, **checkpoints: str) -> str:
@@ -74,7 +74,7 @@ def test_arguments_are_those_of_the_command_line(comparison: Callable[..., Compa
     assert not runs["hard/demo/topic/0/7"].fit
 
 
-def test_prepared_runs_are_in_order_and_named_by_those_that_need_them(comparison: Callable[..., Comparison]) -> None:
+def test_prepared_runs_are_in_order_and_needed_by_methods(comparison: Callable[..., Comparison]) -> None:
     plan = comparison()
     teachers, source = plan.prepared_runs()
     assert (teachers.place, source.place) == ("prepare/teachers", "prepare/source")
@@ -84,7 +84,7 @@ def test_prepared_runs_are_in_order_and_named_by_those_that_need_them(comparison
     assert {run.needs for run in plan.runs() if run.method != "mpt"} == {()}
 
 
-def test_a_fingerprint_changes_with_what_decides_about_a_run(
+def test_a_fingerprint_changes_with_all_that_changes_a_run(
     comparison: Callable[..., Comparison], tmp_path: Path
 ) -> None:
     def changed(*changes: tuple[str, str]) -> set[str]:
@@ -101,7 +101,7 @@ def test_a_fingerprint_changes_with_what_decides_about_a_run(
     own = ("baselines/lora", str(recipe))
     recipe.write_text("model: {a: 1}")
     before = {run.place: run.fingerprint for run in comparison(own).runs()}
-    recipe.write_text("# a comment decides about nothing\nmodel:\n  a: 1\n")
+    recipe.write_text("# a comment changes nothing\nmodel:\n  a: 1\n")
     assert before == {run.place: run.fingerprint for run in comparison(own).runs()}
     recipe.write_text("model: {a: 2}")
     after = {run.place: run.fingerprint for run in comparison(own).runs()}
@@ -139,7 +139,7 @@ def test_mistakes_get_one_message(
     assert "\n" not in str(raised.value)
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_unknown_and_wrong_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Unknown comparison 'compare/dem'.*compare/demo, compare/few"):
         read_comparison("compare/dem")
     (tmp_path / "list.yaml").write_text("[1]")
@@ -153,14 +153,14 @@ def test_full_data_has_no_k() -> None:
         comparison.runs()
 
 
-def test_a_longer_name_is_not_cut() -> None:
+def test_names_of_prepared_runs_are_replaced_exactly() -> None:
     prepare = {"a": Recipe("demo/teachers"), "ab": Recipe("demo/teachers", {"model.lr": 1})}
-    method = Method("demo/target", {"model.source": "x$ab/${a}"})
+    method = Method("demo/target", {"model.source": "x$ab/${a}b$$a"})
     (run,) = Comparison(["demo/topic"], [4], [0], {"m": method}, prepare=prepare).runs()
-    assert "x2/1" in run.arguments({"a": "1", "ab": "2"})
+    assert "x2/1b$a" in run.arguments({"a": "1", "ab": "2"})
 
 
-def test_the_shipped_comparisons_are_whole() -> None:
+def test_the_shipped_comparisons_are_complete() -> None:
     demo = read_comparison("compare/demo")
     assert [len(demo.tasks), demo.shots, demo.seeds] == [4, [16, 32, None], [0, 1, 2]]
     trained = [method for method in demo.methods.values() if method.fit]

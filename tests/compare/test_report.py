@@ -1,4 +1,4 @@
-"""The numbers of the report, by hand."""
+"""The numbers of a report, against values computed by hand."""
 
 import csv
 from pathlib import Path

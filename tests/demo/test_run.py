@@ -11,7 +11,7 @@ import pytest
 from mpt_lightning.compare.pool import WorkerPool
 from mpt_lightning.compare.results import Result
 from mpt_lightning.demo import run
-from mpt_lightning.demo.methods import SOURCES, TARGETS
+from mpt_lightning.demo.methods import SOURCES, STAGES, TARGETS
 from mpt_lightning.prompts import MultitaskPrompt
 
 
@@ -25,7 +25,7 @@ def known(method: str, tasks: list[str], k: int | None, seed: int, output: Path,
 @pytest.fixture
 def known_results(monkeypatch: pytest.MonkeyPatch) -> None:
     def stages(output: Path) -> list[Result]:
-        return known("teacher", SOURCES, None, 0, output) + known("mpt_source", SOURCES, None, 0, output)
+        return [result for method in STAGES for result in known(method, SOURCES, None, 0, output)]
 
     prompt = MultitaskPrompt(2, 3, 4, tasks=["a", "b"])
     monkeypatch.setattr(run, "run_stages", stages)
