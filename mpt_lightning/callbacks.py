@@ -199,7 +199,7 @@ def prompt_similarity(prompt: Prompt) -> torch.Tensor:
     with torch.no_grad():
         device = next(prompt.parameters()).device
         output: PromptOutput = prompt(torch.arange(prompt.num_tasks, device=device))
-        states = [states for layer in output.layers or () for states in layer]
+        states = [states for layer in output.layers for states in layer]
         compared = states if output.embeddings is None else [output.embeddings]
         flat = functional.normalize(torch.cat([part.flatten(1) for part in compared], dim=1), dim=1)
         return (flat @ flat.T).clamp(-1, 1).float().cpu()

@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from mpt_lightning.backbones.packed import current_layout, packed_attention
+from mpt_lightning.backbones.packed import LAYOUT, packed_attention
 
 # The name for transformers' `set_attn_implementation`.
 NAME = "mpt_shared_prefix"
@@ -53,7 +53,7 @@ def shared_prefix_attention(
     Returns:
         [B, S, heads, D], and None for the weights.
     """
-    layout = current_layout()
+    layout = LAYOUT.get()
     if layout is not None:
         return packed_attention(layout, module, query, key, value, dropout, scaling), None
     prefix: tuple[Tensor, Tensor] | None = getattr(key, "shared_prefix", None)
@@ -91,7 +91,7 @@ def _bias(mask: Tensor | None, length: int, tokens: int, like: Tensor) -> Tensor
 
 def _mask(*args: Any, **options: Any) -> Tensor | None:
     """Return transformers' mask, or None in a packed pass, whose layout contains the mask."""
-    return None if current_layout() is not None else sdpa_mask(*args, **options)
+    return None if LAYOUT.get() is not None else sdpa_mask(*args, **options)
 
 
 AttentionInterface.register(NAME, shared_prefix_attention)

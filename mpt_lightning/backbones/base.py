@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mpt_lightning.backbones.compilation import compile_parts
 from mpt_lightning.backbones.fingerprint import fingerprint
-from mpt_lightning.backbones.outputs import BackboneOutput, EncodedPrompts, Prompts
+from mpt_lightning.backbones.outputs import BackboneOutput
 from mpt_lightning.backbones.pretrained import load_tokenizer
 from mpt_lightning.errors import MPTError
 from mpt_lightning.prompts import PromptOutput
@@ -176,14 +176,14 @@ class Backbone(nn.Module, ABC):
         own = prompts.to(text.dtype)[rows].gather(1, place)
         return torch.where(input_ids[..., None] < 0, own, text)
 
-    def encode_prompts(self, prompts: Tensor | PromptOutput) -> PromptOutput | EncodedPrompts:
+    def encode_prompts(self, prompts: Tensor | PromptOutput) -> PromptOutput:
         """Compute what depends on the prompts alone; the result can replace them in every verb."""
         return PromptOutput.of(prompts)
 
     @abstractmethod
     def forward(
         self,
-        prompts: Prompts,
+        prompts: Tensor | PromptOutput,
         rows: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor,
@@ -197,7 +197,7 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def score(
-        self, prompts: Prompts, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, choices: Tensor
+        self, prompts: Tensor | PromptOutput, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, choices: Tensor
     ) -> Tensor:
         """Return the log-likelihood `[B, C]` of each choice in nats, fp32; the input is encoded once.
 
@@ -208,7 +208,7 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def generate(
-        self, prompts: Prompts, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, **options: Any
+        self, prompts: Tensor | PromptOutput, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, **options: Any
     ) -> Tensor:
         """Generate new token ids `[B, N]`, filled up with the padding token.
 

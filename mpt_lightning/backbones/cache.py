@@ -1,13 +1,16 @@
 """A key/value cache that rows share as their prefix, with gradients through it."""
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from mpt_lightning.backbones.attention import put_before
-from mpt_lightning.backbones.outputs import Pair
+
+# Keys and values of one layer.
+Pair: TypeAlias = tuple[Tensor, Tensor]
 
 
 class PrefixLayer(CacheLayerMixin):

@@ -22,7 +22,7 @@ from mpt_lightning.backbones.base import Backbone, align
 from mpt_lightning.backbones.cache import PrefixCache
 from mpt_lightning.backbones.gather import gather_layers
 from mpt_lightning.backbones.limits import attention_windows, length_limit
-from mpt_lightning.backbones.outputs import BackboneOutput, EncodedPrompts, Prompts
+from mpt_lightning.backbones.outputs import BackboneOutput, EncodedPrompts
 from mpt_lightning.backbones.packed import packed_forward
 from mpt_lightning.backbones.sharding import tie
 from mpt_lightning.errors import MPTError
@@ -95,7 +95,7 @@ class CausalBackbone(Backbone):
                 "shorter texts (max_input_length) or a shorter prompt."
             )
 
-    def encode_prompts(self, prompts: Prompts, predict_at: Tensor | None = None) -> EncodedPrompts:
+    def encode_prompts(self, prompts: Tensor | PromptOutput, predict_at: Tensor | None = None) -> EncodedPrompts:
         """Run the model over the prompts, once each.
 
         Args:
@@ -104,16 +104,16 @@ class CausalBackbone(Backbone):
         """
         return self._encode(prompts, predict_at)
 
-    def _encode(self, prompts: Prompts, predict_at: Tensor | None = None) -> EncodedPrompts:
+    def _encode(self, prompts: Tensor | PromptOutput, predict_at: Tensor | None = None) -> EncodedPrompts:
         """Run `encode_prompts` within another verb: FSDP counts each verb as one pass."""
         if isinstance(prompts, EncodedPrompts):
             return prompts
         given = PromptOutput.of(prompts)
         embeddings = given.embeddings
         if embeddings is None:
-            return EncodedPrompts(given.layers or ())
+            return EncodedPrompts(layers=given.layers)
         if given.length == 0:
-            return EncodedPrompts((), (embeddings,) * self._num_layers, shift=given.shift)
+            return EncodedPrompts(shift=given.shift, hidden=(embeddings,) * self._num_layers)
         cache = PrefixCache(self._num_layers)
         # `logits_to_keep=1` avoids a vocabulary-sized output, since a prompt usually predicts nothing.
         output = self.model(
@@ -128,7 +128,7 @@ class CausalBackbone(Backbone):
         layers, hidden = cache.contents(), tuple(output.hidden_states[1:])
         if self.sharded:
             layers = (*layers[:-1], tie(*layers[-1], hidden[-1]))
-        return EncodedPrompts(layers, hidden, embeddings, given.shift, logits)
+        return EncodedPrompts(embeddings, layers, given.shift, hidden, logits)
 
     def _prefix(self, encoded: EncodedPrompts, rows: Tensor, whole: bool = True) -> PrefixCache:
         """Return the cache for a pass over the rows `[B]`; with `whole` each row attends to all of its prompt."""
@@ -184,7 +184,7 @@ class CausalBackbone(Backbone):
 
     def forward(
         self,
-        prompts: Prompts,
+        prompts: Tensor | PromptOutput,
         rows: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor,
@@ -230,7 +230,7 @@ class CausalBackbone(Backbone):
                 result.hidden["decoder/prompt"] = Segment(encoded.hidden, shared_by[:, None].expand(-1, encoded.length))
         return result
 
-    def _packable(self, prompts: Prompts) -> Tensor | None:
+    def _packable(self, prompts: Tensor | PromptOutput) -> Tensor | None:
         """Return the embeddings `[U, P, H]` if they can run in one pass with rows, which is faster with gradients."""
         fits = "packed" in self.ways and self._takes_positions and not self.gradient_checkpointing
         if not fits or not torch.is_grad_enabled() or isinstance(prompts, EncodedPrompts):
@@ -239,7 +239,7 @@ class CausalBackbone(Backbone):
         return given.embeddings if given.shift is None and given.length else None
 
     def score(
-        self, prompts: Prompts, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, choices: Tensor
+        self, prompts: Tensor | PromptOutput, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, choices: Tensor
     ) -> Tensor:
         """Return each choice's log-likelihood; see `Backbone.score`."""
         encoded = self._encode(prompts)
@@ -271,7 +271,7 @@ class CausalBackbone(Backbone):
         return scores.masked_scatter(exists, likelihood)
 
     def generate(
-        self, prompts: Prompts, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, **options: Any
+        self, prompts: Tensor | PromptOutput, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, **options: Any
     ) -> Tensor:
         """Generate label tokens; see `Backbone.generate`."""
         encoded = self._encode(prompts)

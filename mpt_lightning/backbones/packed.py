@@ -51,22 +51,18 @@ class Layout:
         return of_prompts.unflatten(0, (self.prompts, -1)), of_rows.unflatten(0, (len(self.rows), -1))
 
 
-_LAYOUT: ContextVar[Layout | None] = ContextVar("layout", default=None)
+# The layout of the packed pass that is running, if any.
+LAYOUT: ContextVar[Layout | None] = ContextVar("layout", default=None)
 
 
 @contextmanager
 def packed(layout: Layout) -> Iterator[None]:
     """Set the layout of the packed pass in this context."""
-    token = _LAYOUT.set(layout)
+    token = LAYOUT.set(layout)
     try:
         yield
     finally:
-        _LAYOUT.reset(token)
-
-
-def current_layout() -> Layout | None:
-    """Return the layout of the packed pass that is running, if any."""
-    return _LAYOUT.get()
+        LAYOUT.reset(token)
 
 
 def group_size(prompts: int, length: int, rows: int, tokens: int) -> int:

@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 from mpt_lightning.backbones.base import Backbone, align
-from mpt_lightning.backbones.outputs import BackboneOutput, EncodedPrompts, Prompts
+from mpt_lightning.backbones.outputs import BackboneOutput
 from mpt_lightning.errors import MPTError
 from mpt_lightning.objectives import IGNORE, Segment, log_likelihood
 from mpt_lightning.prompts import PromptOutput
@@ -57,20 +57,28 @@ class Seq2SeqBackbone(Backbone):
         return logits
 
     def _encode(
-        self, prompts: Prompts, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, hidden_states: bool = False
+        self,
+        prompts: Tensor | PromptOutput,
+        rows: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        hidden_states: bool = False,
     ) -> tuple[Any, Tensor]:
         """Run the encoder over `[prompt, text, padding]`; return its output and the mask `[B, P + L]`."""
         # Positions, relative and absolute, count from the left, so padding goes to the right.
         input_ids, attention_mask = align(input_ids, attention_mask, "right")
-        given, shift = _embeddings(prompts)
+        given = PromptOutput.of(prompts)
+        prompt, shift = given.embeddings, given.shift
+        if prompt is None:
+            raise MPTError("An encoder-decoder takes prompts of embeddings, got keys and values.")
         if (input_ids < 0).any():  # the prompt's tokens are among the text's
-            embeds, mask = self.embed_among(given, rows, input_ids), attention_mask
+            embeds, mask = self.embed_among(prompt, rows, input_ids), attention_mask
         else:
             text = (
                 self.embed(input_ids) if shift is None else self.embed_shifted(shift, rows, input_ids, attention_mask)
             )
-            embeds = torch.cat([given.to(text.dtype)[rows], text], dim=1)
-            mask = torch.cat([attention_mask.new_ones(len(rows), given.shape[1]), attention_mask], dim=1)
+            embeds = torch.cat([prompt.to(text.dtype)[rows], text], dim=1)
+            mask = torch.cat([attention_mask.new_ones(len(rows), prompt.shape[1]), attention_mask], dim=1)
         output = self.model.get_encoder()(
             inputs_embeds=embeds, attention_mask=mask, output_hidden_states=hidden_states, return_dict=True
         )
@@ -89,7 +97,7 @@ class Seq2SeqBackbone(Backbone):
 
     def forward(
         self,
-        prompts: Prompts,
+        prompts: Tensor | PromptOutput,
         rows: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor,
@@ -112,7 +120,7 @@ class Seq2SeqBackbone(Backbone):
         return output
 
     def score(
-        self, prompts: Prompts, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, choices: Tensor
+        self, prompts: Tensor | PromptOutput, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, choices: Tensor
     ) -> Tensor:
         """Return each choice's log-likelihood; see `Backbone.score`."""
         encoded, mask = self._encode(prompts, rows, input_ids, attention_mask)
@@ -125,21 +133,9 @@ class Seq2SeqBackbone(Backbone):
         return scores.to(likelihood.dtype).masked_scatter(exists, likelihood)
 
     def generate(
-        self, prompts: Prompts, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, **options: Any
+        self, prompts: Tensor | PromptOutput, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, **options: Any
     ) -> Tensor:
         """Generate label tokens; see `Backbone.generate`."""
         encoded, mask = self._encode(prompts, rows, input_ids, attention_mask)
         tokens = self.model.generate(encoder_outputs=encoded, attention_mask=mask, **options)
         return tokens[:, 1:]  # without the decoder's start token
-
-
-def _embeddings(prompts: Prompts) -> tuple[Tensor, Tensor | None]:
-    """Return the prompts' embeddings `[U, P, H]` and the shift of the text's, if any.
-
-    Raises:
-        MPTError: If the prompts are keys and values.
-    """
-    found = prompts if isinstance(prompts, EncodedPrompts) else PromptOutput.of(prompts)
-    if found.embeddings is None:
-        raise MPTError("An encoder-decoder takes prompts of embeddings, got keys and values. Use a decoder-only model.")
-    return found.embeddings, found.shift
