@@ -72,7 +72,7 @@ def test_the_teacher_gets_no_gradient() -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("k", [1, 2, 3])
-def test_bucketed_distillation_is_kl_over_the_likeliest_tokens_and_all_others(k: int, temperature: float) -> None:
+def test_bucketed_distillation_is_kl_over_buckets(k: int, temperature: float) -> None:
     student, teacher = torch.randn(2, 2, 3, 5, dtype=torch.double)
     total = 0.0
     for b, m in COUNTED:
@@ -220,7 +220,7 @@ def test_a_shared_prompt_counts_once_per_row() -> None:
     )
 
 
-def test_states_that_do_not_exist_are_told(states) -> None:
+def test_missing_states_raise(states) -> None:
     student, teacher = states
     with pytest.raises(ValueError, match="stacks='decoder', positions='prompt', and the model has encoder/prompt"):
         hidden_distillation(student, teacher, positions="prompt", stacks="decoder")
@@ -252,7 +252,7 @@ def test_context_loss_is_the_loop_over_rows_and_labels(normalize: str) -> None:
     torch.testing.assert_close(got, expected)
 
 
-def test_context_loss_by_weights_does_not_drift_with_the_number_of_examples() -> None:
+def test_weighted_context_loss_ignores_number_of_examples() -> None:
     losses = {}
     for normalize in ("paper", "weights"):
         losses[normalize] = []

@@ -1,4 +1,4 @@
-"""Tiny random models of many architectures, and which of them take prompts.
+"""Tiny random models of many architectures, and whether they take prompts.
 
 `python -m tests.backbones.architectures` writes the table of docs/architectures.md.
 """
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-# What configurations call their sizes and settings. Scaled embeddings are switched on wherever a model has them.
+# The names of sizes and settings in configurations. Scaled embeddings are enabled if a model has them.
 TINY: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_size", "word_embed_proj_dim", "dim_model"), 32),
     **dict.fromkeys(("intermediate_size", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner"), 64),
@@ -82,7 +82,7 @@ REFUSED_SEQ2SEQ = {
 
 
 def build_tiny(kind: str, seq2seq: bool, **changes: Any) -> PreTrainedModel:
-    """Build a tiny model with large random weights; in float64, as far as its kernels have it."""
+    """Build a tiny model with large random weights; in float64 if its kernels support it."""
     torch.manual_seed(0)
     config_class = CONFIG_MAPPING[kind]
     default = config_class()

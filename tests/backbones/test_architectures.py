@@ -41,13 +41,13 @@ LABELS = pad_sequence(ANSWERS, batch_first=True, padding_value=IGNORE)
 
 @dataclass
 class Bare:
-    """The model by itself, on one row without padding."""
+    """The bare model, on one row without padding."""
 
     model: PreTrainedModel
     seq2seq: bool
 
     def logits(self, before: dict[str, Tensor], answer: Tensor, embed: Callable[[Tensor], Tensor] | None) -> Tensor:
-        """Logits `[M, V]` of an answer behind ids or embeddings `[1, S]`."""
+        """Return the logits `[M, V]` of an answer after ids or embeddings `[1, S]`."""
         if self.seq2seq:
             read = self.model.prepare_decoder_input_ids_from_labels(answer[None])
             return self.model(**before, decoder_input_ids=read, use_cache=False).logits[0]
@@ -73,7 +73,7 @@ class Bare:
 
 
 def largest_error(logits: Tensor, expected: list[Tensor]) -> float:
-    """The largest difference at label tokens, in standard deviations of the expected logits."""
+    """Return the largest difference at label tokens, in standard deviations of the expected logits."""
     differences = [(row[: len(e)] - e).abs().max() for row, e in zip(logits, expected, strict=True)]
     return float(torch.stack(differences).max() / torch.cat(expected).std())
 
@@ -97,7 +97,7 @@ def check(backbone: Backbone, bare: Bare, side: str, count: int) -> None:
 
 @pytest.mark.parametrize(("kind", "seq2seq"), EXACT, ids=[kind + ("/seq2seq" if s else "") for kind, s in EXACT])
 def test_exact(kind: str, seq2seq: bool) -> None:
-    """Prompts of known tokens' embeddings give what their ids give."""
+    """Prompts of known tokens' embeddings have the results of their ids."""
     model = build_tiny(kind, seq2seq)
     bare = Bare(model, seq2seq)
     backbone = wrap_model(model, kind).eval()

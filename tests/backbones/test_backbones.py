@@ -1,4 +1,4 @@
-"""Both kinds of backbone: nothing depends on padding or company, and all verbs agree."""
+"""Both families of backbones: results depend on neither padding nor the batch, and all verbs agree."""
 
 import copy
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def run(backbone: Backbone, prompts: torch.Tensor, batch: dict[str, torch.Tensor
     return backbone(prompts, batch["task_ids"], batch["input_ids"], batch["attention_mask"], batch["labels"], **options)
 
 
-def test_the_kind_is_recognised_and_frozen(model_folder: Callable[[str], str]) -> None:
+def test_the_family_is_recognised_and_frozen(model_folder: Callable[[str], str]) -> None:
     for kind in KINDS:
         backbone = load_backbone(model_folder(kind))
         assert isinstance(backbone, Seq2SeqBackbone if kind == "t5" else CausalBackbone)
@@ -49,7 +49,7 @@ def test_padding_side_does_not_change_a_result(
     torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-9)
 
 
-def test_company_does_not_change_a_row(
+def test_batch_composition_does_not_change_a_row(
     backbone: Backbone, prompts: torch.Tensor, batch: dict[str, torch.Tensor]
 ) -> None:
     together = run(backbone, prompts, batch).logits
@@ -113,7 +113,7 @@ def test_generation_is_the_argmax_of_a_forward_pass(
     assert (likelihood(beams) >= likelihood(tokens) - 1e-9).float().mean() >= 0.8
 
 
-def test_encoded_prompts_stand_for_prompts_in_every_verb(
+def test_encoded_prompts_replace_prompts_in_every_verb(
     backbone: Backbone, prompts: torch.Tensor, batch: dict[str, torch.Tensor]
 ) -> None:
     encoded = backbone.encode_prompts(prompts)
@@ -211,7 +211,7 @@ def test_likelihoods_of_half_precision_logits_are_precise() -> None:
 
 
 @pytest.mark.parametrize(("name", "message"), [("./no/such/folder", "does not exist"), ("/no/such", "does not exist")])
-def test_a_missing_model_is_told(name: str, message: str) -> None:
+def test_a_missing_model_raises(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_backbone(name)
 
@@ -235,7 +235,7 @@ def sliding(window: int) -> CausalBackbone:
 
 
 def test_a_sliding_window_is_exact_or_refused(prompts: torch.Tensor, batch: dict[str, torch.Tensor]) -> None:
-    """A window counts columns: beyond it, padding would decide what a row sees."""
+    """A window counts columns: beyond it, the tokens that a row attends to would depend on padding."""
     wide, narrow = sliding(64), sliding(10)
     assert (wide.max_positions, narrow.max_positions) == (64, 10)
     logits = run(wide, prompts, batch).logits
@@ -281,7 +281,7 @@ def test_the_windows_last_column_is_still_exact(prompts: torch.Tensor, batch: di
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_a_hidden_part_of_the_one_prompt_stays_hidden(
+def test_masked_prompt_tokens_are_not_attended(
     kind: str, prompts: torch.Tensor, batch: dict[str, torch.Tensor]
 ) -> None:
     """With a `prompt_mask` a row does not attend to those tokens, whether or not there are gradients."""
@@ -308,10 +308,10 @@ def test_a_hidden_part_of_the_one_prompt_stays_hidden(
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_one_prompt_for_all_rows_is_not_copied_and_changes_nothing(
+def test_one_prompt_for_all_rows_is_not_copied(
     kind: str, prompts: torch.Tensor, batch: dict[str, torch.Tensor]
 ) -> None:
-    """Without gradients rows attend to the one prompt itself; with them to copies of it."""
+    """Without gradients rows attend to the prompt itself, with gradients to copies of it."""
     backbone = CausalBackbone(build_model(kind), kind).double().eval()
     batch = batch | {"task_ids": torch.zeros_like(batch["task_ids"])}
     choices = torch.stack([batch["labels"], batch["labels"].flip(0)], dim=1)
@@ -348,7 +348,7 @@ def test_shared_attention_is_plain_attention_over_prefix_and_own(kind_of_mask: s
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize(("count", "length"), [(1, 4), (1, 84), (3, 4)])
 def test_one_packed_pass_equals_two(kind: str, count: int, length: int, batch: dict[str, torch.Tensor]) -> None:
-    """Logits, hidden states, the prompts' own logits and gradients; also where rows attend in groups."""
+    """Logits, hidden states, the prompts' own logits and gradients; also if rows attend in groups."""
     backbone = CausalBackbone(build_model(kind).double(), kind).double().eval()
     more = {name: torch.cat([value, value[:3]]) for name, value in batch.items()}
     more["task_ids"] = more["task_ids"] % count
@@ -377,7 +377,7 @@ def test_one_packed_pass_equals_two(kind: str, count: int, length: int, batch: d
             torch.testing.assert_close(mine[where], theirs[where], rtol=1e-9, atol=1e-9)
 
 
-def test_rows_attend_together_where_their_prompt_is_long() -> None:
+def test_rows_are_grouped_if_their_prompt_is_long() -> None:
     assert [group_size(1, length, 16, 41) for length in (100, 200, 400, 800)] == [1, 1, 2, 4]
     assert group_size(1, 800, 15, 41) == 1  # does not divide
     assert group_size(4, 800, 16, 41) == 1  # rows of different prompts

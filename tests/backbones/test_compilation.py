@@ -1,4 +1,4 @@
-"""A compiled backbone gives what an uncompiled one gives, and is not compiled again for every length."""
+"""A compiled backbone equals an uncompiled one, and is not compiled again for every length."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -36,7 +36,7 @@ def fresh() -> Iterator[None]:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trace without making machine code, which takes most of the time."""
+    """Trace without generating machine code, which takes most of the time."""
     compile_with = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile_with(self, backend="eager", **options))
     monkeypatch.setattr("mpt_lightning.backbones.load.check_compiler", lambda device: None)
@@ -49,7 +49,7 @@ def pair(kind: str, **options: Any) -> tuple[Backbone, Backbone]:
 
 
 def verbs(backbone: Backbone, rows: int, length: int, labels: int) -> dict[str, torch.Tensor]:
-    """What each verb gives, as the modules use it: training, a teacher's pass, evaluation."""
+    """Return the results of each verb as the modules use it: training, a teacher's pass, evaluation."""
     batch = make_batch(rows, length, labels)
     prompts = torch.randn(3, 6, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
     inputs = (batch["task_ids"], batch["input_ids"], batch["attention_mask"])
@@ -82,7 +82,7 @@ def assert_same(plain: Backbone, compiled: Backbone, *shape: int) -> None:
 
 
 def assert_results(kind: str, **options: Any) -> None:
-    """The same results at every length, and all of these from what was compiled for the first one."""
+    """Check that every length has the same results, with the code compiled for the first one."""
     plain, compiled = pair(kind, **options)
     assert_same(plain, compiled, 5, 7, 3)
     graphs = counters["stats"]["unique_graphs"]
@@ -98,12 +98,12 @@ def assert_results(kind: str, **options: Any) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("quick")
-def test_results_are_the_same_at_every_length_without_compiling_again(kind: str) -> None:
+def test_every_length_equals_eager_without_recompiling(kind: str) -> None:
     assert_results(kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_machine_code_gives_the_same(kind: str) -> None:
+def test_machine_code_equals_eager(kind: str) -> None:
     assert_results(kind)
 
 
@@ -115,7 +115,7 @@ def test_with_gradient_checkpointing(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("quick")
-def test_what_is_compiled_and_that_names_stay(kind: str) -> None:
+def test_compiled_parts_keep_their_names(kind: str) -> None:
     plain, compiled = pair(kind)
     names = [name for name, module in compiled.named_modules() if module._compiled_call_impl is not None]
     assert {name.rpartition(".")[2] for name in names} == COMPILED[kind]
@@ -124,7 +124,7 @@ def test_what_is_compiled_and_that_names_stay(kind: str) -> None:
     assert [name for name, _ in compiled.named_modules()] == [name for name, _ in plain.named_modules()]
 
 
-def test_no_compiler_is_told_in_one_message(
+def test_a_missing_compiler_raises_one_message(
     monkeypatch: pytest.MonkeyPatch, model_folder: Callable[[str], str]
 ) -> None:
     def fails(function: object) -> Callable:
@@ -141,7 +141,7 @@ def test_no_compiler_is_told_in_one_message(
         load_backbone(model_folder("t5"), compiled=True)
 
 
-def test_a_model_with_nothing_to_compile_is_told() -> None:
+def test_a_model_with_nothing_to_compile_raises() -> None:
     config = OPTConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,

@@ -1,4 +1,4 @@
-"""DePT: the text's embeddings are shifted, each token by what belongs to its place."""
+"""DePT: each token's embedding is shifted by the row of its position in the text."""
 
 import lightning.pytorch as L
 import pytest
@@ -50,7 +50,7 @@ def test_every_verb_equals_a_plain_model_on_shifted_embeddings(kind: str) -> Non
 
 
 @pytest.mark.parametrize("backbone", [T5, LLAMA])
-def test_it_trains_with_two_rates_and_comes_back(backbone: str, tmp_path) -> None:
+def test_training_with_two_rates_and_reloading(backbone: str, tmp_path) -> None:
     L.seed_everything(0)
     data = load_task("demo/advice", max_input_length=32, cache_dir=str(tmp_path), max_train_rows=32, max_eval_rows=20)
     module = DePT(backbone, prompt_length=4, rank=3, lr=0.1, shift_lr=0.0)
@@ -67,7 +67,7 @@ def test_it_trains_with_two_rates_and_comes_back(backbone: str, tmp_path) -> Non
         loaded.prompt.fold("demo/advice")
 
 
-def test_impossible_values_are_told() -> None:
+def test_invalid_values_raise() -> None:
     with pytest.raises(ValueError, match="text_length and rank must be at least 1"):
         DecomposedPrompt(1, 2, 4, text_length=3, rank=0)
     with pytest.raises(ValueError, match=r"shift_lr: got -1\.0, expected a number at least 0"):

@@ -24,7 +24,7 @@ def plain_logits(backbone: Backbone, ids: torch.Tensor, labels: torch.Tensor) ->
 
 
 @pytest.mark.parametrize("encoded", [False, True])
-def test_all_verbs_are_the_plain_models(encoded: bool, backbone: Backbone, batch: dict[str, torch.Tensor]) -> None:
+def test_all_verbs_equal_the_plain_model(encoded: bool, backbone: Backbone, batch: dict[str, torch.Tensor]) -> None:
     prompt = EmptyPrompt(3, backbone.dim, ["a", "b", "c"])(torch.arange(3))
     prompts = backbone.encode_prompts(prompt) if encoded else prompt
     choices = torch.randint(3, 100, (5, 3, 3), generator=torch.Generator().manual_seed(3))
@@ -51,7 +51,7 @@ def test_all_verbs_are_the_plain_models(encoded: bool, backbone: Backbone, batch
             assert not tokens[row, len(new) :].any()
 
 
-def test_no_pass_is_made_over_nothing(batch: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_prompt_needs_no_pass(batch: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = CausalBackbone(build_model("llama"), "llama")
     lengths: list[int] = []
     plain = backbone.model.forward
@@ -68,7 +68,7 @@ def test_no_pass_is_made_over_nothing(batch: dict[str, torch.Tensor], monkeypatc
     assert output.hidden["decoder/prompt"].weight.shape == (3, 0)
 
 
-def test_an_empty_prompt_has_names_alone() -> None:
+def test_an_empty_prompt_has_task_names_only() -> None:
     prompt = EmptyPrompt(2, 8, ["a", "b"])
     assert prompt.fold("b").shape == (0, 8)
     assert not list(prompt.parameters())

@@ -1,4 +1,4 @@
-"""The fingerprint of a backbone: every tensor counts, and how the model is held does not."""
+"""The fingerprint of a backbone: every tensor counts, and precision, device and ties do not."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -49,7 +49,7 @@ def test_a_row_or_a_column_of_a_larger_table_counts(place: slice, axis: int) -> 
     assert fingerprint(model) != whole
 
 
-def test_how_a_model_is_held_does_not_count(model_folder: Folder) -> None:
+def test_precision_and_ties_do_not_change_the_fingerprint(model_folder: Folder) -> None:
     for kind in KINDS:
         plain = load_backbone(model_folder(kind)).fingerprint
         assert load_backbone(model_folder(kind), dtype="bfloat16").fingerprint == plain

@@ -1,4 +1,4 @@
-"""The check at load time: what it refuses, what it falls back to, and what it leaves alone."""
+"""The check at load time: refused models, fallbacks, and models that pass."""
 
 from collections.abc import Callable
 from typing import Any
@@ -37,7 +37,7 @@ def test_a_wrong_way_is_left_out(kind: str, ways: set[str]) -> None:
 
 
 def test_a_model_with_scaled_inputs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next architecture that scales embeddings of ids alone, whatever it is called."""
+    """An unknown architecture that scales the embeddings of ids but not `inputs_embeds`."""
     model = build_model("llama")
     table = model.get_input_embeddings()
     whole = type(model.model).forward
@@ -156,8 +156,8 @@ def test_gpt_neos_local_window_is_known() -> None:
         backbone.generate(prompts, torch.tensor([0]), ids, torch.ones_like(ids), max_new_tokens=9)
 
 
-def test_no_model_writes_into_prompts() -> None:
-    """CTRL scales the embeddings that it is given in place."""
+def test_prompts_are_not_changed_in_place() -> None:
+    """CTRL scales `inputs_embeds` in place."""
     backbone = wrap_model(build_tiny("ctrl", False), "ctrl").eval()
     prompts = torch.randn(2, 4, 32, dtype=torch.double)
     kept = prompts.clone()

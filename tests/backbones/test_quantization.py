@@ -1,4 +1,4 @@
-"""Quantized backbones on this machine, where the libraries are installed: prompts train in front of them."""
+"""Prompts train on quantized backbones, if the libraries are installed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,15 +20,15 @@ pytest.importorskip("accelerate")
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 DEMO_T5, DEMO_LLAMA = "mpt_lightning/demo/t5", "mpt_lightning/demo/llama"
 QUANTIZED = ["8bit", "4bit"]
+# Largest distance of the logits from fp32's, relative to these.
 NEAR = {"8bit": 0.05, "4bit": 0.5}
-"""Largest distance of the logits from fp32's, relative to these."""
+# Least cosine of the prompt's gradient with fp32's.
 SIMILAR = {"8bit": 0.99, "4bit": 0.8}
-"""Least cosine of the prompt's gradient with fp32's."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """Give the folder of a tiny model whose weights are as small as real ones."""
+    """Return the folder of a tiny model with weights of a realistic scale."""
     made: dict[str, str] = {}
 
     def of(kind: str) -> str:
@@ -72,7 +72,7 @@ def test_gradients_pass_before_and_after_a_pass_without(
 
 
 class Losses(L.Callback):
-    """Keeps each step's loss."""
+    """Records each step's loss."""
 
     def __init__(self) -> None:
         self.values: list[float] = []

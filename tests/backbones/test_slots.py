@@ -14,7 +14,7 @@ T5, LLAMA = "mpt_lightning/demo/t5", "mpt_lightning/demo/llama"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_prompt_tokens_stand_where_their_ids_do(kind: str) -> None:
+def test_prompt_tokens_replace_their_ids(kind: str) -> None:
     """Forward, ranking and generation equal a plain model that reads embeddings, one row at a time."""
     backbone = (Seq2SeqBackbone if kind == "t5" else CausalBackbone)(build_model(kind).double(), kind).eval()
     prompts = torch.randn(2, 3, 32, dtype=torch.double, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -46,7 +46,7 @@ def test_prompt_tokens_stand_where_their_ids_do(kind: str) -> None:
     assert [row.tolist() for row in made] == [row.tolist() for row in written]
 
 
-def test_marks_become_ids() -> None:
+def test_slot_marks_become_negative_ids() -> None:
     assert count_slots("[prompt*2] x [prompt*10]{y}") == 12
     assert count_slots("a prompt*2 and [prompt*]") == 0
     assert with_slots("a[prompt*2]b c [prompt*1]", lambda piece: [len(piece)]) == [1, -1, -2, 4, -3]
@@ -77,7 +77,7 @@ def test_a_card_places_the_prompt(backbone: str, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_a_prefix_started_from_a_text_is_that_text(kind: str) -> None:
+def test_a_prefix_from_a_text_equals_the_text(kind: str) -> None:
     backbone = CausalBackbone(build_model(kind).double(), kind).eval()
     start = torch.randn(1, 4, 32, dtype=torch.double)
     layers = backbone.encode_prompts(start).layers
@@ -93,7 +93,7 @@ def test_a_prefix_started_from_a_text_is_that_text(kind: str) -> None:
 
 
 @pytest.mark.parametrize("projection", [False, True])
-def test_prefix_tuning_trains_evaluates_and_comes_back(projection: bool, tmp_path) -> None:
+def test_prefix_tuning_trains_evaluates_and_reloads(projection: bool, tmp_path) -> None:
     L.seed_everything(0)
     data = load_task(
         "demo/advice", answer_prefix="label :", cache_dir=str(tmp_path), batch_size=16, max_train_rows=128,
@@ -113,7 +113,11 @@ def test_prefix_tuning_trains_evaluates_and_comes_back(projection: bool, tmp_pat
         loaded.prompt.fold("demo/advice")
 
 
-def test_what_has_no_prefix_is_told(tmp_path) -> None:
+def test_encoder_decoders_without_prefixes_raise(tmp_path) -> None:
+    backbone, ids = Seq2SeqBackbone(build_model("t5"), "t5"), torch.tensor([[5, 6]])
+    prefix = PrefixPrompt(1, 3, layers=2, heads=2, width=4)(torch.tensor([0]))
+    with pytest.raises(ValueError, match="takes prompts of embeddings, got keys and values"):
+        backbone(prefix, torch.tensor([0]), ids, torch.ones_like(ids), ids)
     data = load_task("demo/advice", cache_dir=str(tmp_path), max_train_rows=8)
     trainer = L.Trainer(max_steps=1, logger=False, enable_checkpointing=False, accelerator="cpu")
     with pytest.raises(ValueError, match="PrefixTuning is for decoder-only models"):

@@ -27,7 +27,7 @@ def with_peft(kind: str, decay: float) -> PeftModel:
 
 
 def peft_batch(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The rows as PEFT takes them: answers behind their texts, a type per token."""
+    """Return the rows in PEFT's format: answers after their texts, a type per token."""
     width = batch["input_ids"].shape[1] + batch["labels"].shape[1]
     ids, mask, types = (torch.zeros(len(batch["input_ids"]), width, dtype=torch.long) for _ in range(3))
     for row in range(len(ids)):

@@ -31,7 +31,7 @@ def with_ours(kind: str) -> Seq2SeqBackbone | CausalBackbone:
 
 
 def peft_batch(kind: str, batch: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """The same rows as PEFT takes them, and the mask of its logits that predict label tokens."""
+    """Return the same rows in PEFT's format, and the mask of its logits that predict label tokens."""
     if kind == "t5":
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
         return inputs, batch["labels"] != IGNORE

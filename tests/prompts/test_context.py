@@ -1,4 +1,4 @@
-"""The context prompt: what moves, how far, and around what."""
+"""The context prompt: which tokens move, how far, and around which centre."""
 
 import copy
 import io
@@ -106,7 +106,7 @@ def test_the_forward_pass_changes_nothing() -> None:
     assert not prompt.delta_embedding.is_inference()
 
 
-def test_saving_and_loading_moves_neither_the_centre_nor_the_token() -> None:
+def test_saving_and_loading_keep_centre_and_token() -> None:
     prompt = pushed(make())
     assert set(prompt.state_dict()) == {"delta_embedding"}
     for _ in range(4):
@@ -171,12 +171,12 @@ def test_leave_one_out_hides_a_rows_own_copy() -> None:
         ({"tasks": ["a", "b"]}, "1 different names"),
     ],
 )
-def test_impossible_contexts_are_told(change: dict, message: str) -> None:
+def test_invalid_contexts_raise(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ContextPrompt(**({"token_ids": IDS, "token_types": TYPES, "dim": WIDTH} | change))
 
 
-def test_misuse_is_told() -> None:
+def test_misuse_raises() -> None:
     prompt = ContextPrompt(IDS, TYPES, WIDTH)
     with pytest.raises(RuntimeError, match="attach"):
         prompt(ROW)

@@ -53,8 +53,8 @@ def test_tasks_do_not_share_anything(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_saved_is_loaded_and_folded(kind: str) -> None:
-    """Loading twice changes nothing: what is saved is what goes into the network, never what comes out."""
+def test_saving_loading_and_folding_agree(kind: str) -> None:
+    """Loading twice changes nothing: the network's input is saved, not its output."""
     prompt = make(kind)
     again = type(prompt)(**prompt.config())
     again.attach(table())
@@ -66,7 +66,7 @@ def test_saved_is_loaded_and_folded(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tasks_come_and_go(kind: str) -> None:
+def test_add_and_remove_tasks(kind: str) -> None:
     prompt = make(kind)
     before = prompt(BOTH).embeddings.detach()
     prompt.add_task("c", like="b")
@@ -77,7 +77,7 @@ def test_tasks_come_and_go(kind: str) -> None:
     assert type(prompt)(**prompt.config()).num_tasks == 2
 
 
-def test_impossible_values_are_told() -> None:
+def test_invalid_values_raise() -> None:
     with pytest.raises(ValueError, match="encoder must be one of residual, mlp, lstm, got 'gru'"):
         EncodedPrompt(1, 2, 4, encoder="gru")
     with pytest.raises(ValueError, match="hidden must be at least 1"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mpt_lightning import MultitaskPrompt, SoftPrompt
-from mpt_lightning.prompts import DecomposedPrompt, init
+from mpt_lightning.prompts import DecomposedPrompt, PrefixPrompt, Prompt, PromptOutput, init
 
 
 def count(module: torch.nn.Module) -> int:
@@ -28,7 +28,7 @@ def test_parameter_counts_are_the_papers(tasks: int, expected: int) -> None:
     assert count(MultitaskPrompt(tasks, length=100, dim=768, rank=1)) == expected
 
 
-def test_factors_near_one_keep_the_shared_prompt_and_peffts_start_erases_it() -> None:
+def test_factors_near_one_keep_the_shared_prompt() -> None:
     torch.manual_seed(0)
     ones, normal = (MultitaskPrompt(2, 20, 64, rank=3, factor_init=kind) for kind in ("ones", "normal"))
     ids = torch.arange(2)
@@ -46,7 +46,7 @@ def test_fold_equals_the_forward() -> None:
 
 
 @pytest.mark.parametrize("make", [SoftPrompt, MultitaskPrompt])
-def test_tasks_are_added_removed_and_renamed_without_touching_the_others(make: type) -> None:
+def test_add_remove_and_rename_keep_the_other_tasks(make: type) -> None:
     prompt = make(3, 4, 6, tasks=["a", "b", "c"])
     before = {task: prompt.fold(task) for task in "abc"}
     prompt.add_task("d", like="b")
@@ -76,7 +76,7 @@ def test_tasks_are_added_removed_and_renamed_without_touching_the_others(make: t
         (lambda p: SoftPrompt(2, 2, 3, tasks=["a", "a"]), "2 different names"),
     ],
 )
-def test_mistakes_are_told(call, message: str) -> None:
+def test_invalid_arguments_raise(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(SoftPrompt(2, 2, 3, tasks=["a", "b"]))
 
@@ -119,7 +119,7 @@ def test_dept_has_a_prompt_and_a_shift_for_each_task() -> None:
     assert 0.24 < wide.shift_cols.std() < 0.26  # 1/sqrt(R), so that the product's scale does not grow with R
 
 
-def test_sampled_vocabulary_is_distinct_frequent_and_never_special() -> None:
+def test_sampled_vocabulary_is_distinct_and_frequent() -> None:
     table = torch.arange(50.0)[:, None].expand(50, 3)
     drawn = init.sampled_vocabulary(table, 20, top=25, exclude=[0, 1, 2])[:, 0]
     assert len(drawn.unique()) == 20
@@ -136,3 +136,39 @@ def test_text_and_label_starts() -> None:
     assert labels[:2].tolist() == [3, 9]
     with pytest.raises(ValueError, match="no tokens"):
         init.from_token_ids(table, [], 5)
+
+
+class ScaledPrompt(Prompt):
+    """A user's prompt: one matrix and a number per task."""
+
+    per_task = ("scales",)
+
+    def __init__(self, num_tasks: int, length: int, dim: int, power: int = 1, tasks: list[str] | None = None) -> None:
+        super().__init__(num_tasks, length, dim, tasks)
+        self.power = power
+        self.matrix = torch.nn.Parameter(torch.ones(length, dim))
+        self.scales = torch.nn.Parameter(torch.arange(1.0, num_tasks + 1))
+
+    def forward(self, task_ids: torch.Tensor) -> PromptOutput:
+        return PromptOutput(self.matrix * self.scales[task_ids, None, None] ** self.power)
+
+
+def test_a_new_prompt_writes_forward_and_per_task() -> None:
+    prompt = Prompt.classes["ScaledPrompt"](2, 3, 4, power=2, tasks=["a", "b"])
+    assert prompt.config() == {"num_tasks": 2, "length": 3, "dim": 4, "power": 2, "tasks": ["a", "b"]}
+    assert prompt.task_parameters() == ["scales"]
+    prompt.add_task("c", like="b")
+    prompt.remove_task("a")
+    assert prompt.scales.tolist() == [2.0, 2.0]
+    assert torch.equal(prompt.fold("c"), torch.full((3, 4), 4.0))
+
+
+def test_rows_of_an_output_are_those_of_its_parts() -> None:
+    rows = torch.tensor([1, 0, 1])
+    for prompt in (DecomposedPrompt(2, 3, 4, text_length=5, rank=2), PrefixPrompt(2, 3, layers=2, heads=2, width=4)):
+        with torch.no_grad():
+            output, expected = prompt(torch.arange(2))[rows], prompt(rows)
+        torch.testing.assert_close(vars(output), vars(expected))
+        assert output.length == 3
+        with pytest.raises(ValueError, match="Expected a prompt of embeddings alone"):
+            output.embeddings_alone()
