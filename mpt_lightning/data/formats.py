@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mpt_lightning.backbones.base import Family
 from mpt_lightning.data.template import count_slots, with_slots
+from mpt_lightning.errors import MPTError
 
 # Most answers that are cached, which bounds the memory of a task with free text.
 _CACHED = 100_000
@@ -39,6 +40,9 @@ class Format(ABC):
     Args:
         tokenizer: The backbone's tokenizer.
         with_bos: Whether inputs begin with the tokenizer's opening tokens. Decoder-only models.
+
+    Raises:
+        MPTError: If the tokenizer has no end of sequence.
     """
 
     # Whether an answer continues its input in one sequence, so that its ids depend on the input.
@@ -47,6 +51,11 @@ class Format(ABC):
     gap: ClassVar[str] = ""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, with_bos: bool = True) -> None:
+        if tokenizer.eos_token_id is None:
+            raise MPTError(
+                f"Tokenizer '{tokenizer.name_or_path}': got no end-of-sequence token, expected one to close targets "
+                "with; change `backbone` or set its `eos_token`."
+            )
         self.tokenizer, self.with_bos = tokenizer, with_bos
 
     @cached_property

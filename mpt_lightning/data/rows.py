@@ -113,7 +113,7 @@ def select_rows(card: TaskCard, raw: Dataset, split: Split, draw: Draw) -> Datas
         positions = _draw_shots(card, positions, classes, draw)
     if draw.max_rows is not None and draw.max_rows < len(positions):
         positions, _ = _cut(positions, groups if split != "train" else None, draw.max_rows, draw.seed)
-    return rows.select(numbers[positions])
+    return rows.select(numbers[positions].astype(int))
 
 
 def _cut(positions: np.ndarray, groups: np.ndarray | None, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -17,7 +17,7 @@ from mpt_lightning.backbones.load import family_of
 from mpt_lightning.backbones.pretrained import load_config, load_tokenizer
 from mpt_lightning.data.card import TaskCard
 from mpt_lightning.data.examples import Example
-from mpt_lightning.data.formats import FORMATS, EncodedInput, Format
+from mpt_lightning.data.formats import FORMATS, EncodedInput
 from mpt_lightning.data.rows import Split
 from mpt_lightning.data.template import render
 from mpt_lightning.errors import MPTError
@@ -37,6 +37,9 @@ class Encoder:
         with_bos: Whether inputs begin with what the tokenizer puts before a text. False if a context comes before
             them, which begins with it. Decoder-only models.
 
+    Attributes:
+        format: How the family reads inputs and writes answers.
+
     Raises:
         MPTError: If an option, which may come from a checkpoint, is invalid, or the tokenizer cannot close a target.
     """
@@ -49,22 +52,13 @@ class Encoder:
 
     def __post_init__(self) -> None:
         check_arguments(Encoder, vars(self))
-        if self.tokenizer.eos_token_id is None:
-            raise MPTError(
-                f"Tokenizer '{self.tokenizer.name_or_path}': got no end-of-sequence token, expected one to close "
-                "targets with; change `backbone` or set its `eos_token`."
-            )
+        self.format = FORMATS[self.family](self.tokenizer, self.with_bos)
 
     @classmethod
     def from_backbone(cls, backbone: str, max_input_length: int, **options: Any) -> Encoder:
         """Load the tokenizer and family of a backbone, by Hub id or local folder, and return the encoder."""
         family = family_of(load_config(backbone))
         return cls(load_tokenizer(backbone), family, max_input_length, **options)
-
-    @cached_property
-    def format(self) -> Format:
-        """How the family reads inputs and writes answers."""
-        return FORMATS[self.family](self.tokenizer, self.with_bos)
 
     @property
     def pad_id(self) -> int:
