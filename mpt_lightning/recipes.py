@@ -12,15 +12,16 @@ from jsonargparse import get_loader, set_loader
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
-import mpt_lightning.data  # so that its classes are known by their short names
-import mpt_lightning.modules  # noqa: F401
 from mpt_lightning.checkpoint import PromptCheckpoint, read_checkpoint
+from mpt_lightning.data import MultitaskDataModule, TaskDataModule
 from mpt_lightning.errors import MPTError, find_error
 from mpt_lightning.io import one_line, read_yaml
 from mpt_lightning.modules.base import PromptModule
 from mpt_lightning.modules.evaluation import NO_PROMPT
 from mpt_lightning.resources import Kind, find_packaged, packaged
 
+# Imported, so that these and all modules are known by their short names.
+DATA_MODULES = (TaskDataModule, MultitaskDataModule)
 _load_yaml = get_loader("yaml")
 
 
@@ -75,7 +76,7 @@ class MPTCLI(LightningCLI):
         command = self.config.subcommand
         options = self.config[command]
         name, path = options.model.class_path.rpartition(".")[2], options.get("ckpt_path")
-        ours = {cls.__name__: cls for cls in _subclasses(PromptModule)}.get(name)  # type: ignore[type-abstract]
+        ours = PromptModule.classes.get(name)
         if ours is None or path in ("best", "last", "hpc"):
             return
         arguments = options.model.get("init_args")
@@ -129,10 +130,6 @@ def _report_overrides(checkpoint: PromptCheckpoint, given: dict[str, Any]) -> No
     ]
     if differ:
         print(f"mpt: the checkpoint's arguments are used: {', '.join(differ)}", file=sys.stderr)
-
-
-def _subclasses(cls: type[PromptModule]) -> set[type[PromptModule]]:
-    return {cls}.union(*(_subclasses(child) for child in cls.__subclasses__()))
 
 
 KINDS: dict[str, Kind] = {"--config": "configs", "-c": "configs", "--data": "tasks"}

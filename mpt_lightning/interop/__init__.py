@@ -1,7 +1,8 @@
 """The ecosystem: PEFT folders both ways, prompt embeddings for vLLM and transformers, and the Hub."""
 
 from mpt_lightning.checkpoint import import_peft
-from mpt_lightning.interop.hub import model_card, push
+from mpt_lightning.interop.card import model_card
+from mpt_lightning.interop.hub import push
 from mpt_lightning.interop.peft import export_peft
 from mpt_lightning.interop.prompt_embeds import export_prompt_embeds
 

@@ -16,7 +16,7 @@ from mpt_lightning.backbones.pretrained import load_config
 from mpt_lightning.checkpoint import PromptCheckpoint
 from mpt_lightning.checkpoint.export import DESCRIPTION, STATE, write_description, write_json
 from mpt_lightning.checkpoint.peft import ADAPTER, TASKS
-from mpt_lightning.interop.examples import Layout
+from mpt_lightning.interop.card import CARD, Layout, model_card
 from mpt_lightning.interop.folder import (
     as_checkpoint,
     only,
@@ -24,7 +24,6 @@ from mpt_lightning.interop.folder import (
     trained_prompt,
     write_tensors,
 )
-from mpt_lightning.interop.hub import model_card
 from mpt_lightning.io import new_folder
 from mpt_lightning.prompts import MultitaskPrompt, Prompt, SoftPrompt
 
@@ -122,7 +121,7 @@ def _finish(
         write_tensors(folder / STATE, _own_names(checkpoint.state_dict))
     write_description(folder, checkpoint, files)
     card = model_card(checkpoint, layout, family=family_of(config))
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def _own_names(state: dict[str, Tensor]) -> dict[str, Tensor]:

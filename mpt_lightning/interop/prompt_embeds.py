@@ -8,6 +8,7 @@ from mpt_lightning.backbones.load import family_of
 from mpt_lightning.backbones.pretrained import load_config
 from mpt_lightning.checkpoint import PromptCheckpoint
 from mpt_lightning.checkpoint.export import digest, write_json
+from mpt_lightning.interop.card import CARD, model_card
 from mpt_lightning.interop.folder import (
     as_checkpoint,
     only,
@@ -15,7 +16,6 @@ from mpt_lightning.interop.folder import (
     trained_prompt,
     write_tensors,
 )
-from mpt_lightning.interop.hub import CARD, model_card
 from mpt_lightning.io import new_folder
 
 INDEX = "prompt_embeds.json"

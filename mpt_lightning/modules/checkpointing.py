@@ -25,10 +25,16 @@ class CheckpointedModule(BackboneModule):
 
     # The arguments that take checkpoints of other classes into a run of this one, by the other class's name.
     hand_over: ClassVar[Mapping[str, str]] = {}
+    # The modules by class name, as checkpoints name them.
+    classes: ClassVar[dict[str, type["CheckpointedModule"]]] = {}
 
     # Whether a fit is being restored from a checkpoint, up to its first step.
     restores = False
     _resumed: ResumedRun | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.classes[cls.__name__] = cls
 
     @classmethod
     def plain_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:

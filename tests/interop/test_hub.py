@@ -222,7 +222,7 @@ def test_an_export_is_pushed_as_it_is(checkpoint: Make, tmp_path: Path, monkeypa
 
 
 def test_what_cannot_be_pushed_is_told(checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"is no export: it has no README\.md"):
+    with pytest.raises(ValueError, match=r"is not an export: it has no README\.md"):
         push(tmp_path, "me/prompts")
     folder = export_peft(checkpoint("t5", "MPTSource"), tmp_path / "export")
     with pytest.raises(ValueError, match=r"was not pushed to 'a/b/c': Repo id must be in the form"):
@@ -234,5 +234,5 @@ def test_what_cannot_be_pushed_is_told(checkpoint: Make, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(hub, "HfApi", Unreachable)
     LocalHub.root, LocalHub.calls = tmp_path / "hub", []
-    with pytest.raises(ValueError, match=r"was not pushed to 'me/prompts': no route\. Check the repository's name"):
+    with pytest.raises(ValueError, match=r"was not pushed to 'me/prompts': no route more\. Check the repository"):
         push(folder, "me/prompts")
