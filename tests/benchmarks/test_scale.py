@@ -2,10 +2,13 @@
 
 import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import launch
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -99,9 +102,21 @@ def test_parameters_and_operations_of_the_methods(script) -> None:
     assert flops["MPTSource"][1] - whole == pytest.approx(forward, rel=0.05)  # the teachers' pass
 
 
-def test_scaling_runs(script, tmp_path: Path) -> None:
-    output = tmp_path / "scaling.json"
-    script("scaling").main([
+def work(words: list[str]) -> None:
+    """Run the script in one of several processes that share its work."""
+    sys.path.insert(0, str(SCRIPTS))
+    importlib.import_module("scaling").main(words)
+
+
+def test_scaling_runs(script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess:
+        words = command[2:]
+        launch(work, words, ranks=int(words[words.index("--processes") + 1]))
+        return subprocess.CompletedProcess(command, 0)
+
+    scaling, output = script("scaling"), tmp_path / "scaling.json"
+    monkeypatch.setattr(scaling.subprocess, "run", run)  # fresh processes take seconds to start
+    scaling.main([
         "--tiny", "--methods", "MPTSource", "--steps", "1", "--rounds", "1", "--rows", "2", "--length", "8",
         "--model-rows", "2", "--model-length", "8", "--timeout", "200", "--output", str(output),
     ])  # fmt: skip

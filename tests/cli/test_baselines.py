@@ -10,12 +10,13 @@ import torch
 from mpt_lightning.cli.main import main
 from mpt_lightning.resources import packaged_names
 
+# The data is cached once for all tests.
 QUIET = [
-    *("--config", "trainer/cpu", "--data.cache_dir", "cache", "--data.max_eval_rows", "20"),
+    *("--config", "trainer/cpu", "--data.cache_dir", "../cache", "--data.max_eval_rows", "8"),
     *("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"),
 ]
 SHORT = [
-    *("--trainer.max_steps", "3", "--trainer.val_check_interval", "1", "--data.k_shot", "8"),
+    *("--trainer.max_steps", "3", "--trainer.val_check_interval", "3", "--data.k_shot", "8"),
     *("--model.warmup_steps", "0"),
 ]
 TRAINED = {
@@ -100,7 +101,7 @@ def test_qlora_says_what_is_missing(
     own_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mpt_lightning.backbones.quantization.find_spec", lambda name: None)
-    message = error(capsys, "fit", "--config", "baselines/qlora", *QUIET, *SHORT)
+    message = error(capsys, "fit", "--config", "baselines/qlora", *QUIET, *SHORT, "--data.cache_dir", "cache")
     assert "backbone_quantization='4bit' needs bitsandbytes and accelerate, which is not installed" in message
     assert not (own_folder / "cache").exists()
 

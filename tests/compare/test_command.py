@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import PROCESSES
 
 from mpt_lightning.cli.main import main
 from mpt_lightning.resources import packaged
@@ -16,6 +17,7 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["mpt"])
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("multiprocessing.get_context", lambda method: PROCESSES)  # fresh processes take seconds
     return tmp_path
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from processes import launch
+from processes import finish, launch, start
 from safetensors.torch import load_file
 from stages import LLAMA, T5, FirstGradient, data, doubled, make, trainer
 from torch.distributed.tensor import DTensor
@@ -31,6 +30,7 @@ from mpt_lightning import (
 from mpt_lightning.backbones.sharding import shard
 from mpt_lightning.callbacks import PEFTExport, PredictionWriter
 from mpt_lightning.checkpoint import read_checkpoint
+from mpt_lightning.cli.main import main
 from mpt_lightning.data.card import TaskCard
 from mpt_lightning.data.sampling import EvalSampler
 from mpt_lightning.distributed.strategy import check_strategy
@@ -123,11 +123,11 @@ def resume(folder: Path, devices: int) -> None:
     target = folder / str(devices)
     for stage in ("prompt_tuning", "cpt"):
         starts = {"whole": None, "resumed": target, "one": folder / "1"}
-        for name, start in starts.items():
+        for name, origin in starts.items():
             L.seed_everything(0)
             saving = ModelCheckpoint(dirpath=target, filename=f"{stage}.{{epoch}}", save_top_k=-1)
             run = trainer(devices, ShardedStrategy(), max_epochs=2, limit_val_batches=0, callbacks=[saving])
-            path = None if start is None else start / f"{stage}.epoch=0.ckpt"
+            path = None if origin is None else origin / f"{stage}.epoch=0.ckpt"
             run.fit(make(stage, folder), datamodule=data(stage, 4 // devices, folder), ckpt_path=path)
             run.save_checkpoint(target / f"{stage}.{name}.ckpt")
 
@@ -261,14 +261,19 @@ def test_a_loss_that_is_not_finite_stops_both_ranks(folder: Path) -> None:
     assert messages[0].startswith("Rank 1: The loss is not finite at step 1")
 
 
+def command(folder: str, words: list[str]) -> None:
+    """Run `mpt`; Lightning starts the other ranks by `sys.argv`."""
+    os.chdir(folder)
+    sys.argv = [str(Path(sys.executable).with_name("mpt")), *words]
+    main()
+
+
 def test_the_command_starts_the_other_ranks(tmp_path: Path) -> None:
     words = (
         "fit --config demo/cpt --config trainer/sharded --trainer.accelerator cpu --trainer.devices 2 "
         "--trainer.max_steps 2 --trainer.val_check_interval 2"
     )
-    command = [str(Path(sys.executable).with_name("mpt")), *words.split()]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    finish(start(command, str(tmp_path), words.split()), seconds=200)
     assert read_checkpoint(str(tmp_path / "runs/demo/cpt/last.ckpt")).stage == "CPT"
 
 
