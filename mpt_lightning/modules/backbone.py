@@ -4,7 +4,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import lightning.pytorch as L
 import torch
@@ -12,6 +12,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from mpt_lightning.arguments import NonNegativeFloat, NonNegativeInt, PositiveInt, check_arguments
 from mpt_lightning.backbones import Backbone, load_backbone
+from mpt_lightning.backbones.base import Family
 from mpt_lightning.backbones.quantization import Quantization, check_quantization
 from mpt_lightning.checkpoint.io import CheckedCheckpointIO
 from mpt_lightning.checkpoint.state import keep_trainable
@@ -56,6 +57,8 @@ class BackboneModule(L.LightningModule, ABC):
     fixed_arguments: ClassVar[tuple[str, ...]] = ("optimizer",)
     # Arguments that are read once, when a new prompt is built: a resumed run uses the checkpoint's values.
     initial_arguments: ClassVar[tuple[str, ...]] = ("tasks",)
+    # The families of models that the method works with.
+    families: ClassVar[tuple[Family, ...]] = get_args(Family)
     # Whether `adapt` needs the backbone on the CPU. Otherwise weights are loaded straight to the Trainer's device.
     adapts_on_cpu = False
 
@@ -171,6 +174,11 @@ class BackboneModule(L.LightningModule, ABC):
                     device=self.trainer.strategy.root_device if self._trainer is not None else None,
                     compiled=self.backbone_compile,
                     check=self.backbone_check,
+                )
+            if backbone.family not in self.families:
+                raise MPTError(
+                    f"{type(self).__name__} works with models of the family {' or '.join(self.families)}, and "
+                    f"{backbone.name} is {backbone.family}. Set --model.backbone to another model, or use PromptTuning."
                 )
             with torch.device("cpu"):  # a seed gives one start on every device
                 self.adapt(backbone)

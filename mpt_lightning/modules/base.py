@@ -1,7 +1,6 @@
 """The training step, loss and optimizer that all methods share."""
 
-from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -22,16 +21,20 @@ from mpt_lightning.modules.optimizers import build_optimizer, build_schedule, to
 class PromptModule(EvaluatedModule):
     """The base of all methods: a prompt in front of a frozen backbone, trained, evaluated and saved.
 
-    A method implements `build_prompt` and `parameter_groups`; `losses`, `label_tokens` and `adapt` have defaults. See
-    `BackboneModule` for the arguments.
+    A method implements `build_prompt`, and has a learning rate `lr` or its own `parameter_groups`; `losses`,
+    `label_tokens` and `adapt` have defaults. See `BackboneModule` for the arguments.
     """
 
+    # The name of the optimizer's one group.
+    group_name: ClassVar[str] = "prompts"
+    lr: float
     _fault: str | None = None  # why this rank cannot continue
     _step: StepMean  # of the optimizer step that is being accumulated
 
-    @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the optimizer's groups: `params`, `lr` and `name`."""
+        """Return the optimizer's groups: `params`, `lr` and `name`. By default one: the prompt, with `self.lr`."""
+        _, prompt = self.parts()
+        return [{"params": list(prompt.parameters()), "lr": self.lr, "name": self.group_name}]
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Return the terms of the training loss by name; "loss" is minimised.

@@ -57,6 +57,8 @@ class CPT(PromptModule):
 
     title, paper = "Context-aware prompt tuning", "2410.17222"
     summary = "a context of training examples whose embeddings were trained within small balls"
+    families = ("causal",)  # an encoder does not predict the labels in a context
+    group_name = "context"
     fixed_arguments = (*PromptModule.fixed_arguments, "method")
     initial_arguments = (*PromptModule.initial_arguments, "instruction_length", "instruction_text")
 
@@ -116,16 +118,7 @@ class CPT(PromptModule):
             raise MPTError(NO_CONTEXT)
 
     def build_prompt(self, backbone: Backbone) -> ContextPrompt:
-        """Build the prompt from the data's context; with method="instruction" an instruction comes before it.
-
-        Raises:
-            MPTError: If the backbone is an encoder-decoder.
-        """
-        if not isinstance(backbone, CausalBackbone):
-            raise MPTError(
-                f"CPT trains on the labels in its context, and the encoder of {backbone.name} does not predict them. "
-                "Set --model.backbone to a decoder-only model, or use PromptTuning or MPTTarget."
-            )
+        """Build the prompt from the data's context; with method="instruction" an instruction comes before it."""
         context = self._datamodule().context
         ids, types = list(context.token_ids), list(context.token_types)
         if self.method == "instruction":
@@ -237,11 +230,6 @@ class CPT(PromptModule):
             )
         own: Tensor = batch["context_examples"]
         return own
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return one group: the perturbation."""
-        _, prompt = self.parts()
-        return [{"params": list(prompt.parameters()), "lr": self.lr, "name": "context"}]
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Build the optimizer; each of its steps ends with the projection onto the balls."""

@@ -21,8 +21,6 @@ class AdaptedModule(PromptModule):
     There is no prompt, and one model serves all tasks: they differ in their texts alone.
     """
 
-    lr: float
-
     @abstractmethod
     def change(self, backbone: Backbone) -> None:
         """Put what is trained into the model, or unfreeze what is there."""

@@ -5,8 +5,7 @@ from typing import Any, Literal
 import torch
 
 from mpt_lightning.arguments import NonNegativeFloat, PositiveInt
-from mpt_lightning.backbones import Backbone, CausalBackbone
-from mpt_lightning.errors import MPTError
+from mpt_lightning.backbones import Backbone
 from mpt_lightning.modules.base import PromptModule
 from mpt_lightning.modules.initialization import PromptInit, initial_prompt
 from mpt_lightning.prompts.prefix import PrefixPrompt
@@ -27,6 +26,8 @@ class PrefixTuning(PromptModule):
         **kwargs: See `BackboneModule`.
     """
 
+    families = ("causal",)
+    group_name = "prefixes"
     fixed_arguments = (*PromptModule.fixed_arguments, "prompt_length", "projection")
     initial_arguments = (*PromptModule.initial_arguments, "prefix_init", "init_text", "network_width")
 
@@ -48,28 +49,14 @@ class PrefixTuning(PromptModule):
         self.lr = lr
 
     def build_prompt(self, backbone: Backbone) -> PrefixPrompt:
-        """Build the prefix.
-
-        Raises:
-            MPTError: If the backbone is an encoder-decoder.
-        """
-        if not isinstance(backbone, CausalBackbone):
-            raise MPTError(
-                f"PrefixTuning is for decoder-only models, and {backbone.name} is an encoder-decoder, whose encoder "
-                "keeps no keys and values. Set --model.backbone to a decoder-only model, or use PromptTuning."
-            )
+        """Build the prefix."""
         start: PromptInit = "text" if self.prefix_init == "text" else "vocabulary"
         with torch.no_grad():
             embeddings = initial_prompt(start, backbone, self.prompt_length, self.init_text, [])
-            layers = backbone.encode_prompts(embeddings[None].to(backbone.embeddings.device)).layers
+            layers = backbone.encode_prompts(embeddings[None].to(backbone.embeddings.device)).layers or ()
         _, heads, _, width = layers[0][0].shape
         inner = (self.network_width or backbone.dim) if self.projection else None
         prompt = PrefixPrompt(len(self.tasks), self.prompt_length, len(layers), heads, width, self.tasks, inner)
         if inner is None and self.prefix_init != "random":
             prompt.initialize(layers)
         return prompt
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return one group: the prefixes."""
-        _, prompt = self.parts()
-        return [{"params": list(prompt.parameters()), "lr": self.lr, "name": "prefixes"}]

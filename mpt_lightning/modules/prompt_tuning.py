@@ -84,8 +84,3 @@ class PromptTuning(PromptModule):
             starts = initial_prompts(self.prompt_init, backbone, length, self.init_text, self.cards, self.tasks)
             prompt.initialize(starts)
         return prompt
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return one group: the prompts."""
-        _, prompt = self.parts()
-        return [{"params": list(prompt.parameters()), "lr": self.lr, "name": "prompts"}]
