@@ -84,19 +84,12 @@ def load_backbone(
     if absent := sorted(loading["missing_keys"]):
         raise MPTError(
             f"{name_or_path!r} lacks {len(absent)} of the weights of {type(model).__name__} ({absent[0]}, ...), which "
-            "would be random. Expected the whole language model with its head, as saved from "
-            f"{type(model).__name__}."
+            f"would be random. Expected the whole language model with its head, as saved from {type(model).__name__}."
         )
     if quantization is not None:
         keep_differentiable(model)
-    return wrap_model(
-        model,
-        name_or_path,
-        check=check,
-        dropout=dropout,
-        gradient_checkpointing=gradient_checkpointing,
-        compiled=compiled,
-    )
+    parts = {"dropout": dropout, "gradient_checkpointing": gradient_checkpointing, "compiled": compiled}
+    return wrap_model(model, name_or_path, check=check, **parts)
 
 
 def wrap_model(model: PreTrainedModel, name: str, *, check: bool = True, **options: bool) -> Backbone:

@@ -5,8 +5,6 @@ then rows on top of their keys and values. Only attention separates them: prompt
 prompt and themselves.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -53,16 +51,6 @@ class Layout:
 
 # The layout of the packed pass that is running, if any.
 LAYOUT: ContextVar[Layout | None] = ContextVar("layout", default=None)
-
-
-@contextmanager
-def packed(layout: Layout) -> Iterator[None]:
-    """Set the layout of the packed pass in this context."""
-    token = LAYOUT.set(layout)
-    try:
-        yield
-    finally:
-        LAYOUT.reset(token)
 
 
 def group_size(prompts: int, length: int, rows: int, tokens: int) -> int:
@@ -179,7 +167,8 @@ def packed_forward(
     if predict_at is not None:
         starts = torch.arange(count, device=rows.device)[:, None] * length
         keep = torch.cat([(starts + predict_at).flatten(), keep])
-    with packed(layout):
+    token = LAYOUT.set(layout)
+    try:
         output = backbone.model(
             inputs_embeds=embeds,
             position_ids=positions,
@@ -188,6 +177,8 @@ def packed_forward(
             output_hidden_states=hidden_states,
             return_dict=True,
         )
+    finally:
+        LAYOUT.reset(token)
     asked = len(keep) - size * predicted
     logits = output.logits[0, asked:].unflatten(0, (size, predicted))
     of_prompts = None if predict_at is None else output.logits[0, :asked].unflatten(0, (count, -1))

@@ -51,15 +51,13 @@ def quantized(kind: Quantization, dtype: torch.dtype, device: torch.device) -> d
             f"backbone_quantization='{kind}': bitsandbytes cannot run on this machine. Use one with a device that it "
             f"supports, or leave backbone_quantization unset. The cause: {one_line(error)}"
         ) from error
-    if kind == "8bit":
-        config = BitsAndBytesConfig(load_in_8bit=True)
-    else:
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
+    config = BitsAndBytesConfig(
+        load_in_8bit=kind == "8bit",
+        load_in_4bit=kind == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
     return {"quantization_config": config, "device_map": {"": device}}
 
 

@@ -13,13 +13,11 @@ from mpt_lightning.prompts.soft import FreePrompt
 class DecomposedPrompt(FreePrompt):
     """Per task a free prompt `[P, H]`, and `A B` `[S, H]` that is added to the embeddings of the text's first S tokens.
 
+    See `Prompt` for the other arguments.
+
     Args:
-        num_tasks: T.
-        length: P.
-        dim: H.
         text_length: S, the longest text in tokens.
         rank: R of A `[S, R]` and B `[R, H]`.
-        tasks: [T] names of the rows.
 
     Raises:
         MPTError: If a size is below 1.

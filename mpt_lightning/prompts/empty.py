@@ -10,12 +10,7 @@ from mpt_lightning.prompts.output import PromptOutput
 
 
 class EmptyPrompt(Prompt):
-    """A prompt of no tokens, P = 0: tasks have names only.
-
-    Args:
-        num_tasks: T.
-        dim: H.
-        tasks: [T] names of the tasks.
+    """A prompt of no tokens, P = 0: tasks have names only; see `Prompt` for the arguments.
 
     Example:
         >>> EmptyPrompt(num_tasks=3, dim=8)(torch.tensor([2, 0])).embeddings.shape

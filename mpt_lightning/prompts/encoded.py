@@ -14,13 +14,9 @@ EncoderName = Literal["residual", "mlp", "lstm"]
 
 
 class EncodedPrompt(FreePrompt):
-    """One free prompt per task, each passed through a separate network.
+    """One free prompt per task, each passed through a separate network; see `Prompt` for the other arguments.
 
     Args:
-        num_tasks: T.
-        length: P, tokens per prompt.
-        dim: H.
-        tasks: [T] names of the rows.
         encoder: "residual" adds a bottleneck network's output to the prompt (Razdaibiedina et al., 2023, section 3);
             "mlp" and "lstm" are those of P-tuning (Liu et al., 2021, section 3.2; `peft/tuners/p_tuning/model.py`).
         hidden: Width of the network's inner layers; H by default, H / 2 for "residual".

@@ -16,14 +16,11 @@ class MultitaskPrompt(Prompt):
     r"""`P^_k = P* (Hadamard) W_k` with `W_k = sum_r u_kr v_kr^T` (paper section 3.1; rank one there).
 
     All tasks train the shared prompt P* `[P, H]` (the slow weights); each task trains its factors u `[P, R]` and
-    v `[R, H]` (the fast weights). Names are PEFT's (`peft/tuners/multitask_prompt_tuning/model.py`).
+    v `[R, H]` (the fast weights). Names are PEFT's (`peft/tuners/multitask_prompt_tuning/model.py`). The arguments that
+    are not listed are those of `Prompt`.
 
     Args:
-        num_tasks: T.
-        length: P, tokens per prompt.
-        dim: H.
         rank: R, at least 1.
-        tasks: [T] names of the rows.
         factor_init: "ones" starts every task at P^_k = P*, so that the shared prompt's initialisation reaches the
             model; "normal" is PEFT's N(0, 0.02), which starts every prompt at about zero (4e-4 of P*'s scale).
 

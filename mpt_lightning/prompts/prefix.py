@@ -14,13 +14,12 @@ from mpt_lightning.prompts.output import PromptOutput
 class PrefixPrompt(Prompt):
     """One prefix per task: P keys and values in each layer, trained directly or through a network.
 
+    See `Prompt` for the other arguments.
+
     Args:
-        num_tasks: T.
-        length: P.
         layers: Layers of the model.
         heads: Its key heads.
         width: D, the size of a key head.
-        tasks: [T] names of the rows.
         projection: None trains keys and values directly; a number is the inner width of a network of two layers that
             computes them from P embeddings of the size heads * D (the paper's section 4.3).
 

@@ -13,14 +13,11 @@ from mpt_lightning.prompts.output import PromptOutput
 class SuperposedPrompt(Prompt):
     """Each prompt token is a weighted sum of the frozen embeddings of N vocabulary tokens (128 in the paper).
 
-    A task's prompt tokens share the vocabulary tokens; only the weights `[T, P, N]` are trained.
+    A task's prompt tokens share the vocabulary tokens; only the weights `[T, P, N]` are trained. See `Prompt`
+    for the other arguments.
 
     Args:
-        num_tasks: T.
-        length: P, tokens per prompt.
-        dim: H.
         token_ids: [T][N] the vocabulary tokens of each task.
-        tasks: [T] names of the rows.
 
     Raises:
         MPTError: If `token_ids` is not one list per task, or the lists differ in length.
