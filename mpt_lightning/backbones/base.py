@@ -157,7 +157,7 @@ class Backbone(nn.Module, ABC):
         return self
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Return the input embeddings `[B, L, H]` of token ids `[B, L]`; a prompt stands before these."""
+        """Return the input embeddings `[B, L, H]` of token ids `[B, L]`, without a prompt."""
         embeddings: Tensor = self.model.get_input_embeddings()(input_ids)
         return embeddings if self.input_scale == 1 else embeddings * self.input_scale
 

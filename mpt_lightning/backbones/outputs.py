@@ -15,7 +15,7 @@ class BackboneOutput:
     Attributes:
         logits: `[B, M, V]`, position m predicts label token m.
         hidden: Hidden states by "<stack>/<part>": encoder/prompt, encoder/text and decoder/text of an
-            encoder-decoder, decoder/prompt and decoder/text of a decoder-only model. Empty unless asked for.
+            encoder-decoder, decoder/prompt and decoder/text of a decoder-only model. Empty unless requested.
         prompt_logits: `[U, N, V]` at the requested positions of the prompts, or None.
     """
 

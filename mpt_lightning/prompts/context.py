@@ -174,4 +174,4 @@ def _check_types(token_ids: Sequence[int], token_types: Sequence[int]) -> None:
     if min(token_types) < INSTRUCTION:
         raise MPTError(f"Token types are {INSTRUCTION}, 0 or above; got {min(token_types)}.")
     if token_types[0] > 0 and token_types[0] % 4 == 0:
-        raise MPTError("The context begins with a label, which nothing can predict; begin with an input or a template.")
+        raise MPTError("The context starts with a label, which no token predicts. Start with an input or a template.")

@@ -12,8 +12,8 @@ class PromptOutput:
     """The prompts of U tasks.
 
     Attributes:
-        embeddings: `[U, P, H]`, which stand before the text's embeddings; None if the prompts are keys and values.
-        layers: Per layer the keys and values `[U, heads, P, D]`, which stand before the text's; empty if the prompts
+        embeddings: `[U, P, H]`, which precede the text's embeddings; None if the prompts are keys and values.
+        layers: Per layer the keys and values `[U, heads, P, D]`, which precede the text's; empty if the prompts
             are embeddings.
         shift: `[U, S, H]`, added to the embeddings of the text's first S tokens, or None.
     """

@@ -166,7 +166,7 @@ def test_leave_one_out_hides_a_rows_own_copy() -> None:
         ({"epsilon": float("nan")}, "epsilon must be above 0"),
         ({"token_types": TYPES[:-1]}, "one type per token: got 12 ids, 11 types"),
         ({"token_types": [-2, *TYPES[1:]]}, "Token types are -1, 0 or above; got -2"),
-        ({"token_types": [4, *TYPES[1:]]}, "begins with a label"),
+        ({"token_types": [4, *TYPES[1:]]}, "starts with a label"),
         ({"token_ids": [], "token_types": []}, "length must be at least 1"),
         ({"tasks": ["a", "b"]}, "1 different names"),
     ],
