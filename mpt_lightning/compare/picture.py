@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from mpt_lightning.compare.plan import AVERAGE, k_name, k_title
 
 MARKS = "osD^vP*X"
-COLOURS = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
+_TAB20 = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
+COLOURS = (*_TAB20[::2], *_TAB20[1::2])  # ten full colours, then ten pale ones
 
 
 def draw(scores: pd.DataFrame, shots: Sequence[int | None], metric: str, path: Path) -> None:
@@ -30,7 +31,7 @@ def draw(scores: pd.DataFrame, shots: Sequence[int | None], metric: str, path: P
     colours = dict(zip(scores.index.unique("method"), range(len(scores)), strict=False))
     for place, k in enumerate(shots):
         mark = MARKS[place % len(MARKS)]
-        for method, score in scores.loc[k_name(k), :, AVERAGE].iterrows():
+        for method, score in scores.xs((k_name(k), AVERAGE), level=("k", "task")).iterrows():
             colour = COLOURS[colours[method] % len(COLOURS)]
             left.plot(score["trained_parameters"], 100 * score["mean"], mark, color=colour, markersize=7)
         left.plot([], [], mark, color="gray", label=k_title(k))
@@ -58,7 +59,7 @@ def draw_curves(axes: Axes, scores: pd.DataFrame, shots: Sequence[int | None]) -
         averages = scores.xs((method, AVERAGE), level=("method", "task"))
         averages = 100 * averages.reindex(names).dropna(subset="mean")
         # Side by side, since twenty error bars in one place cannot be read.
-        aside = 0.4 * (number / max(1, len(methods) - 1) - 0.5)
+        aside = min(0.05, 0.4 / len(methods)) * (number - (len(methods) - 1) / 2)
         places = [names.index(k) + aside for k in averages.index]
         style = "o-" if number < len(COLOURS) else "s--"
         axes.errorbar(

@@ -58,8 +58,9 @@ def summarize(results: Iterable[Result]) -> pd.DataFrame:
     """
     runs = pd.DataFrame([{**vars(result), "k": k_name(result.k)} for result in results])
     runs["failed"] = runs["error"].notna()
-    numbers = runs[["value", *COSTS]].astype(float)
-    runs[numbers.columns] = numbers.where(numbers["value"].notna(), axis="index")
+    numbers = ["value", *COSTS]
+    runs[numbers] = runs[numbers].astype(float)
+    runs.loc[runs["value"].isna(), list(COSTS)] = math.nan
     seeds = runs.groupby(["k", "method", "seed"], sort=False)
     # A seed without a result in one task has no average: the other tasks may be easier or harder.
     averages = seeds.agg(value=("value", lambda values: values.mean(skipna=False)), failed=("failed", "any"))
