@@ -1,7 +1,6 @@
-"""Callbacks: the last checkpoint, predictions as JSONL, an export of the best one for PEFT, the picture of prompts."""
+"""Callbacks: predictions as JSONL, the last checkpoint, an export of the best one for PEFT, a picture of prompts."""
 
 import json
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,18 @@ from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from torch.nn import functional
 
 from mpt_lightning.errors import MPTError
-from mpt_lightning.io import write_file
+from mpt_lightning.io import write_json_lines
 from mpt_lightning.modules.base import PromptModule
 from mpt_lightning.prompts import Prompt, PromptOutput
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes what `predict` answers, one JSON object per line: task, row, text, prediction, gold.
+    """Writes the records of `predict`, one JSON object per line: task, row, text, prediction, gold.
 
-    Each rank writes its rows as they come; at the end rank 0 joins them in the order of tasks and rows. The file
-    appears whole or not at all.
+    Each rank writes its rows to a file of its own; at the end rank 0 joins them in the order of tasks and rows.
 
     Args:
-        path: the file, such as predictions.jsonl. It must not exist.
+        path: The file. It must not exist.
     """
 
     def __init__(self, path: str = "predictions.jsonl") -> None:
@@ -35,28 +33,20 @@ class PredictionWriter(BasePredictionWriter):
         return self.path.with_name(f"{self.path.name}.rank{rank}")
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check the file's place before any work is done."""
+        """Raise if the file exists, before any work is done."""
         if stage != "predict":
             return
         if self.path.exists():
-            raise MPTError(f"{self.path} exists; remove it, or give the PredictionWriter another path.")
+            raise MPTError(f"{self.path} exists; remove it, or choose another file.")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._part(trainer.global_rank).write_text("", encoding="utf-8")
 
     def write_on_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        prediction: Any,
-        batch_indices: Sequence[int] | None,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, prediction: Any, *_: Any, **__: Any
     ) -> None:
         """Append a batch's records."""
         with self._part(trainer.global_rank).open("a", encoding="utf-8") as file:
-            for record in prediction:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in prediction)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Join the ranks' parts."""
@@ -66,29 +56,29 @@ class PredictionWriter(BasePredictionWriter):
         parts = [self._part(rank) for rank in range(trainer.world_size)]
         if missing := [str(part) for part in parts if not part.is_file()]:
             raise MPTError(
-                f"The answers of other ranks are not here: {', '.join(missing)}. Give an output on a disk that all "
-                "machines share."
+                f"The answers of other ranks are missing: {', '.join(missing)}. Set --output to a file on a disk that "
+                "all machines share."
             )
         # Not splitlines(), which also splits at line separators within a text.
         lines = [line for part in parts for line in part.read_text(encoding="utf-8").split("\n")]
         records = [json.loads(line) for line in lines if line]
         order = {task: place for place, task in enumerate(dict.fromkeys(record["task"] for record in records))}
         records.sort(key=lambda record: (order[record["task"]], record["row"]))
-        write_file(self.path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        write_json_lines(self.path, records)
         for part in parts:
             part.unlink()
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps the newest checkpoint, `last.ckpt`, for `--ckpt_path last`, beside the best one of a ModelCheckpoint.
+    """Saves the newest checkpoint, `last.ckpt`, for `--ckpt_path last`, beside the best one of a ModelCheckpoint.
 
-    It is written after every validation and after the last step. (In Lightning 2.6 ModelCheckpoint's own `save_last`
-    writes only when the monitored score got better.)
+    It is saved after every validation and after the last step. (In Lightning 2.6 ModelCheckpoint's own `save_last`
+    saves only when the monitored score improves.)
 
     Args:
-        dirpath: the folder; by default the logger's, or the Trainer's `default_root_dir`.
-        every_n_train_steps: write after so many steps instead.
-        train_time_interval: write after so much time instead.
+        dirpath: The folder; by default the logger's, or the Trainer's `default_root_dir`.
+        every_n_train_steps: Save after so many steps instead.
+        train_time_interval: Save after so much time instead.
     """
 
     def __init__(
@@ -106,25 +96,24 @@ class LastCheckpoint(ModelCheckpoint):
         )
 
     def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
-        """Write when it is time, and after the last step where no validation follows it."""
+        """Save when due, and after the last step unless a validation follows it."""
         super().on_train_batch_end(trainer, *rest)
         loop = trainer.fit_loop
         is_last = trainer.global_step == trainer.estimated_stepping_batches
-        # A checkpoint from before that validation would be one of a run that has nothing more to do.
+        # A checkpoint saved before that validation would resume as a finished run, without it.
         is_last = is_last and not loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
         if is_last and self.dirpath and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.save_checkpoint(Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
 
 
 class PEFTExport(L.Callback):
-    """Keeps a PEFT folder of the best checkpoint beside it: a new one replaces it when ModelCheckpoint saved a better.
+    """Exports the best checkpoint for PEFT to a folder beside it, whenever ModelCheckpoint saves a better one.
 
-    The folder is written right after, before the next batch or at the end of training, and is whole at any time but for
-    the instant between two renames.
+    The export runs before the next batch or at the end of training, and replaces the former folder by renaming.
 
     Args:
-        folder: its name, in the best checkpoint's folder.
-        task: this task alone; by default all.
+        folder: Its name, in the best checkpoint's folder.
+        task: Export this task alone; by default all.
     """
 
     def __init__(self, folder: str = "peft", task: str | None = None) -> None:
@@ -135,20 +124,20 @@ class PEFTExport(L.Callback):
         """Check that there will be something to export.
 
         Raises:
-            MPTError: no ModelCheckpoint, or a module of another package.
+            MPTError: If there is no ModelCheckpoint, or the module is not a prompt module.
         """
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if not isinstance(trainer.checkpoint_callback, ModelCheckpoint):
-            raise MPTError("PEFTExport exports what ModelCheckpoint saves: add a ModelCheckpoint.")
+            raise MPTError("PEFTExport exports what a ModelCheckpoint saves: add a ModelCheckpoint.")
         if not isinstance(pl_module, PromptModule):
             raise MPTError(f"PEFTExport exports prompt modules, and this is {type(pl_module).__name__}.")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check that what is trained is a prompt of embeddings, as PEFT's are.
+        """Raise if anything else than a prompt of embeddings is trained.
 
         Raises:
-            MPTError: It is the backbone, or a prompt of another kind.
+            MPTError: If it is the backbone, or a prompt of another kind.
         """
         prompt = pl_module.prompt if isinstance(pl_module, PromptModule) else None
         if prompt is not None and prompt.content != Prompt.content:
@@ -168,7 +157,7 @@ class PEFTExport(L.Callback):
         if version != self._exported:
             from mpt_lightning.interop import export_peft
 
-            # One rank alone has no sharded backbone's embeddings; without it they are read where they are needed.
+            # One rank alone cannot read a sharded backbone's embeddings: the export loads the backbone if needed.
             backbone = None if module.backbone is None or module.backbone.sharded else module.backbone
             export_peft(best, best.parent / self.folder, self.task, backbone=backbone, replace=True)
             self._exported = version
@@ -187,14 +176,13 @@ class PEFTExport(L.Callback):
 def prompt_similarity(prompt: Prompt) -> torch.Tensor:
     """Return the cosine similarity of the tasks' prompts.
 
-    DePT's prompts are compared by their embeddings, without the shift of the text; prefixes by the keys and values of
-    all layers.
+    DePT's prompts are compared by their embeddings, without the shift; prefixes by the keys and values of all layers.
 
     Args:
-        prompt: a trained prompt of T tasks.
+        prompt: A trained prompt of T tasks.
 
     Returns:
-        [T, T], in -1..1.
+        `[T, T]`, in -1..1.
     """
     with torch.no_grad():
         device = next(prompt.parameters()).device
@@ -206,10 +194,10 @@ def prompt_similarity(prompt: Prompt) -> torch.Tensor:
 
 
 class SimilarityPicture(L.Callback):
-    """Draws how alike the tasks' prompts are when training ends.
+    """Draws the cosine similarity of the tasks' prompts when training ends.
 
     Args:
-        path: the PNG file; relative paths are under the trainer's default_root_dir.
+        path: The PNG file; relative paths are under the Trainer's `default_root_dir`.
     """
 
     def __init__(self, path: str = "prompt_similarity.png") -> None:

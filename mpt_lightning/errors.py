@@ -14,7 +14,7 @@ def find_error(error: BaseException) -> MPTError | None:
     """Return the package's own error in a chain of causes, for libraries that wrap what they call; None without one."""
     link: BaseException | None = error
     seen: set[int] = set()
-    # An error that was taken out of another one's cause and raised again has that one as its context: a circle.
+    # A cause that was raised again has the error it caused as its context: a circle.
     while link is not None and id(link) not in seen:
         if isinstance(link, MPTError):
             return link

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
 # Bytes; file systems take 255, and suffixes and temporary names need some of them.
 LONGEST_NAME = 200
-# Values, with every alias written out.
-LONGEST_YAML = 1_000_000
 
 
 def write_file(file: Path, content: str | bytes | memoryview, *, flush: bool = False) -> None:
@@ -47,6 +46,11 @@ def write_file(file: Path, content: str | bytes | memoryview, *, flush: bool = F
         with suppress(OSError):
             unfinished.unlink()
         raise
+
+
+def write_json_lines(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object per line; see `write_file`."""
+    write_file(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 @contextmanager
@@ -116,28 +120,11 @@ def parse_yaml(text: str, name: str) -> Any:
         MPTError: If the text is not valid YAML.
     """
     try:
-        content = yaml.safe_load(text)
-        if _count(content, {}) > LONGEST_YAML:
-            raise MPTError(f"its aliases stand for more than {LONGEST_YAML:,} values")
-        return content
+        return yaml.safe_load(text)
     except Exception as error:  # PyYAML also raises KeyError, ValueError and RecursionError
         raise MPTError(
             f"{name} cannot be read as YAML ({type(error).__name__}: {one_line(error)}). Correct the file."
         ) from None
-
-
-def _count(value: Any, counted: dict[int, int | None]) -> int:
-    """Return the number of values of a YAML document, with every alias written out."""
-    if not isinstance(value, dict | list):
-        return 1
-    if id(value) not in counted:
-        counted[id(value)] = None
-        inside = [*value, *value.values()] if isinstance(value, dict) else value
-        counted[id(value)] = 1 + sum(_count(item, counted) for item in inside)
-    count = counted[id(value)]
-    if count is None:
-        raise MPTError("an alias contains itself")
-    return count
 
 
 def read_yaml(file: Path | Traversable) -> Any:

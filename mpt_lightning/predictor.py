@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 
-from mpt_lightning import modules
 from mpt_lightning.backbones import Backbone, load_backbone
 from mpt_lightning.checkpoint import PromptCheckpoint, read_checkpoint
 from mpt_lightning.data.card import TaskCard
@@ -17,7 +16,7 @@ from mpt_lightning.data.prediction import Row, Text, encode_rows, plain_text
 from mpt_lightning.data.tokenize import Encoder
 from mpt_lightning.data.vocabulary import check_choices
 from mpt_lightning.errors import MPTError
-from mpt_lightning.io import one_line, read_text, write_file
+from mpt_lightning.io import one_line, read_text, write_json_lines
 from mpt_lightning.modules import evaluation
 from mpt_lightning.modules.base import PromptModule
 from mpt_lightning.modules.checkpointing import read_cards
@@ -30,10 +29,10 @@ class Prediction:
     """An answer.
 
     Attributes:
-        task: the task's name.
-        text: the input as the model read it.
-        prediction: the likeliest choice, or the generated text.
-        probabilities: of each choice, given that one of them is right; None for tasks without choices.
+        task: The task's name.
+        text: The input as the model read it.
+        prediction: The likeliest choice, or the generated text.
+        probabilities: Of each choice, given that one of them is right; None for tasks without choices.
     """
 
     task: str
@@ -45,17 +44,17 @@ class Prediction:
 class Predictor:
     """Answers with one frozen model and the prompts of many tasks; a batch may mix them.
 
-    What depends on a prompt alone (on decoder-only models its keys and values) is computed once, here.
+    What depends on a prompt alone (on decoder-only models its keys and values) is computed once, at construction.
 
     Args:
-        backbone: the frozen model.
-        prompt: the prompts.
-        cards: the tasks' cards by name.
-        encoder: how texts become tokens; by default that of the backbone's tokenizer, inputs of up to 256 tokens.
-        batch_size: rows per batch.
+        backbone: The frozen model.
+        prompt: The prompts.
+        cards: The tasks' cards by name.
+        encoder: How texts become tokens; by default with the backbone's tokenizer, and inputs of up to 256 tokens.
+        batch_size: Rows per batch.
 
     Raises:
-        MPTError: the tokenizer cannot write a task's choices.
+        MPTError: If the tokenizer cannot encode a task's choices.
 
     Example:
         >>> predictor = Predictor.from_checkpoint("runs/mpt/target/best.ckpt")  # doctest: +SKIP
@@ -94,37 +93,34 @@ class Predictor:
         """Load a checkpoint of any of this package's modules, or a PEFT folder.
 
         Args:
-            path: the .ckpt file, or the folder.
-            backbone: where the backbone is, if not where it was in training; it must be the same model.
-            device: where to run, such as "cuda".
-            dtype: precision of the frozen weights.
-            batch_size: rows per batch.
+            path: The .ckpt file, or the folder.
+            backbone: Where the backbone is, if not where it was in training; it must be the same model.
+            device: Where to run, such as "cuda".
+            dtype: Precision of the frozen weights.
+            batch_size: Rows per batch.
 
         Raises:
-            MPTError: there is no such file, it is damaged, or the backbone is another one.
+            MPTError: If the file does not exist or is damaged, or the backbone is another one.
         """
         found = read_checkpoint(path, "the checkpoint", folder=True)
-        name = backbone or found.backbone
-        model, prompt = _build(cls, found, path, name, dtype)
-        options = found.data
+        model, prompt = _build(found, backbone or found.backbone, dtype)
         encoder = Encoder(
             model.tokenizer,
             model.family,
-            options.get("max_input_length", 256),  # the DataModules' default
-            options.get("answer_prefix", ""),
-            options.get("context_shots") is None,
+            found.data.get("max_input_length", 256),  # the DataModules' default
+            found.data.get("answer_prefix", ""),
+            found.data.get("context_shots") is None,
         )
-        cards = read_cards(found.cards)
-        return cls(model.to(device), prompt.to(device), cards, encoder, batch_size)
+        return cls(model.to(device), prompt.to(device), read_cards(found.cards), encoder, batch_size)
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return self.backbone.embeddings.device
 
     @property
     def tasks(self) -> list[str]:
-        """The tasks that can be asked for."""
+        """The names of the tasks."""
         return list(self.prompt.tasks)
 
     def predict(
@@ -137,26 +133,25 @@ class Predictor:
         """Predict the answer of each row.
 
         Args:
-            texts: [B] rows, as `mpt predict` reads them: mappings of the card's columns, or strings where the card has
-                one column. A single string or mapping is one row. A task without a card has no template: its strings
-                are read as they are.
-            tasks: [B] names, or one for all; required if the checkpoint has several.
-            max_new_tokens: longest generated answer.
-            raw: read strings as they are, without the card's template and the answer prefix; `Prediction.text` is such
+            texts: B rows: mappings of the card's columns, or strings if the card has one column. A single string or
+                mapping is one row. A task without a card has no template: its strings are read as they are.
+            tasks: B names, or one for all; required if the checkpoint has several.
+            max_new_tokens: Longest generated answer, in tokens.
+            raw: Read strings as they are, without the card's template and the answer prefix; `Prediction.text` is such
                 a string.
 
         Returns:
-            [B], in the order of `texts`; a list of one for a single row.
+            B predictions, in the order of `texts`.
 
         Raises:
-            MPTError: an unknown task, a missing column, a string for a task of several columns, or an empty text;
-                the message names the row.
+            MPTError: If a task is unknown, a column is missing, a task of several columns has a string, or a text is
+                empty; the message names the row.
         """
         given = [texts] if isinstance(texts, str | Mapping) else list(texts)
         names = self._names(tasks, len(given))
         rows = encode_rows(self.encoder, self.cards, given, names, raw)
         answers: list[Prediction | None] = [None] * len(rows)
-        # Ranking and generation are different passes; rows of like length waste little on padding.
+        # Ranking and generation are different passes; rows of similar length need little padding.
         for ranked in (True, False):
             chosen = [number for number, row in enumerate(rows) if bool(row.choices) == ranked]
             chosen.sort(key=lambda number: len(rows[number].ids))
@@ -169,10 +164,10 @@ class Predictor:
 
     def _names(self, tasks: str | Sequence[str] | None, size: int) -> list[str]:
         if tasks is None and len(self.tasks) > 1:
-            raise MPTError(f"There are several tasks ({', '.join(self.tasks)}): say which one each text is of.")
+            raise MPTError(f"There are several tasks ({', '.join(self.tasks)}). Set `tasks` to one for each text.")
         names = [tasks or self.tasks[0]] * size if tasks is None or isinstance(tasks, str) else list(tasks)
         if len(names) != size:
-            raise MPTError(f"Got {size} texts and {len(names)} tasks; give one task per text, or one for all.")
+            raise MPTError(f"Got {size} texts and {len(names)} tasks. Expected one task per text, or one for all.")
         if unknown := sorted(set(names) - set(self.tasks)):
             raise MPTError(f"Unknown task {', '.join(unknown)}; the checkpoint has {', '.join(self.tasks)}.")
         return [str(name) for name in names]
@@ -188,7 +183,7 @@ class Predictor:
             texts = evaluation.generated_texts(self.backbone, inputs, **options)
             return [Prediction(row.task, row.text, text) for row, text in zip(rows, texts, strict=True)]
         most = max(len(row.choices) for row in rows)
-        # A row of fewer choices is filled up with choices of nothing but padding, which do not exist.
+        # Rows with fewer choices are filled up with choices of padding alone.
         filled = [choice for row in rows for choice in [*row.choices, *([[IGNORE]] * (most - len(row.choices)))]]
         choices = pad(filled, IGNORE).unflatten(0, (len(rows), most))
         shares = self.backbone.score(*inputs, choices.to(self.device)).softmax(dim=1).tolist()
@@ -201,24 +196,24 @@ class Predictor:
 
 
 def predict_file(predictor: Predictor, source: str, dest: str, raw: bool = False) -> int:
-    """Answer a JSONL file: one object per line, with `task` (where there are several) and `text` or the columns.
+    """Answer a JSONL file: one object per line, with `task` (if there are several) and `text` or the columns.
 
     Args:
-        predictor: what answers.
-        source: the file to read.
-        dest: the file to write, one object per line in the same order; it appears whole or not at all.
-        raw: read each line's `text` as it is, see `Predictor.predict`; else it is the card's one column.
+        predictor: The predictor.
+        source: The file to read.
+        dest: The file to write, one object per line in the same order.
+        raw: Read each line's `text` as it is, see `Predictor.predict`; otherwise it is the card's one column.
 
     Returns:
         The number of lines written.
 
     Raises:
-        MPTError: `dest` exists, there is no `source`, or a line is not as described; says which.
+        MPTError: If `dest` exists, `source` does not, or a line is not as described; the message names the line.
     """
-    target, tasks = Path(dest), []
+    tasks: list[str] = []
     texts: list[Text] = []
-    if target.exists():
-        raise MPTError(f"{dest} exists; remove it, or give --output another path.")
+    if Path(dest).exists():
+        raise MPTError(f"--output {dest} exists; remove it, or choose another file.")
     for number, row in _lines(source):
         task = row.get("task", predictor.tasks[0] if len(predictor.tasks) == 1 else None)
         where = f"{source}, line {number}"
@@ -227,23 +222,21 @@ def predict_file(predictor: Predictor, source: str, dest: str, raw: bool = False
         card = predictor.cards.get(task)
         columns = card.columns if card is not None and not raw else ["text"]
         if len(columns) == 1 and columns[0] not in row and "text" in row:
-            texts.append(plain_text(row["text"], "text", where))
-        else:
-            if missing := [column for column in columns if column not in row]:
-                either = f"; the task has the columns {', '.join(columns)}" if "text" in row else ""
-                raise MPTError(f"{where}: there is no field {', '.join(missing)}; give it{either}.")
-            values = {column: plain_text(row[column], column, where) for column in columns}
-            texts.append(values["text"] if raw or card is None else values)
+            columns = ["text"]
+        if missing := [column for column in columns if column not in row]:
+            raise MPTError(f"{where}: the field {', '.join(missing)} is missing. Expected {', '.join(columns)}.")
+        values = {column: plain_text(row[column], column, where) for column in columns}
+        texts.append(values["text"] if columns == ["text"] else values)
         tasks.append(task)
     answers = predictor.predict(texts, tasks, raw=raw) if texts else []
-    write_file(target, "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers))
+    write_json_lines(Path(dest), map(asdict, answers))
     return len(answers)
 
 
 def _lines(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
     file = Path(source)
     if not file.is_file():
-        raise MPTError(f"--input {source}: there is no such file. Give a file of JSON lines.")
+        raise MPTError(f"--input {source}: there is no such file. Expected a file of JSON lines.")
     # Not splitlines(), which also splits at line separators within a text.
     for number, line in enumerate(read_text(file).split("\n"), start=1):
         if not line.strip():
@@ -251,22 +244,22 @@ def _lines(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise MPTError(f"{source}, line {number}: this is no JSON ({one_line(error)}).") from None
+            raise MPTError(f"{source}, line {number} is not JSON ({one_line(error)}).") from None
         if not isinstance(row, dict):
             raise MPTError(f"{source}, line {number}: expected an object like {{'text': ...}}, got {line[:40]!r}.")
         yield number, row
 
 
-def _build(cls: type, found: PromptCheckpoint, path: str, name: str, dtype: Any) -> tuple[Backbone, Prompt]:
-    """Make the backbone and the prompt; for methods that train weights the module itself puts them in."""
+def _build(found: PromptCheckpoint, name: str, dtype: Any) -> tuple[Backbone, Prompt]:
+    """Build the backbone and the prompt; a method that trains weights of the backbone loads them itself."""
     if found.prompt_class == "EmptyPrompt":
-        stage: Any = getattr(modules, found.stage, None)
-        if not (isinstance(stage, type) and issubclass(stage, PromptModule)):
+        method = PromptModule.classes.get(found.stage)
+        if method is None:
             raise MPTError(
-                f"{path} was saved by {found.stage}, which is no class of this package. Use that class's "
-                "load_from_checkpoint(...), or give another checkpoint."
+                f"{found.path} was saved by {found.stage}, which is not a class of this package. Import it first, or "
+                "use another checkpoint."
             )
-        module = stage.load_from_checkpoint(path, map_location="cpu", backbone=name, backbone_dtype=dtype)
+        module = method.load_from_checkpoint(found.path, map_location="cpu", backbone=name, backbone_dtype=dtype)
         backbone, prompt = module.parts()
         return backbone, prompt
     model = load_backbone(name, dtype, check=found.hyper_parameters.get("backbone_check", True))

@@ -229,14 +229,14 @@ def test_the_command_answers_a_file(
     assert answers[1]["prediction"] in ("active", "passive")
     assert answers[0]["text"] == "sentence : the dog ran ."
     for line, message in [
-        ("{", "in.jsonl, line 2: this is no JSON"),
+        ("{", "in.jsonl, line 2 is not JSON"),
         ("[1]", "in.jsonl, line 2: expected an object"),
         ('{"text": "a"}', "in.jsonl, line 2: got task=None, expected one of demo/voice"),
         ('{"task": "demo/x", "text": "a"}', "in.jsonl, line 2: got task='demo/x'"),
-        ('{"task": "demo/similarity", "sentence1": "a"}', "in.jsonl, line 2: there is no field sentence2"),
+        ('{"task": "demo/similarity", "sentence1": "a"}', "in.jsonl, line 2: the field sentence2 is missing"),
         (
             '{"task": "demo/similarity", "text": "a"}',
-            "line 2: there is no field sentence1, sentence2; give it; the task has the columns sentence1, sentence2",
+            "line 2: the field sentence1, sentence2 is missing. Expected sentence1, sentence2",
         ),
     ]:
         Path("in.jsonl").write_text(json.dumps(rows[0]) + "\n" + line + "\n")

@@ -104,9 +104,6 @@ FILES: dict[str, bytes] = {
     "deep": b"[" * 600,
     "deep mapping": b"a: {" * 600,
     "undefined alias": b"a: *b\n",
-    "inside itself": b"&a\ninit_args: *a\n",
-    "aliases of aliases": b"a0: &a0 [x]\n"
-    + b"".join(b"a%d: &a%d [%s]\n" % (n, n, b"*a%d, " % (n - 1) * 9) for n in range(1, 20)),
     "merge of a text": b"<<: text\n",
     "list for a key": b"? [a, b]\n: 1\n",
     "unknown tag": GOOD.replace("name: film", "name: !film film").encode(),
