@@ -65,18 +65,6 @@ def test_saving_loading_and_folding_agree(kind: str) -> None:
     torch.testing.assert_close(again.fold("b"), prompt(BOTH).embeddings[1].detach())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_add_and_remove_tasks(kind: str) -> None:
-    prompt = make(kind)
-    before = prompt(BOTH).embeddings.detach()
-    prompt.add_task("c", like="b")
-    assert torch.equal(prompt(torch.tensor([0, 1, 2])).embeddings, before[[0, 1, 1]])
-    prompt.remove_task("a")
-    assert prompt.tasks == ["b", "c"]
-    assert torch.equal(prompt(BOTH).embeddings, before[[1, 1]])
-    assert type(prompt)(**prompt.config()).num_tasks == 2
-
-
 def test_invalid_values_raise() -> None:
     with pytest.raises(ValueError, match="encoder must be one of residual, mlp, lstm, got 'gru'"):
         EncodedPrompt(1, 2, 4, encoder="gru")

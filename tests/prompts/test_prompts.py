@@ -1,10 +1,35 @@
 """The prompts' mathematics, sizes and task management."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from mpt_lightning import MultitaskPrompt, SoftPrompt
-from mpt_lightning.prompts import DecomposedPrompt, PrefixPrompt, Prompt, PromptOutput, init
+from mpt_lightning.prompts import (
+    DecomposedPrompt,
+    EmptyPrompt,
+    EncodedPrompt,
+    PrefixPrompt,
+    Prompt,
+    PromptOutput,
+    SuperposedPrompt,
+    init,
+)
+
+# One of each registered prompt but `ContextPrompt`, which has one task.
+PROMPTS: dict[str, Callable[[], Prompt]] = {
+    "SoftPrompt": lambda: SoftPrompt(2, 3, 8),
+    "MultitaskPrompt": lambda: MultitaskPrompt(2, 3, 8, rank=2),
+    "DecomposedPrompt": lambda: DecomposedPrompt(2, 3, 8, text_length=5, rank=2),
+    "EncodedPrompt residual": lambda: EncodedPrompt(2, 3, 8),
+    "EncodedPrompt mlp": lambda: EncodedPrompt(2, 3, 8, encoder="mlp", hidden=6),
+    "EncodedPrompt lstm": lambda: EncodedPrompt(2, 3, 8, encoder="lstm"),
+    "SuperposedPrompt": lambda: SuperposedPrompt(2, 3, 8, [[3, 5, 7], [2, 4, 6]]),
+    "PrefixPrompt": lambda: PrefixPrompt(2, 3, layers=2, heads=2, width=4),
+    "PrefixPrompt network": lambda: PrefixPrompt(2, 3, layers=2, heads=2, width=4, projection=5),
+    "EmptyPrompt": lambda: EmptyPrompt(2, 8),
+}
 
 
 def count(module: torch.nn.Module) -> int:
@@ -62,6 +87,31 @@ def test_add_remove_and_rename_keep_the_other_tasks(make: type) -> None:
     assert torch.equal(prompt.fold("d"), before["b"])
     assert prompt.num_tasks == 4
     assert all(parameter.requires_grad for parameter in prompt.parameters())
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_every_prompt_is_rebuilt_and_changes_its_tasks(name: str) -> None:
+    torch.manual_seed(0)
+    prompt, table = PROMPTS[name](), torch.randn(10, 8)
+    again = Prompt.classes[name.split()[0]](**prompt.config())
+    assert again.config() == prompt.config()
+    again.load_state_dict(prompt.state_dict())
+    for each in (prompt, again):
+        each.attach(table)
+    with torch.no_grad():
+        before = prompt(torch.tensor([0, 1, 1]))
+        torch.testing.assert_close(vars(again(torch.tensor([0, 1, 1]))), vars(before))
+        prompt.add_task("c", like="1")
+        torch.testing.assert_close(vars(prompt(torch.tensor([0, 1, 2]))), vars(before))
+        prompt.remove_task("0")
+        torch.testing.assert_close(vars(prompt(torch.tensor([0, 1]))), vars(before[torch.tensor([1, 2])]))
+    assert prompt.tasks == ["1", "c"]
+    assert Prompt.classes[name.split()[0]](**prompt.config()).num_tasks == 2
+
+
+def test_every_registered_prompt_is_tested() -> None:
+    ours = {name for name, kind in Prompt.classes.items() if kind.__module__.startswith("mpt_lightning.prompts.")}
+    assert {name.split()[0] for name in PROMPTS} == ours - {"ContextPrompt"}
 
 
 @pytest.mark.parametrize(
