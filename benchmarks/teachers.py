@@ -138,8 +138,8 @@ def scores(seeds: int, folder: Path) -> list[dict[str, Any]]:
             path, made = job.result()
             rows += [row_of(result, variant) for result in made]
             for task in TARGETS:
-                job = pool.submit(run, "mpt", [task], k=SHOTS, seed=seed, output=folder, source=path)
-                targets[job] = variant
+                target = pool.submit(run, "mpt", [task], k=SHOTS, seed=seed, output=folder, source=path)
+                targets[target] = variant
             bar.advance(progress)
         for job in as_completed(targets):
             rows += [row_of(result, targets[job]) for result in job.result()]
