@@ -55,7 +55,7 @@ def shared_prefix_attention(
     """
     layout = LAYOUT.get()
     if layout is not None:
-        return packed_attention(layout, module, query, key, value, dropout, scaling), None
+        return packed_attention(layout, module, query, key, value, dropout=dropout, scaling=scaling), None
     prefix: tuple[Tensor, Tensor] | None = getattr(key, "shared_prefix", None)
     if prefix is None:
         return sdpa_attention_forward(

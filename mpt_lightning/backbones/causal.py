@@ -112,7 +112,7 @@ class CausalBackbone(Backbone):
         embeddings = given.embeddings
         if embeddings is None:
             return EncodedPrompts(layers=given.layers)
-        if given.length == 0:
+        if not given.length:
             return EncodedPrompts(shift=given.shift, hidden=(embeddings,) * self._num_layers)
         cache = PrefixCache(self._num_layers)
         # `logits_to_keep=1` avoids a vocabulary-sized output, since a prompt usually predicts nothing.
@@ -124,11 +124,10 @@ class CausalBackbone(Backbone):
             logits_to_keep=1 if predict_at is None else predict_at,
             return_dict=True,
         )
-        logits = None if predict_at is None else output.logits
         layers, hidden = cache.contents(), tuple(output.hidden_states[1:])
         if self.sharded:
             layers = (*layers[:-1], tie(*layers[-1], hidden[-1]))
-        return EncodedPrompts(embeddings, layers, given.shift, hidden, logits)
+        return EncodedPrompts(embeddings, layers, given.shift, hidden, None if predict_at is None else output.logits)
 
     def _prefix(self, encoded: EncodedPrompts, rows: Tensor, whole: bool = True) -> PrefixCache:
         """Return the cache for a pass over the rows `[B]`; with `whole` each row attends to all of its prompt."""
@@ -154,6 +153,7 @@ class CausalBackbone(Backbone):
     def _read(
         self,
         cache: Any,
+        *,
         past: Tensor,
         before: Tensor | int,
         tokens: Tensor,
@@ -247,7 +247,7 @@ class CausalBackbone(Backbone):
         encoded, tokens = self._among(encoded, rows, input_ids, attention_mask)
         past = attention_mask.new_ones(len(rows), encoded.length)
         cache = self._prefix(encoded, rows)
-        first = self._read(cache, past, encoded.length, tokens, attention_mask, keep=1).logits
+        first = self._read(cache, past=past, before=encoded.length, tokens=tokens, mask=attention_mask, keep=1).logits
         exists = (choices != IGNORE).any(dim=2)
         row, _ = exists.nonzero(as_tuple=True)
         labels = choices[exists]

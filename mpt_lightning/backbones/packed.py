@@ -88,7 +88,7 @@ def row_bias(prompt_mask: Tensor, mask: Tensor, dtype: torch.dtype, group: int =
 
 
 def packed_attention(
-    layout: Layout, module: Any, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None
+    layout: Layout, module: Any, query: Tensor, key: Tensor, value: Tensor, *, dropout: float, scaling: float | None
 ) -> Tensor:
     """Attend within a packed sequence; see `shared_prefix_attention` for the other arguments.
 
