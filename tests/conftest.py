@@ -70,18 +70,18 @@ def build_tokenizer(kind: str) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """Give the folder of a tiny model with its tokenizer, by kind."""
-    folders: dict[str, str] = {}
+    folders: dict[tuple[str, int], str] = {}
 
-    def folder(kind: str) -> str:
-        if kind not in folders:
+    def folder(kind: str, layers: int = 2) -> str:
+        if (kind, layers) not in folders:
             path = tmp_path_factory.mktemp("models") / kind
             with torch.random.fork_rng():  # a test that sets its own seed first may be the one that comes here
-                build_model(kind).save_pretrained(path)
+                build_model(kind, layers=layers).save_pretrained(path)
             build_tokenizer(kind).save_pretrained(path)
-            folders[kind] = str(path)
-        return folders[kind]
+            folders[kind, layers] = str(path)
+        return folders[kind, layers]
 
     return folder
 

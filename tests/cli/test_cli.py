@@ -140,7 +140,7 @@ def test_every_recipe_runs_from_teachers_to_predictions(
 
 
 @pytest.mark.parametrize("overlay", ["", "cpt/prompt_tuning", "cpt/instruction"])
-def test_context_aware_prompt_tuning_from_training_to_predictions(
+def test_cpt_runs_from_training_to_predictions(
     overlay: str, own_folder: Path, model_folder: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MPT_DATA_ROOT", str(FIXTURES))

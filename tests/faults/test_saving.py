@@ -7,6 +7,7 @@ import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,25 +56,31 @@ class Steps(L.Callback):
         self.scores[trainer.global_step] = float(trainer.callback_metrics["val/loss"])
 
 
-@pytest.fixture
-def fit(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[PromptTuning, Steps]]:
-    def fit(
-        *callbacks: L.Callback, folder: Path = tmp_path, ckpt_path: Any = None, max_steps: int = 8,
-        monitor: str = "val/average", **options: Any,
-    ) -> Any:  # fmt: skip
-        L.seed_everything(0, verbose=False)
-        data = MultitaskDataModule(TASKS, max_train_rows=16, batch_size=8, max_eval_rows=12, eval_batch_size=4)
-        best = ModelCheckpoint(folder, "best", monitor=monitor, mode="max")
-        steps, module = Steps(), PromptTuning(T5, prompt_length=4, lr=0.3)
-        trainer = L.Trainer(
-            accelerator="cpu", max_steps=max_steps, val_check_interval=2, check_val_every_n_epoch=None, logger=False,
-            enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-            callbacks=[best, LastCheckpoint(str(folder)), steps, *callbacks], **options,
-        )  # fmt: skip
-        trainer.fit(module, data, ckpt_path=ckpt_path)
-        return module, steps
+def train(
+    folder: Path, *callbacks: L.Callback, ckpt_path: Any = None, max_steps: int = 8, monitor: str = "val/average",
+    **options: Any,
+) -> tuple[PromptTuning, Steps]:  # fmt: skip
+    L.seed_everything(0, verbose=False)
+    data = MultitaskDataModule(TASKS, max_train_rows=16, batch_size=8, max_eval_rows=12, eval_batch_size=4)
+    best = ModelCheckpoint(folder, "best", monitor=monitor, mode="max")
+    steps, module = Steps(), PromptTuning(T5, prompt_length=4, lr=0.3)
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=max_steps, val_check_interval=2, check_val_every_n_epoch=None, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        callbacks=[best, LastCheckpoint(str(folder)), steps, *callbacks], **options,
+    )  # fmt: skip
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    return module, steps
 
-    return fit
+
+@pytest.fixture
+def fit(tmp_path: Path) -> Callable[..., tuple[PromptTuning, Steps]]:
+    return partial(train, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[PromptTuning, Steps]:
+    return train(tmp_path_factory.mktemp("undisturbed"))
 
 
 def terminate(_: L.LightningModule) -> None:
@@ -91,9 +98,9 @@ def terminate(_: L.LightningModule) -> None:
     ],
 )
 def test_sigterm_saves_and_the_run_goes_on_exactly(
-    hook: str, step: int, left_after: int, fit: Any, tmp_path: Path
+    hook: str, step: int, left_after: int, fit: Any, undisturbed: tuple[PromptTuning, Steps], tmp_path: Path
 ) -> None:
-    whole, all_steps = fit(folder=tmp_path / "whole")
+    whole, all_steps = undisturbed
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SIGTERMException):
         fit(At(hook, step, terminate))

@@ -234,9 +234,7 @@ def test_a_card_names_a_function_that_was_made_for_it(functions: Path) -> None:
     assert function({"a": 1}, "train") == [{"a": 1}]
 
 
-def test_cards_and_checkpoints_are_read_without_importing_their_function(
-    functions: Path, world: World, tmp_path: Path
-) -> None:
+def test_reading_a_card_or_a_checkpoint_imports_no_function(functions: Path, world: World, tmp_path: Path) -> None:
     card = CARD | {"name": "one", "preprocess": "trap_of_a_card.mine"}
     (tmp_path / "card.yaml").write_text(yaml.safe_dump({"init_args": {"card": card}}))
     load_card(str(tmp_path / "card.yaml"))

@@ -44,7 +44,8 @@ class Case:
 
     def make(self, backbone: str, **paths: str) -> PromptModule:
         options = {name: v.format(**paths) if isinstance(v, str) else v for name, v in self.options.items()}
-        return self.module(backbone, max_new_tokens=2, **options)
+        # The backbone's check runs on the device in the full cases.
+        return self.module(backbone, max_new_tokens=2, backbone_check=bool(self.full), **options)
 
 
 def film() -> TinyData:

@@ -275,11 +275,8 @@ def test_tasks_are_matched_by_name_not_by_place(
 DEMO = "mpt_lightning/demo/t5"
 
 
-@pytest.mark.parametrize("stop", [2, 5, 7])  # within an epoch of five batches, at its end, in the next
 @pytest.mark.parametrize("mixed", [False, True], ids=["one task", "stochastic mixture"])
-def test_resuming_in_mid_epoch_is_exact_with_our_data(
-    mixed: bool, stop: int, trainer: MakeTrainer, tmp_path: Path
-) -> None:
+def test_resuming_in_mid_epoch_is_exact_with_our_data(mixed: bool, trainer: MakeTrainer, tmp_path: Path) -> None:
     def data() -> TaskDataModule | MultitaskDataModule:
         options = {"batch_size": 8, "max_train_rows": 40, "cache_dir": str(tmp_path / "cache")}
         if mixed:
@@ -301,10 +298,11 @@ def test_resuming_in_mid_epoch_is_exact_with_our_data(
         return module.state_dict(), seen
 
     whole, rows = run("whole.ckpt", 12)
-    _, before = run("half.ckpt", stop)
-    resumed, after = run("resumed.ckpt", 12, str(tmp_path / "half.ckpt"))
-    assert before + after == rows
-    assert torch.equal(resumed["prompt.prompt_embeddings"], whole["prompt.prompt_embeddings"])
+    for stop in (2, 5, 7):  # within an epoch of five batches, at its end, in the next
+        _, before = run("half.ckpt", stop)
+        resumed, after = run("resumed.ckpt", 12, str(tmp_path / "half.ckpt"))
+        assert before + after == rows, stop
+        assert torch.equal(resumed["prompt.prompt_embeddings"], whole["prompt.prompt_embeddings"]), stop
 
 
 def test_a_checkpoint_carries_the_cards(trainer: MakeTrainer, tmp_path: Path) -> None:

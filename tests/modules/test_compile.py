@@ -26,10 +26,10 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_checkpoints_pass_between_compiled_and_uncompiled_modules(
-    first: bool, model_folder: Callable[[str], str], trainer: Callable[..., L.Trainer], data: AnyData, tmp_path
+def test_checkpoints_pass_between_compiled_and_plain_modules(
+    first: bool, model_folder: Callable[..., str], trainer: Callable[..., L.Trainer], data: AnyData, tmp_path
 ) -> None:
-    folder = model_folder("llama")
+    folder = model_folder("llama", layers=1)
     L.seed_everything(0)
     module = PromptTuning(folder, prompt_length=4, backbone_compile=first, lr=0.05)
     fitted = trainer(max_epochs=1)
@@ -58,9 +58,9 @@ def test_checkpoints_pass_between_compiled_and_uncompiled_modules(
 )
 @pytest.mark.parametrize("kind", ["t5", "llama"])
 def test_trained_weights_and_bf16(
-    make: Callable, kind: str, model_folder: Callable[[str], str], trainer: Callable[..., L.Trainer], data: AnyData
+    make: Callable, kind: str, model_folder: Callable[..., str], trainer: Callable[..., L.Trainer], data: AnyData
 ) -> None:
-    folder = model_folder(kind)  # made before a seed is set
+    folder = model_folder(kind, layers=1)  # built before a seed is set
     trained = []
     for on in (False, True):
         L.seed_everything(0)

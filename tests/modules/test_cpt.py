@@ -194,7 +194,7 @@ def test_default_arguments_train_on_labels_and_nothing_else(model_folder: Folder
     assert ids[module.prompt.label_positions].tolist() == expected
 
 
-def test_the_context_is_run_once_per_step_and_once_per_evaluation(model_folder: Folder, trainer: MakeTrainer) -> None:
+def test_the_context_is_run_once_per_step_and_evaluation(model_folder: Folder, trainer: MakeTrainer) -> None:
     module = make(model_folder("llama"))
     run = trainer(limit_val_batches=1.0, max_epochs=1, num_sanity_val_steps=0)
     widths, logits = [], []
@@ -308,9 +308,7 @@ def test_ranking_and_generation_equal_a_plain_forward(kind: str, model_folder: F
             assert made.tolist() == written
 
 
-def test_bfloat16_weights_leave_the_loss_and_the_perturbation_in_fp32(
-    model_folder: Folder, trainer: MakeTrainer
-) -> None:
+def test_bfloat16_weights_leave_loss_and_perturbation_in_fp32(model_folder: Folder, trainer: MakeTrainer) -> None:
     module = make(model_folder("llama"), backbone_dtype="bfloat16", epsilon=0.5, template_epsilon=0.5)
     trainer(max_epochs=2).fit(module, datamodule=ContextData())
     assert module.backbone.model.dtype == torch.bfloat16

@@ -88,7 +88,7 @@ def test_rows_too_long_for_the_backbone_are_told(model_folder: Folder, data: Any
         trainer().fit(FineTuning(model_folder("gpt2")), datamodule=data)
 
 
-def test_a_hard_prompt_is_scored_without_training_or_a_checkpoint(trainer: MakeTrainer, tmp_path: Path) -> None:
+def test_a_hard_prompt_needs_no_training_and_no_checkpoint(trainer: MakeTrainer, tmp_path: Path) -> None:
     """The question that the embedded model was pretrained on is answered; the bare fields are not."""
 
     def accuracy(pattern: int | None) -> float:

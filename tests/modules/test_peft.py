@@ -81,9 +81,7 @@ def test_resuming_is_exact(method: str, model_folder: Folder, trainer: MakeTrain
         assert module.adalora.peft_config["default"].total_step == 6
 
 
-def test_dropout_of_the_layers_is_on_in_training_although_the_backbones_is_off(
-    model_folder: Folder, trainer: MakeTrainer, data: AnyData
-) -> None:
+def test_dropout_of_the_layers_is_on_in_training(model_folder: Folder, trainer: MakeTrainer, data: AnyData) -> None:
     module = PEFTModule(model_folder("gpt2"), LORA | {"lora_dropout": 0.5}, lr=0.05)
     trainer(max_epochs=1).fit(module, datamodule=data)
     module.train()
@@ -171,7 +169,7 @@ def test_adalora_lowers_its_ranks_as_pefts_loop_does(model_folder: Folder, data:
     ids=["bias", "pissa", "vera", "shira", "loha", "modules_to_save"],
 )
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks", "ignore:Model has `tie_word_embeddings")
-def test_what_a_type_draws_and_does_not_train_is_the_same_after_loading(
+def test_untrained_random_tensors_are_the_same_after_loading(
     config: object, model_folder: Folder, data: AnyData, trainer: MakeTrainer, tmp_path: Path
 ) -> None:
     L.seed_everything(0)

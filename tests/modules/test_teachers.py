@@ -84,7 +84,7 @@ def test_a_tuned_head_or_merged_weights_miss_the_cache(model_folder: Folder, tmp
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["t5", "gpt2", "llama"])
 @pytest.mark.parametrize("layers", ["last", "all"])
-def test_the_pass_has_no_graph_is_in_the_backbones_precision_and_keeps_what_is_compared_alone(
+def test_the_pass_has_no_graph_and_keeps_only_what_is_compared(
     kind: str, dtype: str, layers: str, model_folder: Folder
 ) -> None:
     module, batch = built(model_folder(kind), backbone_dtype=dtype, hidden_layers=layers), make_batch()
@@ -182,7 +182,7 @@ def test_every_nth_optimizer_step_distils(
     assert record.batches == expected
 
 
-def test_terms_count_n_times_and_are_logged_when_they_are_computed(
+def test_terms_count_n_times_and_are_logged_when_computed(
     model_folder: Folder, data: AnyData, trainer: MakeTrainer, teachers: str, tmp_path: Path
 ) -> None:
     def logged(every: int, interval: int = 1) -> list[dict[str, float | None]]:

@@ -222,7 +222,7 @@ def test_a_loss_that_is_no_number_stops_and_says_where(
         fit(module, data, trainer(callbacks=[Spoil()]))
 
 
-def test_validation_logs_a_loss_per_task_and_the_backbone_stays_in_eval_mode(
+def test_validation_logs_a_loss_per_task_in_eval_mode(
     model_folder: Folder, data: AnyData, trainer: MakeTrainer
 ) -> None:
     module = PromptTuning(model_folder("t5"), prompt_length=4)
