@@ -1,7 +1,6 @@
 """Validation, test and prediction, one task after another: by ranking the choices or by generation."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,23 +22,10 @@ NO_PROMPT = (
 )
 
 
-@dataclass
-class Evaluation:
-    """What is kept for one evaluation.
-
-    Attributes:
-        prompts: The prompts of all tasks, encoded.
-        scores: The metrics; outside of the module's own submodules, so that they are not saved.
-    """
-
-    prompts: Any
-    scores: Evaluator
-
-
 class EvaluatedModule(CheckpointedModule):
     """A module that evaluates and predicts; see `BackboneModule` for the arguments."""
 
-    evaluation: Evaluation | None = None
+    evaluator: Evaluator | None = None
 
     def task_rows(self, batch: Batch) -> Tensor:
         """Return the prompt's row `[B]` of each row of the batch, which is checked (`check_batch`)."""
@@ -48,7 +34,7 @@ class EvaluatedModule(CheckpointedModule):
 
     def release(self) -> None:
         """Free what is kept on the device for one evaluation or one run; also called when a run fails."""
-        self.evaluation = None
+        self.evaluator = None
 
     def _check_choices(self) -> None:
         """Check the choices of the data's cards, whoever made the DataModule."""
@@ -69,21 +55,21 @@ class EvaluatedModule(CheckpointedModule):
         self._check_choices()
         with torch.no_grad():
             encoded = backbone.encode_prompts(prompt(torch.arange(prompt.num_tasks, device=self.device)))
-        self.evaluation = Evaluation(encoded, Evaluator(self._data_tasks(), self.cards).to(self.device))
+        self.evaluator = Evaluator(self._data_tasks(), self.cards, encoded, self.device)
 
     on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
 
     def _inputs(self, batch: Batch, rows: Tensor) -> tuple[Any, Tensor, Tensor, Tensor]:
         """Return the backbone's arguments for a batch."""
-        if self.evaluation is None:
+        if self.evaluator is None:
             raise RuntimeError("evaluation has not begun")
-        return self.evaluation.prompts, rows, batch["input_ids"], batch["attention_mask"]
+        return self.evaluator.prompts, rows, batch["input_ids"], batch["attention_mask"]
 
     def _evaluate(self, batch: Batch, loaders: Any, batch_idx: int, index: int) -> None:
         backbone, _ = self.parts()
-        if self.evaluation is None:
+        evaluator = self.evaluator
+        if evaluator is None:
             raise RuntimeError("evaluation has not begun")
-        evaluator = self.evaluation.scores
         rows, task, labels = self.task_rows(batch), task_of_loader(evaluator.tasks, index), batch["labels"]
         counted = counted_rows(batch, loaders, batch_idx, index)
         inputs = self._inputs(batch, rows)
@@ -102,8 +88,8 @@ class EvaluatedModule(CheckpointedModule):
             evaluator.update_loss(task, loss, int((labels[:counted] != objectives.IGNORE).sum()))
 
     def _end_evaluation(self, stage: str) -> None:
-        if self.evaluation is not None:
-            for name, value in self.evaluation.scores.compute().items():
+        if self.evaluator is not None:
+            for name, value in self.evaluator.compute().items():
                 self.log(f"{stage}/{name}", value, prog_bar=name == "average", sync_dist=True)
         self.release()
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import MeanMetric
 
 from mpt_lightning.data.card import TaskCard
@@ -12,23 +12,24 @@ from mpt_lightning.errors import MPTError
 from mpt_lightning.metrics.task import TaskMetrics, average
 
 
-class Evaluator(nn.Module):
-    """Losses and metrics of an evaluation.
+class Evaluator:
+    """Losses and metrics of one evaluation, and its encoded prompts.
 
     Args:
         tasks: The tasks, in the order of the dataloaders.
         cards: Their cards; a task without one has a loss and no metric.
+        prompts: The prompts of all tasks, as `Backbone.encode_prompts` returns them.
+        device: Device of the metrics.
     """
 
-    def __init__(self, tasks: Sequence[str], cards: Mapping[str, TaskCard]) -> None:
-        super().__init__()
-        self.tasks = list(tasks)
-        self._metrics = nn.ModuleList(TaskMetrics(cards[t]) if t in cards else nn.Identity() for t in self.tasks)
-        self._losses: Any = nn.ModuleList(MeanMetric() for _ in self.tasks)
+    def __init__(self, tasks: Sequence[str], cards: Mapping[str, TaskCard], prompts: Any, device: torch.device) -> None:
+        self.tasks, self.prompts = list(tasks), prompts
+        self._metrics = {task: TaskMetrics(cards[task]).to(device) for task in self.tasks if task in cards}
+        self._losses = {task: MeanMetric().to(device) for task in self.tasks}
 
     def has_metrics(self, task: str) -> bool:
         """Return whether the task has a card, and so metrics."""
-        return isinstance(self._metrics[self.tasks.index(task)], TaskMetrics)
+        return task in self._metrics
 
     def update(self, task: str, predictions: list[str], batch: Mapping[str, Any]) -> None:
         """Add a batch's predictions; does nothing for a task without metrics.
@@ -36,19 +37,18 @@ class Evaluator(nn.Module):
         Raises:
             MPTError: If the batch has no `references`.
         """
-        metrics = self._metrics[self.tasks.index(task)]
-        if not isinstance(metrics, TaskMetrics):
+        if task not in self._metrics:
             return
         if "references" not in batch:
             raise MPTError(
                 f"Task '{task}': got batches without `references`, expected the accepted answers of each row, because "
                 "its card has metrics. Add them to the batches, or leave the card out of the DataModule's `cards`."
             )
-        metrics.update(predictions, batch["references"], batch.get("groups") or [""] * len(predictions))
+        self._metrics[task].update(predictions, batch["references"], batch.get("groups") or [""] * len(predictions))
 
     def update_loss(self, task: str, loss: Tensor, tokens: int) -> None:
         """Add a batch's loss, weighted by its label tokens."""
-        self._losses[self.tasks.index(task)].update(loss.detach(), tokens)
+        self._losses[task].update(loss.detach(), tokens)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the scores: `<task>/loss`, `<task>/<metric>`, `loss`, and `average` over the tasks' mean metrics.
@@ -58,11 +58,11 @@ class Evaluator(nn.Module):
         """
         values: dict[str, Tensor] = {}
         means, losses = [], []
-        for task, metrics, loss in zip(self.tasks, self._metrics, self._losses, strict=True):
-            values[f"{task}/loss"] = loss.compute()
+        for task in self.tasks:
+            values[f"{task}/loss"] = self._losses[task].compute()
             losses.append(values[f"{task}/loss"])
-            if isinstance(metrics, TaskMetrics):
-                found = metrics.compute()
+            if task in self._metrics:
+                found = self._metrics[task].compute()
                 values |= {f"{task}/{name}": value for name, value in found.items()}
                 means.append(average(found))
         values["loss"] = torch.stack(losses).mean()

@@ -57,19 +57,7 @@ def initial_prompts(
     cards: Mapping[str, TaskCard],
     tasks: Sequence[str],
 ) -> Tensor:
-    """Return a separate start for each task's prompt; see `initial_prompt`.
-
-    Args:
-        kind: Where prompts start.
-        backbone: The model whose embeddings are used.
-        length: P.
-        text: The text of "text".
-        cards: The tasks' cards by name, for their class words.
-        tasks: The tasks [T].
-
-    Returns:
-        [T, P, H], fp32.
-    """
+    """Return a separate start `[T, P, H]` for each task's prompt, with its card's class words; see `initial_prompt`."""
     return torch.stack([initial_prompt(kind, backbone, length, text, class_words(cards, [task])) for task in tasks])
 
 

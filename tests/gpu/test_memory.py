@@ -51,7 +51,7 @@ def test_a_run_that_fails_frees_the_device(device: Device, folder) -> None:
         device.trainer(max_steps=1, limit_val_batches=0).fit(module, datamodule=TinyData())
         with pytest.raises(RuntimeError, match="broken"):
             device.trainer().predict(module, datamodule=TinyData())
-        assert module.evaluation is None
+        assert module.evaluator is None
         assert left_on_gpu(module) == 0
 
 
