@@ -1,17 +1,18 @@
-"""Ways to run a big frozen backbone: what each saves and costs, as a ratio to fp32 in the same run.
+"""Precisions and memory options of a big frozen backbone: what each saves and costs, relative to fp32 in the same run.
 
     python benchmarks/backbones.py [--device cpu] [--threads 2] [--repeats 15] [--only bf16 8-bit ...]
 
-A Llama of 70 million parameters with random weights, loaded by `load_backbone` with the options of a line. The step is
-prompt tuning with P=100, B=8, L=64 and two label tokens: forward, backward, AdamW. A line and fp32 run in turns.
+A Llama of 70 million parameters with random weights, loaded by `load_backbone` with different options per line. The
+step is prompt tuning with P=100, B=8, L=64 and two label tokens: forward, backward, AdamW. The steps of a line and of
+fp32 alternate.
 
-- **logits**: the difference to fp32's at the label positions, largest and mean; the caption has these logits' standard
-  deviation. Random weights have no outliers, which are what makes 8 and 4 bits hard: read it as a check of the way, not
-  as what a trained model loses.
-- **first** is the first forward pass and the first step, in seconds: they compile, or find it in torch's cache on disk.
-- **peak memory** is measured in a fresh process: weights, activations, gradients, optimizer, from before loading to
-  the largest in two steps. CPU: growth of the resident set (Linux). GPU: what torch has allocated.
-- A line whose library is missing, or that the machine cannot do, says so.
+- **logits**: the difference to the logits of fp32 at the label positions, largest and mean; the caption contains the
+  standard deviation of these logits. Random weights have no outliers, which make 8 and 4 bits difficult: the difference
+  checks that an option works, and does not estimate the loss of a trained model.
+- **first** is the first forward pass and the first step, in seconds. They compile, or load from torch's cache on disk.
+- **peak memory** is measured in a new process: weights, activations, gradients, optimizer, from before loading to the
+  maximum of two steps. CPU: growth of the resident set (Linux). GPU: the memory that torch has allocated.
+- A line whose library is missing, or that the machine does not support, is reported as not run.
 """
 
 import argparse
@@ -61,7 +62,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What is run: the shape of the model and of the step, and where."""
+    """The shape of the model and of the step, and the device."""
 
     device: str = "cpu"
     threads: int = 2
@@ -74,7 +75,7 @@ class Setting:
     labels: int = 2
 
     def save_model(self, folder: str) -> int:
-        """Save the model; give the number of its parameters."""
+        """Save the model and return its number of parameters."""
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=self.vocabulary, hidden_size=self.hidden, intermediate_size=self.hidden * 27 // 10,
@@ -87,17 +88,17 @@ class Setting:
 
 @dataclass
 class Run:
-    """A backbone that was loaded one way: a training step, and the logits before it."""
+    """A backbone with one set of options: a training step, and the logits before it."""
 
     step: Step
     logits: Callable[[], Tensor]
 
 
 def build(setting: Setting, folder: str, way: str) -> Run:
-    """Load the model one way.
+    """Load the model with one set of options.
 
     Raises:
-        ValueError: a library is missing, or the machine cannot do it.
+        MPTError: If a library is missing, or the machine does not support the options.
     """
     device = torch.device(setting.device)
     backbone = load_backbone(folder, device=device, **WAYS[way]).to(device).train()
@@ -128,20 +129,20 @@ def prepare(setting: Setting) -> None:
 
 
 def peak(setting: Setting, folder: str, way: str) -> float:
-    """Give the MiB that loading the model and two steps take at most, beyond what the process has."""
+    """Return the peak memory in MiB of loading the model and of two steps, beyond the memory of the process."""
     prepare(setting)
     for library in ("torch._inductor.compile_fx", "bitsandbytes"):
         if find_spec(library) is not None:
-            import_module(library)  # its code is no part of what a backbone needs
+            import_module(library)  # its code does not count as the backbone's memory
     on_gpu = setting.device != "cpu"
     before = 0.0 if on_gpu else resident("VmRSS")
     run = build(setting, folder, way)
     run.step()
-    run.step()  # what is made once (compiled code, optimizer state) is there now
+    run.step()  # compiled code and optimizer state exist from here on
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     else:
-        ctypes.CDLL(None).malloc_trim(0)  # what loading needed and gave back
+        ctypes.CDLL(None).malloc_trim(0)  # returns the memory that loading has freed
         Path("/proc/self/clear_refs").write_text("5")
     run.step()
     run.step()
@@ -149,13 +150,13 @@ def peak(setting: Setting, folder: str, way: str) -> float:
 
 
 def fresh(function: Callable[..., float], *arguments: Any) -> float:
-    """Call a function in a new process."""
+    """Return the result of a function that runs in a new process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def measure(setting: Setting, folder: str, ways: Sequence[str], repeats: int) -> list[dict[str, Any]]:
-    """Give one row per way."""
+    """Return one row of results per set of options."""
     reference = build(setting, folder, REFERENCE)
     expected = reference.logits()
     reference_peak = fresh(peak, setting, folder, REFERENCE)
@@ -213,14 +214,14 @@ def show(rows: list[dict[str, Any]], title: str, environment: dict[str, str]) ->
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Ways to run a frozen backbone, against fp32 in one run.")
+    parser = argparse.ArgumentParser(description="Options of a frozen backbone, relative to fp32 in the same run.")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=15, help="rounds, at least 2 (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS), help="lines to run (default: all)")
-    parser.add_argument("--tiny", action="store_true", help="a model of two small layers, to try the script")
+    parser.add_argument("--tiny", action="store_true", help="a model of two small layers, to test the script")
     parser.add_argument("--output", type=Path, default=RESULTS / "backbones.json", help="JSON file")
-    parser.add_argument("--note", help="what else to know of the run, say that other work ran beside it")
+    parser.add_argument("--note", help="a remark on the run, such as other programs running; stored with the results")
     options = parser.parse_args(arguments)
     if options.repeats < 2:
         parser.error(f"--repeats must be at least 2, for a middle half; got {options.repeats}")

@@ -1,23 +1,23 @@
-"""CPT side by side with PEFT's: a training step, evaluation, and what they cost above a bare model.
+"""CPT compared with PEFT's CPT: a training step, evaluation, and their cost above that of a bare model.
 
     python benchmarks/cpt.py [--threads 2] [--repeats 15] [--only step floor evaluation]
 
-What is compared runs in turns (A, B, B, A, ...) in one process: the table has the median of the rounds' ratios. A small
-Llama with random weights, CPU, fp32. The context is made of examples of 20 tokens, one of them the label; rows
-have L tokens, no padding, and one label token that is predicted. Both sides start from one perturbation.
+Both sides alternate (A, B, B, A, ...) in one process; the table shows the median of the rounds' ratios. A small Llama
+with random weights, CPU, fp32. The context consists of examples of 20 tokens, one of them the label; rows have L
+tokens, no padding, and one label token to predict. Both sides start from the same perturbation.
 
 - **step**: forward, backward, AdamW and the projection (PEFT's is in its next forward pass). Decay 0.95.
 - **floor**: our whole step against forward and backward of the bare transformers model with frozen weights, gradients
   to the input embeddings, over P + B·L tokens, with logits and cross-entropy at the step's label positions only.
-  No optimizer, no projection, no mask, no cache. Two readings of it. "One sequence": all tokens in one causal
-  sequence `[1, P + B·L]`, so that, as in a step, later tokens read the context; they read the rows before them as well.
-  "Apart": the context `[1, P]` and the rows `[B, L]` in two passes. There no row reads the context, so it is
-  less than any exact CPT step can do, and has no goal: B·L·P pairs of attention are missing.
-- **evaluation**: two one-token answers are ranked for 256 rows, 32 at a time; at most 5 rounds. Ours computes the
-  context's keys and values once, within the time measured. PEFT's forward pass has the context in every row, and makes
-  logits at all positions. Rows of L=40, and of L=18: as long as the context's examples.
+  No optimizer, no projection, no mask, no cache. There are two variants. "One sequence": all tokens in one causal
+  sequence `[1, P + B·L]`, so that, as in a step, later tokens attend to the context; they also attend to earlier rows.
+  "Apart": the context `[1, P]` and the rows `[B, L]` in two passes. No row attends to the context, so B·L·P pairs of
+  attention are missing. No exact CPT step can be as fast, and this variant has no goal.
+- **evaluation**: two one-token answers are ranked for 256 rows, 32 at a time; at most 5 rounds. This package computes
+  the context's keys and values once, within the measured time. PEFT's forward pass repeats the context in every row and
+  computes logits at all positions. Rows have L=40 tokens, or L=18, the length of the context's examples.
 
-Peak memory is what the resident set grows by in two steps in a fresh process, beyond the loaded model (Linux).
+Peak memory is the growth of the resident set in two steps in a new process, beyond the loaded model (Linux).
 """
 
 import re
@@ -48,7 +48,7 @@ PEFT = f"PEFT {peft.__version__} CPT"
 
 @dataclass(frozen=True)
 class Shape:
-    """P, B and L, and the goal of the step against PEFT's."""
+    """P, B and L, and the goal of the speed-up over PEFT."""
 
     context: int
     rows: int
@@ -61,12 +61,12 @@ class Shape:
 
 @dataclass
 class Run:
-    """A side of a comparison: what is timed, and what shows that both sides did the same.
+    """One side of a comparison: the timed step, and values that must agree on both sides.
 
     Attributes:
-        step: what is timed.
-        result: the loss of a training step with its graph, or the scores of an evaluation.
-        delta: the perturbation `[P, H]`.
+        step: The timed step.
+        result: The loss of a training step with its graph, or the scores of an evaluation.
+        delta: The perturbation `[P, H]`.
     """
 
     step: Step
@@ -75,30 +75,30 @@ class Run:
 
 
 STEPS = [Shape(800, 16, goal=12.0), Shape(400, 8, goal=5.0), Shape(200, 4, goal=3.0)]
-# Rows as long as in training, and as long as the context's examples are without label and separator.
+# Rows as long as in training, and as long as the context's examples without label and separator.
 EVALUATIONS = [Shape(400, 256, goal=20.0), Shape(400, 256, len(EXAMPLE) - 2, goal=20.0)]
 
 
 def context_of(shape: Shape) -> tuple[list[int], list[int]]:
-    """Give the context's token ids and types."""
+    """Return the context's token ids and token types."""
     types = [kind and kind + 4 * k for k in range(shape.context // len(EXAMPLE)) for kind in EXAMPLE]
     generator = torch.Generator().manual_seed(1)
     return torch.randint(3, VOCABULARY, (len(types),), generator=generator).tolist(), types
 
 
 def rows_of(shape: Shape) -> tuple[Tensor, Tensor]:
-    """Give rows `[B, L]` and, one per row, label tokens `[B, 1]`."""
+    """Return rows `[B, L]` and one label token per row `[B, 1]`."""
     generator = torch.Generator().manual_seed(2)
     whole = torch.randint(3, VOCABULARY, (shape.rows, shape.length + 1), generator=generator)
     return whole[:, :-1], whole[:, -1:]
 
 
 def start(shape: Shape) -> Tensor:
-    """Give the perturbation that both sides begin with; it is within the balls."""
+    """Return the initial perturbation `[P, H]` of both sides; it is within the balls."""
     return torch.randn(shape.context, WIDTH, generator=torch.Generator().manual_seed(3)) * 1e-3
 
 
-# -- ours ----------------------------------------------------------------------------------------------------------
+# -- CPT of this package -------------------------------------------------------------------------------------------
 
 
 def our_module(shape: Shape) -> CPT:
@@ -142,7 +142,7 @@ def our_evaluation(shape: Shape) -> Run:
 
 
 def choices_of(labels: Tensor) -> Tensor:
-    """Give two one-token answers per row `[B, 2]`: the label and the token after it."""
+    """Return two one-token answers per row `[B, 2]`: the label and the next token id."""
     return torch.cat([labels, (labels + 1) % VOCABULARY], dim=1)
 
 
@@ -197,7 +197,7 @@ def floor(shape: Shape, apart: bool) -> Run:
     model, (inputs, labels) = small_llama(POSITIONS).requires_grad_(False), rows_of(shape)
     ids, types = (torch.tensor(values) for values in context_of(shape))
     is_label = (types > 0) & (types % 4 == 0)
-    # Where a label is predicted, in the context and at the end of each row.
+    # The positions that predict a label, in the context and at the end of each row.
     of_context = is_label.nonzero()[:, 0] - 1
     of_rows = shape.context + shape.length * torch.arange(1, shape.rows + 1) - 1
     passes = (
@@ -229,16 +229,16 @@ def floor(shape: Shape, apart: bool) -> Run:
 
 
 def resident(what: str) -> float:
-    """Give this process's memory in MiB: VmRSS now, VmHWM at most since the last reset."""
+    """Return this process's memory in MiB: VmRSS is the current size, VmHWM the maximum since the last reset."""
     return int(re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 
 def growth(build: Callable[[Shape], Run], shape: Shape, threads: int) -> float:
-    """Give by how many MiB this process grows in two steps."""
+    """Return by how many MiB this process grows in two steps."""
     torch.set_num_threads(threads)
     warnings.filterwarnings("ignore")
     step = build(shape).step
-    # Not ru_maxrss, which a new process has from the one that started it.
+    # Not ru_maxrss, which a new process inherits from its parent.
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     step()
@@ -247,7 +247,7 @@ def growth(build: Callable[[Shape], Run], shape: Shape, threads: int) -> float:
 
 
 def peak_memory(shape: Shape, *builds: Callable[[Shape], Run]) -> tuple[float, ...]:
-    """Measure each in a fresh process of its own, one after the other."""
+    """Return the memory growth of each in MiB, each measured in a new process, one after the other."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         jobs = [pool.submit(growth, build, shape, torch.get_num_threads()) for build in builds]
         return tuple(job.result() for job in jobs)
@@ -271,7 +271,7 @@ def steps(repeats: int) -> Iterator[Line]:
 
 
 def floors(repeats: int) -> Iterator[Line]:
-    """Compare a training step with the bare model's forward and backward pass over as many tokens."""
+    """Compare a training step with forward and backward of the bare model over as many tokens."""
     for shape in STEPS:
         for name, goal in (("one sequence", 1.15), ("apart", None)):
             build = partial(floor, apart=name == "apart")

@@ -1,11 +1,11 @@
-"""Context-aware prompt tuning on real data with a very small real model: four methods, few shots, three draws.
+"""Context-aware prompt tuning on real data with a very small pretrained model: four methods, few shots, three draws.
 
     OMP_NUM_THREADS=1 python benchmarks/cpt_real_data.py --data-root DATA --backbone FOLDER_OR_HUB_ID
 
-1. The wording of each kind of task is chosen for plain in-context learning on validation rows; 2. each method's
-learning rate and ball likewise, on one task; 3. everything runs once per task, k and draw, and test rows are looked at
-after the last step. Every finished run is a line of `<output>/runs.jsonl`, so the same command goes on after an
-interruption.
+1. The wording of each kind of task is chosen by in-context learning on validation rows.
+2. The learning rate and the ball of each method are chosen on validation rows of one task.
+3. Every method runs once per task, k and draw; test rows are evaluated after the last step.
+Every finished run is a line of `<output>/runs.jsonl`, so the same command resumes after an interruption.
 """
 
 import argparse
@@ -34,8 +34,8 @@ from mpt_lightning.data import TaskDataModule, load_card
 
 Wording = dict[str, Any]
 
-#: Answer prefix and answers that are tried. The tokenizer cuts " good" into a word mark and the word: all answers of a
-#: task have as many tokens, or the shorter one would be the likelier.
+# Candidates for answer prefix and answers. All answers of a task have the same number of tokens, because ranking would
+# favour a shorter one; the tokenizer splits " good" into a word mark and the word.
 WORDINGS: dict[str, list[Wording]] = {
     "sentiment": [
         {"answer_prefix": "it was", "choices": ["bad", "good"]},
@@ -52,9 +52,9 @@ WORDINGS: dict[str, list[Wording]] = {
         {"answer_prefix": "true:", "choices": ["right", "some", "not"]},
     ],
 }
-#: Template, kind, k per class and the rows' longest input. Context and row share 512 positions: with six rows of each
-#: of two classes those of rotten_tomatoes are cut to 32 tokens, at all k alike; sst2's training rows are short phrases.
-#: Of sick, whose pairs cannot be cut that far, two rows of each of three classes fit.
+# Template, kind, k per class and the rows' maximum input length. Context and row share 512 positions: rows of
+# rotten_tomatoes are cut to 32 tokens for every k, so that six rows of each of the two classes fit; the training rows
+# of sst2 are short phrases. Pairs of sick cannot be cut that far, so only two rows of each of the three classes fit.
 TASKS: dict[str, dict[str, Any]] = {
     "glue/sst2": {"kind": "sentiment", "input": "{sentence}", "max_input_length": 64, "shots": [2, 4, 6]},
     "rotten_tomatoes": {"kind": "sentiment", "input": "{text}", "max_input_length": 32, "shots": [2, 4, 6]},
@@ -62,21 +62,21 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 METRICS = ["accuracy", "macro_f1"]
 FREE = {"epsilon": None, "template_epsilon": None}
-#: Radii as shares of a token's embedding's norm; the authors' is absolute, and far smaller here.
+# Radii as fractions of the norm of a token's embedding; the authors' radius is absolute, and much smaller here.
 BALLS: dict[str, dict[str, Any]] = {
     str(share): {"epsilon": share, "template_epsilon": share / 2, "epsilon_scale": "embedding"}
     for share in (0.1, 0.3, 1.0)
 }
 AUTHORS = {"lr": 1e-4, "epsilon": 0.2, "template_epsilon": 0.1, "epsilon_scale": "width"}
 VARIANTS = [f"{method} {bound}" for method in ("prompt_tuning", "instruction", "cpt") for bound in ("free", "ball")]
-#: What is changed of "cpt ball"; run at the middle k only.
+# Changes of "cpt ball"; run at the middle k only.
 EXTRAS: dict[str, dict[str, Any]] = {
     "ball, weights": {"normalize": "weights"},
     "ball, leave-one-out": {"leave_one_out": True},
     "authors": AUTHORS,
 }
-#: Everything that a result depends on beside its own row.
 Method = Literal["cpt", "prompt_tuning", "instruction", "icl"]
+# Everything that all results depend on.
 SETTINGS: dict[str, Any] = {
     "tasks": TASKS,
     "wordings": WORDINGS,
@@ -99,12 +99,12 @@ SETTINGS: dict[str, Any] = {
 
 
 class Benchmark:
-    """The stages, one method each.
+    """The stages of the benchmark, one method each.
 
     Args:
         backbone: Hub id or folder of the frozen model.
-        data_root: folder that stands in for the Hub, or None.
-        output: folder of the runs.
+        data_root: Folder that replaces the Hub, or None.
+        output: Folder of the runs.
     """
 
     def __init__(self, backbone: str, data_root: str | None, output: Path) -> None:
@@ -114,7 +114,7 @@ class Benchmark:
         self.wordings: dict[str, Wording] = {}
 
     def data(self, task: str, wording: Wording, k: int, seed: int, **options: Any) -> TaskDataModule:
-        """Make a task's data, with k rows per class as its context."""
+        """Return a task's data, with k rows per class as its context."""
         card = replace(load_card(task), input=TASKS[task]["input"], choices=wording["choices"], metrics=METRICS)
         rows = {"max_input_length": TASKS[task]["max_input_length"], "max_eval_rows": SETTINGS["max_rows"]}
         sizes = {"batch_size": SETTINGS["training"]["batch_size"], "eval_batch_size": 100}
@@ -122,7 +122,7 @@ class Benchmark:
         return load_task(card, backbone=self.backbone, data_root=self.data_root, **rows, **sizes, **shots, **options)
 
     def learn(self, data: TaskDataModule, method: Method, split: str, **options: Any) -> dict[str, Any]:
-        """Train where there is something to train, and evaluate the last step's prompt."""
+        """Train, except for in-context learning, and evaluate the prompt of the last step."""
         begin, training, found = time.process_time(), SETTINGS["training"], {}
         L.seed_everything(data.seed, verbose=False)
         model = CPT(self.backbone, method=method, warmup_steps=training["warmup_steps"], **options)
@@ -138,7 +138,7 @@ class Benchmark:
         return {"tokens": len(model.prompt.token_ids), **{name: round(value, 4) for name, value in found.items()}}
 
     def choose_wording(self, kind: str) -> Wording:
-        """Give the wording with the best mean validation macro-F1 of in-context learning."""
+        """Return the wording with the best mean validation macro-F1 of in-context learning."""
         search = SETTINGS["search"]
         task, means = search["wording_tasks"][kind], []
         for wording in WORDINGS[kind]:
@@ -151,7 +151,7 @@ class Benchmark:
         return WORDINGS[kind][means.index(max(means))]
 
     def choose(self, variant: str) -> dict[str, Any]:
-        """Give a variant's rate and ball with the best validation macro-F1; in a tie, the least loss."""
+        """Return a variant's learning rate and ball with the best validation macro-F1; in a tie, the smallest loss."""
         search, (method, bound) = SETTINGS["search"], variant.split()
         task, found = search["task"], []
         for bounds, rate in product(BALLS.values() if bound == "ball" else [FREE], SETTINGS["rates"]):
@@ -163,7 +163,7 @@ class Benchmark:
         return max(found, key=lambda one: one[:2])[2]
 
     def majority(self, task: str) -> dict[str, Any]:
-        """Give the test accuracy of always saying the validation rows' commonest class."""
+        """Return the test accuracy of always predicting the most frequent class of the validation rows."""
         data = self.data(task, self.wordings[task], 2, 0)
         data.setup("validate")
         data.setup("test")
@@ -173,14 +173,14 @@ class Benchmark:
     def test(
         self, stage: str, task: str, variant: str, how: tuple[Method, dict[str, Any]], k: int, seed: int, **rows: Any
     ) -> dict[str, Any]:
-        """Run a variant once and give its result on test rows."""
+        """Run a variant once and return its result on test rows."""
         method, options = how
         key = {"stage": stage, "task": task, "k": k, "seed": seed, "variant": variant, **options}
         data = self.data(task, self.wordings[task], k, seed, **rows)
         return self.runs.once(key, lambda: self.learn(data, method, "test", **options))
 
     def run(self) -> list[dict[str, Any]]:
-        """Run everything that has not been run, and give the rows of the tables."""
+        """Run everything that has not been run, and return the rows of the tables."""
         kinds = {kind: self.choose_wording(kind) for kind in WORDINGS}
         self.wordings = {task: kinds[options["kind"]] for task, options in TASKS.items()}
         variants: dict[str, tuple[Method, dict[str, Any]]] = {"icl": ("icl", {})}
@@ -205,13 +205,13 @@ class Benchmark:
 
 
 def moved(prompt: Any) -> float:
-    """Give how far the trained tokens have moved: a mean share of their embeddings' norms."""
+    """Return how far the trained tokens have moved, relative to their embeddings' norms, as a mean."""
     share = (prompt.delta_embedding.detach() * prompt.moves).norm(dim=1) / prompt.embeddings.norm(dim=1)
     return share[prompt.moves[:, 0] > 0].mean().item()
 
 
 def summary(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Give a table: a line per variant; per task and k its test accuracy, mean and deviation over seeds."""
+    """Return a table: a line per variant with the test accuracy per task and k, mean and deviation over seeds."""
     columns = list(dict.fromkeys((row["task"], row["k"]) for row in rows if "k" in row))
     also = {"macro_f1": "macro-F1", "train_loss": "train loss", "moved": "moved", "cpu_seconds": "CPU s"}
     lines = [["", *(f"{task} {k}" for task, k in columns), "mean", *also.values()]]
@@ -223,7 +223,7 @@ def summary(rows: list[dict[str, Any]]) -> list[list[str]]:
             spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
             means += [statistics.mean(values)] if values else []
             line.append(f"{means[-1]:.1f}{spread}" if values else "")
-        # A mean over some of the columns would look like one over all.
+        # A mean over some of the columns could be mistaken for a mean over all.
         line.append(f"{statistics.mean(means):.1f}" if len(means) == len(columns) else "")
         for name in also:
             values = [row[name] * (100 if name == "macro_f1" else 1) for row in own if name in row]
@@ -236,7 +236,7 @@ def main() -> None:
     """Run the benchmark, and print and write its results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", required=True, help="Hub id or folder of the frozen model")
-    parser.add_argument("--data-root", help="folder that stands in for the Hub; unset: the Hub")
+    parser.add_argument("--data-root", help="folder that replaces the Hub (default: the Hub)")
     parser.add_argument("--output", type=Path, default=Path("runs/cpt_real_data"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "cpt_real_data.json")
     args = parser.parse_args()

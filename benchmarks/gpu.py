@@ -1,20 +1,21 @@
-"""Training steps of true size on one GPU: tokens per second, memory, and how near they come to the GPU's ceiling.
+"""Training steps of realistic size on one GPU: tokens per second, memory, and the share of the GPU's peak rate.
 
     python benchmarks/gpu.py [--repeats 20] [--compile] [--only source cpt prompt_tuning]
-    python benchmarks/gpu.py --device cpu --tiny      # the same code on tiny shapes, to try the script
+    python benchmarks/gpu.py --device cpu --tiny      # the same code on tiny shapes, to test the script
 
-Random weights in bfloat16, prompts and losses in fp32, random tokens, rows without padding: no download, no quality.
+Random weights in bfloat16, prompts and losses in fp32, random tokens, rows without padding. Nothing is downloaded.
 
 - **source**: MPTSource with six teachers on a T5 of t5-base's true shape (223 million parameters): P=100, B=32, 256
   input and 4 label tokens. A step has a teacher pass, a student pass and both distillation terms.
 - **cpt**: CPT on a Llama-shaped model of 1.24 billion parameters (the shape of Llama 3.2 1B): P=800, B=16, L=40, one
-  label token per row and the context's own, with the projection.
+  label token per row and those of the context, with the projection.
 - **prompt_tuning**: prompt tuning on the same model: P=100, B=32, L=128, two label tokens.
 
-A step is forward, backward, AdamW; its time is the median of `--repeats` steps after warming up, on a GPU by events.
-**Tokens** are those of the rows, input and label. **Positions** are what the model runs: prompts too, and each pass.
-**FLOPs** are counted on the real step by torch.utils.flop_counter, attention unfused, so that all its products are
-seen. The **ceiling** is the rate of a bfloat16 product of two 8192 x 8192 matrices on this device, before the steps.
+A step is forward, backward, AdamW; its time is the median of `--repeats` steps after a warm-up, on a GPU by events.
+**Tokens** are those of the rows, input and label. **Positions** are all that the model runs, including prompts and
+every pass. **FLOPs** are counted on a real step by torch.utils.flop_counter, with unfused attention, so that all its
+products are counted. The **ceiling** is the rate of a bfloat16 product of two 8192 x 8192 matrices on this device,
+measured before the steps.
 """
 
 import argparse
@@ -72,23 +73,23 @@ class Shape:
 
     @property
     def tokens(self) -> int:
-        """Of the rows, input and label."""
+        """Number of input and label tokens of the rows."""
         return self.rows * (self.length + self.labels)
 
     @property
     def seq2seq_positions(self) -> int:
-        """Of the encoder and the decoder of one pass."""
+        """Number of positions of encoder and decoder in one pass."""
         return self.rows * (self.prompt + self.length + self.labels)
 
     @property
     def causal_positions(self) -> int:
-        """Of one packed pass: each prompt once, and no row's last label, which is never read."""
+        """Number of positions of one packed pass: each prompt once, and rows without their last label."""
         return self.tasks * self.prompt + self.rows * (self.length + self.labels - 1)
 
 
 @dataclass
 class Case:
-    """A module with a batch to train on; `then` comes after each optimizer step."""
+    """A module with a batch to train on; `then` runs after each optimizer step."""
 
     module: PromptModule
     batch: dict[str, Tensor]
@@ -97,7 +98,7 @@ class Case:
 
 
 def make_backbone(config: PreTrainedConfig, device: torch.device, compiled: bool) -> Backbone:
-    """Make a model with random weights where it will run."""
+    """Build a backbone with random weights on its device."""
     torch.manual_seed(0)
     seq2seq = config.is_encoder_decoder
     auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
@@ -120,7 +121,7 @@ def source(backbone: Backbone, shape: Shape, device: torch.device) -> Case:
     module = MPTSource(backbone.name, tasks=names, prompt_length=shape.prompt, prompt_init="random")
     module.backbone, module.prompt = backbone, module.build_prompt(backbone)
     module.teacher_prompts = torch.rand(shape.tasks, shape.prompt, backbone.dim) - 0.5
-    # The teachers' pass is one as well.
+    # Teachers and student: two passes.
     return Case(module, make_batch(shape, len(backbone.embeddings), device), 2 * shape.seq2seq_positions)
 
 
@@ -154,7 +155,7 @@ TINY = {
 
 
 def seconds_of(step: Step, device: torch.device, repeats: int, text: str) -> list[float]:
-    """Time each of some steps; on a GPU from event to event, so that it never waits for the host's clock."""
+    """Return the seconds of each step; on a GPU measured by events, so that the GPU never waits for the host."""
     if device.type != "cuda":
         times = []
         for _ in track(range(repeats), description=f"{text:32}", transient=True):
@@ -172,7 +173,7 @@ def seconds_of(step: Step, device: torch.device, repeats: int, text: str) -> lis
 
 
 def ceiling(device: torch.device, size: int, repeats: int) -> float:
-    """Give the operations per second of a bfloat16 matrix product."""
+    """Return the operations per second of a bfloat16 matrix product."""
     left, right = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
     product = torch.empty_like(left)
 
@@ -185,8 +186,8 @@ def ceiling(device: torch.device, size: int, repeats: int) -> float:
 
 
 def operations(step: Step) -> int:
-    """Count the floating-point operations of a step: two for each product of a matrix product."""
-    # Unfused, since not every fused attention is known to the counter; uncompiled, since it sees operators.
+    """Return the floating-point operations of a step: two for each multiplication of a matrix product."""
+    # Unfused, since the counter does not support every fused attention; uncompiled, since it counts operators.
     with (
         sdpa_kernel(SDPBackend.MATH),
         torch.compiler.set_stance("force_eager"),
@@ -197,7 +198,7 @@ def operations(step: Step) -> int:
 
 
 def measure(name: str, options: argparse.Namespace, top: float) -> dict[str, Any]:
-    """Run one case; give its figures."""
+    """Run one case and return its results."""
     device = torch.device(options.device)
     title, make, config, shape = CASES[name]
     if options.tiny:
@@ -206,7 +207,7 @@ def measure(name: str, options: argparse.Namespace, top: float) -> dict[str, Any
     if on_gpu:
         torch.cuda.empty_cache()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # so that the largest size counts from here
+        Path("/proc/self/clear_refs").write_text("5")  # resets the maximum
     before = 0.0 if on_gpu else resident("VmRSS")
     backbone = make_backbone(config, device, options.compile)
     case = make(backbone, shape, device)
@@ -248,18 +249,18 @@ def show(rows: list[dict[str, Any]], environment: dict[str, str]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Training steps of true size on one GPU.")
+    parser = argparse.ArgumentParser(description="Training steps of realistic size on one GPU.")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu with --tiny (default: %(default)s)")
-    parser.add_argument("--tiny", action="store_true", help="tiny models and shapes, to try the script")
+    parser.add_argument("--tiny", action="store_true", help="tiny models and shapes, to test the script")
     parser.add_argument("--compile", action="store_true", help="compile the backbone's layers")
     parser.add_argument("--repeats", type=int, default=20, help="timed steps (default: %(default)s)")
-    parser.add_argument("--warm-up", type=int, default=5, help="steps before (default: %(default)s)")
+    parser.add_argument("--warm-up", type=int, default=5, help="steps before the timed ones (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="steps to run (default: all)")
     parser.add_argument("--output", type=Path, default=RESULTS / "gpu.json", help="JSON file (default: %(default)s)")
-    parser.add_argument("--note", help="what else to know of the run, say that other work ran beside it")
+    parser.add_argument("--note", help="a remark on the run, such as other programs running; stored with the results")
     options = parser.parse_args(arguments)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("this machine has no GPU that torch can use; --device cpu --tiny tries the script")
+        parser.error("torch finds no GPU; test the script with --device cpu --tiny")
     warnings.filterwarnings("ignore")
     device = torch.device(options.device)
     size = 256 if options.tiny else 8192

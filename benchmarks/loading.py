@@ -1,9 +1,10 @@
-"""What loading a backbone costs with the check of its results, and what its fingerprint costs.
+"""The cost of checking a backbone's results when it is loaded, and of its fingerprint.
 
     python benchmarks/loading.py [--threads 2] [--repeats 15] [--only check fingerprint]
 
-"check": `load_backbone` with and without the check, in turns. Saved random weights of about 100 million parameters, in
-the page cache. "fingerprint": a model of a billion parameters in bfloat16, against one pass over 40 tokens.
+"check": `load_backbone` alternately with and without the check. Random weights of about 100 million parameters are
+read from files in the page cache. "fingerprint": a model of a billion parameters in bfloat16, relative to one forward
+pass over 40 tokens.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""What the speed benchmarks share: timing two steps in turns, a small Llama, the table and its JSON file."""
+"""Shared parts of the speed benchmarks: timing two alternating steps, a small Llama, the table and its JSON file."""
 
 import argparse
 import json
@@ -29,17 +29,17 @@ Step = Callable[[], None]
 
 @dataclass
 class Line:
-    """One line of the table: a ratio of what is measured to its reference.
+    """One line of the table: the ratio of a measured step to a reference.
 
     Attributes:
-        name: what is measured.
-        reference: what it is compared with.
-        goal: the bound of the ratio; none where the line only informs.
-        at_least: whether the goal is a speed-up (reference / measured, high is good) or a cost (measured / reference).
-        seconds: of the measured one, per round.
-        reference_seconds: of the reference, per round.
-        note: what shows that both did the same.
-        memory: MiB that the measured one and the reference take at most, beyond the loaded model.
+        name: Name of the measured step.
+        reference: Name of the reference.
+        goal: Bound of the ratio, or None.
+        at_least: The ratio is a speed-up (reference / measured), else a cost (measured / reference).
+        seconds: Seconds of the measured step, per round.
+        reference_seconds: Seconds of the reference, per round.
+        note: Evidence that both computed the same.
+        memory: Peak memory in MiB of the measured step and of the reference, beyond the loaded model.
     """
 
     name: str
@@ -58,14 +58,14 @@ class Line:
 
     @property
     def met(self) -> bool | None:
-        """Whether the median reaches the goal."""
+        """Whether the median of the ratios reaches the goal; None without a goal."""
         if self.goal is None:
             return None
         return median(self.ratios) >= self.goal if self.at_least else median(self.ratios) <= self.goal
 
 
 def in_turns(ours: Step, theirs: Step, repeats: int, text: str) -> tuple[list[float], list[float]]:
-    """Time two steps in turns, after two rounds of warming up; every other round begins with the other one."""
+    """Return the seconds of two alternating steps after two warm-up rounds; the order changes every round."""
     times: dict[Step, list[float]] = {ours: [], theirs: []}
     for turn in track(range(repeats + 2), description=f"{text:32}", transient=True):
         for step in (ours, theirs) if turn % 2 else (theirs, ours):
@@ -85,7 +85,7 @@ def small_llama(max_positions: int = 512) -> LlamaForCausalLM:
 
 
 def train_step(parameters: Iterable[nn.Parameter], loss_of: Callable[[], Tensor], then: Step | None = None) -> Step:
-    """Make a step of forward, backward and AdamW, and what comes after it."""
+    """Return a step of forward, backward and AdamW, followed by `then`."""
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
     if then is not None:
         optimizer.register_step_post_hook(lambda *_: then())
@@ -99,7 +99,7 @@ def train_step(parameters: Iterable[nn.Parameter], loss_of: Callable[[], Tensor]
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
-    """Give the largest difference, relative to the largest value."""
+    """Return the largest absolute difference, relative to the largest absolute value of `theirs`."""
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
@@ -142,8 +142,8 @@ def show(title: str, lines: list[Line], environment: dict[str, str]) -> None:
 
 
 def main(title: str, parts: Mapping[str, Callable[[int], Iterator[Line]]], output: Path) -> None:
-    """Run a benchmark's parts, which take the number of rounds, show the lines and write them to a file."""
-    parser = argparse.ArgumentParser(description=f"{title}: ratios of times, in one run.")
+    """Run a benchmark's parts, each a function of the number of rounds, show the lines and write them to a file."""
+    parser = argparse.ArgumentParser(description=f"{title}: ratios of times measured in one run.")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=15, help="rounds, at least 2 (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts), help="parts to run (default: all)")

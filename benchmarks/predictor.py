@@ -1,11 +1,11 @@
-"""Mixed-task inference: `Predictor` against PEFT's forward pass over the same rows.
+"""Mixed-task inference: `Predictor` compared with PEFT's forward pass over the same rows.
 
     python benchmarks/predictor.py [--threads 2] [--repeats 15]
 
 64 rows of four tasks, L tokens each, with two one-token answers to rank, one MPT prompt of 100 tokens per task, on a
-small Llama with random weights, CPU, fp32. Ours is `Predictor.predict` whole: tokenising, ranking, probabilities; the
-prompts' keys and values were computed when it was made, as in a server. PEFT's is one forward pass with `task_ids` over
-ids that are tokenised already, and the log-probabilities of both answers at the last position.
+small Llama with random weights, CPU, fp32. The measured step is the whole of `Predictor.predict`: tokenisation,
+ranking, probabilities; the prompts' keys and values are computed before, as in a server. PEFT's step is one forward
+pass with `task_ids` over token ids, and the log-probabilities of both answers at the last position.
 """
 
 import tempfile
@@ -29,7 +29,7 @@ WORDS = ["no", "yes"]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One word per token: w3, w4, ..., and the two answers."""
+    """Return a tokenizer with one word per token: w3, w4, ..., and the two answers."""
     special = ["<pad>", "<unk>", "<eos>"]
     words = [*special, *(f"w{i}" for i in range(3, 100)), *WORDS, *(f"w{i}" for i in range(102, 8000))]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
@@ -47,7 +47,7 @@ def against_peft(length: int, repeats: int) -> Line:
         name: TaskCard(name=name, path="none", input="{text}", metrics=["accuracy"], choices=WORDS) for name in TASKS
     }
     predictor = Predictor(backbone, prompt, cards, Encoder(backbone.tokenizer, "causal", 256))
-    # Answers end with the end-of-text token in a checkpoint's tasks; PEFT's users compare the words' first tokens.
+    # The Encoder ends answers with the end-of-text token; users of PEFT compare the first tokens of the words.
     predictor.encoder.format.choices = lambda inputs, choices: [[[100], [101]] for _ in inputs]
     config = MultitaskPromptTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=PROMPT, num_transformer_submodules=1, num_tasks=len(TASKS)

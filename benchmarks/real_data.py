@@ -1,12 +1,13 @@
-"""Multitask prompt tuning on real data with a very small real model: three stages, two methods, three seeds.
+"""Multitask prompt tuning on real data with a very small pretrained model: three stages, two methods, three seeds.
 
     OMP_NUM_THREADS=1 python benchmarks/real_data.py --data-root DATA --backbone FOLDER_OR_HUB_ID --wording plain
 
-1. `PromptTuning` over six source tasks in one run makes the teachers; 2. `MPTSource` is distilled from them;
-3. every target task, with k rows and with all, is learned by `MPTTarget` and by `PromptTuning` from scratch.
-The majority class of the training rows is the floor. Learning rates are chosen for both methods by one procedure, on
-validation rows (`choose_rate`); test rows are looked at once, after the last step. Every finished run is a line of
-`<output>/runs.jsonl`, so the same command goes on after an interruption.
+1. `PromptTuning` trains the teachers on six source tasks in one run.
+2. `MPTSource` is distilled from the teachers.
+3. `MPTTarget`, and `PromptTuning` from scratch, are trained on every target task, with k rows and with all rows.
+The baseline is the majority class of the training rows. Learning rates are chosen by the same search for both methods,
+on validation rows (`choose_rate`); test rows are evaluated once, after the last step. Every finished run is a line of
+`<output>/runs.jsonl`, so the same command resumes after an interruption.
 """
 
 import argparse
@@ -36,8 +37,8 @@ from mpt_lightning.modules import PromptModule
 SOURCES = ["glue/sst2", "glue/qqp", "glue/qnli", "glue/cola", "glue/stsb", "glue/mrpc"]
 TARGETS = ["rotten_tomatoes", "glue/rte", "sick", "super_glue/wic"]
 METHODS = ["mpt", "prompt_tuning"]
-#: Inputs and answers for a model that knows children's stories only: no task names, a cue before the answer, and short
-#: words. The shipped cards have T5's wording ("rotten_tomatoes text: ...", "not entailment").
+# Inputs and answers for a model pretrained on children's stories only: no task names, a cue before the answer, and
+# short words. The shipped cards have T5's wording ("rotten_tomatoes text: ...", "not entailment").
 PLAIN: dict[str, dict[str, Any]] = {
     "glue/sst2": {"input": "{sentence} it is", "choices": ["bad", "good"]},
     "glue/qqp": {"input": "{question1} {question2} same?", "choices": ["no", "yes"]},
@@ -50,8 +51,8 @@ PLAIN: dict[str, dict[str, Any]] = {
     "sick": {"input": "{sentence_A} {sentence_B} true?", "choices": ["yes", "maybe", "no"]},
     "super_glue/wic": {"input": "{word}. {sentence1} {sentence2} same?", "choices": ["no", "yes"]},
 }
-#: Everything that a result depends on beside its own row. k counts rows per task: whether the paper balances classes
-#: is not known. All trained tensors get a linear schedule and the same warm-up.
+# Everything that all results depend on. k counts rows per task: whether the paper balances classes is not known. All
+# trained tensors have a linear schedule and the same warm-up.
 SETTINGS: dict[str, Any] = {
     "prompt_length": 20,
     "max_input_length": 128,
@@ -62,18 +63,18 @@ SETTINGS: dict[str, Any] = {
     "full": {"steps": 300, "batch_size": 32},
     "seeds": [0, 1, 2],
     "max_test_rows": 1000,
-    # For MPT the rate of the shared prompt; that of the task factors is 4/3 of it, the paper's ratio.
+    # For MPT, the learning rate of the shared prompt; that of the task factors is 4/3 of it, the paper's ratio.
     "rates": [0.03, 0.1, 0.3],
     "search": {"tasks": ["rotten_tomatoes", "sick"], "seed": 100, "shots": 32, "full_steps": 200, "max_rows": 1000},
 }
 
 
 class Runs:
-    """The finished runs, on disk: a run that is there is not repeated.
+    """The finished runs, stored on disk so that none is repeated.
 
     Args:
-        file: JSON lines; the first has the settings.
-        settings: what all runs depend on; a file of other settings is refused.
+        file: JSON lines; the first contains the settings.
+        settings: Everything that all runs depend on; a file with other settings is an error.
     """
 
     def __init__(self, file: Path, settings: dict[str, Any]) -> None:
@@ -83,10 +84,10 @@ class Runs:
             file.write_text(json.dumps(settings) + "\n")
         first, *self.rows = [json.loads(line) for line in file.read_text().splitlines()]
         if first != settings:
-            raise SystemExit(f"{file} was made with other settings; give another --output, or delete it.")
+            raise SystemExit(f"{file} was written with other settings. Choose another --output, or delete the file.")
 
     def once(self, key: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Give the row that begins with `key`, from the file or by running."""
+        """Return the row that contains `key`, from the file or by running."""
         for row in self.rows:
             if key.items() <= row.items():
                 return row
@@ -99,7 +100,7 @@ class Runs:
 
 
 def trainer(steps: int = -1) -> L.Trainer:
-    """Make a trainer that neither logs, validates nor saves by itself."""
+    """Return a Trainer that neither logs, validates nor saves by itself."""
     quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
     validation = {"limit_val_batches": 0} if steps > 0 else {}
     options = {"max_steps": steps, "max_epochs": -1, "gradient_clip_val": 1.0}
@@ -107,7 +108,7 @@ def trainer(steps: int = -1) -> L.Trainer:
 
 
 def fit(module: PromptModule, data: PromptDataModule, steps: int) -> tuple[L.Trainer, dict[str, float]]:
-    """Train, and give what it cost: wall and CPU seconds, the latter for machines that others use too."""
+    """Train, and return the Trainer and the costs: trained parameters, wall seconds and CPU seconds."""
     begin, begin_cpu = time.perf_counter(), time.process_time()
     fitted = trainer(steps)
     fitted.fit(module, data)
@@ -117,13 +118,13 @@ def fit(module: PromptModule, data: PromptDataModule, steps: int) -> tuple[L.Tra
 
 
 class Benchmark:
-    """The stages, one method each.
+    """The stages of the benchmark, one method each.
 
     Args:
         backbone: Hub id or folder of the frozen model.
-        data_root: folder that stands in for the Hub, or None.
-        output: folder of the runs and checkpoints.
-        wording: "card" for the shipped cards as they are, "plain" for `PLAIN`.
+        data_root: Folder that replaces the Hub, or None.
+        output: Folder of the runs and checkpoints.
+        wording: "card" for the shipped cards, "plain" for `PLAIN`.
     """
 
     def __init__(self, backbone: str, data_root: str | None, output: Path, wording: str = "card") -> None:
@@ -138,7 +139,7 @@ class Benchmark:
         self.data = {"data_root": data_root, "max_input_length": SETTINGS["max_input_length"], "eval_batch_size": 128}
 
     def stage(self, name: str, make: Callable[[], PromptModule], steps: int) -> str:
-        """Train a stage over the source tasks, and give its checkpoint."""
+        """Train a stage on the source tasks, and return the path of its checkpoint."""
         path = self.output / f"{name}.ckpt"
 
         def run() -> dict[str, Any]:
@@ -156,7 +157,7 @@ class Benchmark:
         return str(path)
 
     def learn(self, method: str, task: str, k: int | str, seed: int, rate: float, search: bool) -> dict[str, Any]:
-        """Learn a target task and evaluate the last step's prompt: on validation rows in the search, else on test."""
+        """Train on a target task and evaluate the last step: on validation rows in the search, else on test rows."""
         regime = SETTINGS["full" if k == "full" else "few"]
         steps = SETTINGS["search"]["full_steps"] if search and k == "full" else regime["steps"]
         few = {"group_by_length": True} if k == "full" else {"k_shot": k, "shots_per": regime["shots_per"]}
@@ -176,7 +177,7 @@ class Benchmark:
         return {"accuracy": round(scores[f"{'val' if search else 'test'}/{task}/accuracy"], 4), **cost}
 
     def choose_rate(self, method: str, k: int | str) -> float:
-        """Give the rate with the best mean validation accuracy over the search's tasks, one seed each."""
+        """Return the learning rate with the best mean validation accuracy over the search's tasks, one seed each."""
         search, means = SETTINGS["search"], {}
         for rate in SETTINGS["rates"]:
             found = []
@@ -188,7 +189,7 @@ class Benchmark:
         return max(means, key=lambda rate: means[rate])
 
     def majority(self, task: str, k: int | str, seed: int) -> dict[str, Any]:
-        """Give the test accuracy of always saying the training rows' commonest class."""
+        """Return the test accuracy of always predicting the most frequent class of the training rows."""
         few = {} if k == "full" else {"k_shot": k, "shots_per": SETTINGS["few"]["shots_per"]}
         options = {"backbone": self.backbone, **self.data}
         train = load_task(self.cards[task], predict_split="train", seed=seed, **few, **options)
@@ -199,8 +200,8 @@ class Benchmark:
         return {"accuracy": statistics.mean(gold == common for gold in golds(test.test_dataloader()))}
 
     def run(self) -> list[dict[str, Any]]:
-        """Run everything that has not been run, and give the rows of the targets."""
-        # Teachers and source take the rate that prompt tuning with all rows likes best.
+        """Run everything that has not been run, and return the rows of the target tasks."""
+        # Teachers and source use the best learning rate of prompt tuning with all rows.
         rates = {("prompt_tuning", "full"): self.choose_rate("prompt_tuning", "full")}
         lr, steps = rates["prompt_tuning", "full"], SETTINGS["source"]
         options = {**self.model, **self.length, "max_new_tokens": 8}
@@ -229,12 +230,12 @@ class Benchmark:
 
 
 def golds(loaders: list[Any]) -> list[str]:
-    """Give the gold answers of a task, row by row."""
+    """Return the gold answers of a task, row by row."""
     return [answers[0] for batch in loaders[0] for answers in batch["references"]]
 
 
 def summary(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Give the table: one line per task and k with each method's mean and deviation over seeds, and the means."""
+    """Return the table: a line per task and k with each method's mean and deviation over seeds, and the means."""
 
     def cell(chosen: list[dict[str, Any]]) -> str:
         values = [100 * row["accuracy"] for row in chosen]
@@ -255,8 +256,8 @@ def main() -> None:
     """Run the benchmark, and print and write its results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", required=True, help="Hub id or folder of the frozen model")
-    parser.add_argument("--data-root", help="folder that stands in for the Hub; unset: the Hub")
-    parser.add_argument("--wording", choices=["card", "plain"], default="card", help="of inputs and answers")
+    parser.add_argument("--data-root", help="folder that replaces the Hub (default: the Hub)")
+    parser.add_argument("--wording", choices=["card", "plain"], default="card", help="wording of inputs and answers")
     parser.add_argument("--output", type=Path, default=Path("runs/real_data"), help="folder of runs and checkpoints")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "real_data.json")
     args = parser.parse_args()

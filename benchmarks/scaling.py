@@ -1,17 +1,17 @@
-"""From one process to many: rows per second, bytes exchanged, and a model of both at 8, 64 and 512 GPUs.
+"""From one process to many: rows per second, exchanged bytes, and a model of both for 8, 64 and 512 GPUs.
 
     python benchmarks/scaling.py [--only speed traffic model] [--steps 8] [--rounds 2]
 
 Four methods on one model (a T5 of t5-small's shape, random weights): prompt tuning of six tasks, MPTSource with their
-teachers, LoRA (r=8, PEFT's choice of layers) and full fine-tuning; all through the Trainer.
+teachers, LoRA (r=8, PEFT's choice of layers) and full fine-tuning. All run through the Trainer.
 
 - **speed**: rows per second of training with 1 and 2 processes, one thread each (CPU, gloo, DDP), B rows per process:
-  weak scaling. Runs with 1 and 2 take turns; a run's first two steps are not counted.
-- **traffic**: what the processes exchange, counted operator by operator at torch.distributed's own calls in a run of
-  two processes: before the first step, and in each step. Beside it what it must be: 4 bytes per trained parameter; and
-  that for t5-base's true shape, from the modules made on the meta device.
+  weak scaling. Runs with 1 and 2 processes alternate; the first two steps of a run are not counted.
+- **traffic**: the bytes that processes exchange, counted per operator at the calls of torch.distributed in a run of two
+  processes: before the first step, and in each step. The table also shows the expected 4 bytes per trained parameter,
+  and the same for t5-base's true shape, counted on modules on the meta device.
 - **model**: the cost of a step of t5-base's shape at N GPUs, from measured parts (the FLOPs of a real step, its bytes,
-  the data's seconds) and assumed ones, which are arguments and are printed with the table: see `scaling_model.py`.
+  the seconds of the data) and assumed ones, which are arguments and are printed with the table: see `scaling_model.py`.
 """
 
 import argparse
@@ -47,37 +47,37 @@ from torch.utils.data import DataLoader
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.utils.logging import disable_progress_bar
 
-UNCOUNTED = 2  # first steps of a run: memory is allocated, DDP arranges its buckets
+UNCOUNTED = 2  # first steps of a run, in which memory is allocated and DDP rebuilds its buckets
 
 
-# -- one run, in processes of its own ------------------------------------------------------------------------------
+# -- one run, in separate processes ---------------------------------------------------------------------------------
 
 
 class Clock(L.Callback):
-    """The seconds from the end of the first steps to the end of the last one, loading included."""
+    """Measures the time from the end of the uncounted steps to the end of the last one, including loading."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """Note the time."""
+        """Record the time."""
         self.times.append(time.perf_counter())
 
     def seconds_per_step(self) -> float:
-        """Give the mean; a step ends on all processes together, since they exchange gradients."""
+        """Return the mean; a step ends on all processes together, since they exchange gradients."""
         counted = self.times[UNCOUNTED - 1 :]
         return (counted[-1] - counted[0]) / (len(counted) - 1)
 
 
 class Traffic(TorchDispatchMode, L.Callback):
-    """Counts the bytes that this process hands to torch.distributed, before the first step and in each step."""
+    """Counts the bytes that this process passes to torch.distributed, before the first step and in each step."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes: list[Counter[str]] = [Counter()]
 
     def on_train_batch_start(self, *args: Any) -> None:
-        """Begin a step."""
+        """Start the count of a step."""
         self.bytes.append(Counter())
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -88,7 +88,7 @@ class Traffic(TorchDispatchMode, L.Callback):
 
 
 def work(options: argparse.Namespace) -> None:
-    """Train one method; the first process writes what was measured. Lightning starts the other processes."""
+    """Train one method and write the measurements in the first process; Lightning starts the other processes."""
     torch.set_num_threads(1)
     quiet()
     L.seed_everything(0)
@@ -117,7 +117,7 @@ def work(options: argparse.Namespace) -> None:
 
 
 def run(method: str, processes: int, folder: str, options: argparse.Namespace, count: bool = False) -> dict[str, Any]:
-    """Start `work` in fresh processes; give what it found."""
+    """Run `work` in new processes and return its measurements."""
     command = [
         sys.executable, str(Path(__file__).resolve()), "--work", method, "--processes", str(processes), "--folder",
         folder, "--steps", str(options.steps), "--rows", str(options.rows), "--length", str(options.length),
@@ -180,7 +180,7 @@ def traffic(folder: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     for method in track(options.methods, description=f"{'traffic':32}", transient=True):
         found = run(method, 2, folder, options, count=True)
         lines.append({"method": method, "t5_base_trained": true_shape[method]} | found)
-    table = Table(title="Bytes that a process hands to torch.distributed (2 processes)")
+    table = Table(title="Bytes that a process passes to torch.distributed (2 processes)")
     for column in ("method", "trained", "at start", "first step", "each later step", "4 · trained", "t5-base: trained",
                    "t5-base: each step"):  # fmt: skip
         table.add_column(column, justify="left" if column == "method" else "right", overflow="fold")
@@ -213,18 +213,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=8, help="B per process (default: %(default)s)")
     parser.add_argument("--length", type=int, default=64, help="L (default: %(default)s)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
-    parser.add_argument(
-        "--timeout", type=float, default=1800, help="seconds that a run may take (default: %(default)s)"
-    )
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the script")
+    parser.add_argument("--timeout", type=float, default=1800, help="maximum seconds of a run (default: %(default)s)")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, to test the script")
     parser.add_argument("--output", type=Path, default=RESULTS / "scaling.json", help="JSON file")
     scaling_model.add_arguments(parser)
-    hidden = {"help": argparse.SUPPRESS}  # how the script starts itself
+    hidden = {"help": argparse.SUPPRESS}  # used when the script starts itself
     parser.add_argument("--work", choices=METHODS, **hidden)
     parser.add_argument("--processes", type=int, default=1, **hidden)
     parser.add_argument("--folder", **hidden)
     parser.add_argument("--count", action="store_true", **hidden)
-    parser.add_argument("--note", help="what else to know of the run, say that other work ran beside it")
+    parser.add_argument("--note", help="a remark on the run, such as other programs running; stored with the results")
     options = parser.parse_args(arguments)
     if min(options.steps, options.rounds, options.rows, options.length) < 1:
         parser.error("--steps, --rounds, --rows and --length must be at least 1")

@@ -48,10 +48,10 @@ PROMPTS = ["prompt tuning", "MPTSource"]
 
 
 def assembled(method: str, model: T5ForConditionalGeneration) -> PromptModule:
-    """Make a method's module around a model, without a Trainer."""
+    """Build a method's module around a model, without a Trainer."""
     module = METHODS[method]("t5")
     module.backbone = Seq2SeqBackbone(model, "t5")
-    module.backbone.fingerprint = "none"  # a hash of the weights, and on the meta device there are none
+    module.backbone.fingerprint = "none"  # the hash of the weights, which do not exist on the meta device
     module.adapt(module.backbone)
     module.prompt = module.build_prompt(module.backbone).to(model.device)
     if method == "MPTSource" and model.device.type != "meta":
@@ -80,7 +80,7 @@ class Rows(Dataset):
 
 
 def trained_parameters(config: T5Config) -> dict[str, int]:
-    """Give how many parameters each method trains on a model of a shape, made without memory."""
+    """Return the number of parameters that each method trains, counted on the meta device."""
     counts = {}
     for method in METHODS:
         with torch.device("meta"):

@@ -1,13 +1,13 @@
-"""What a step costs at N GPUs: a model of measured and of assumed parts, for `scaling.py`.
+"""A model of the cost of a step at N GPUs, from measured and assumed parts, for `scaling.py`.
 
     compute      FLOPs · B / --tflops, or --step-seconds
     ring         hops · latency + 2 (N-1)/N · bytes / bandwidth; of its 2 (N-1) hops 2 (machines-1) cross the network
     tree         2 ((GPUs of a machine - 1) · NVLink's latency + log2(machines) · the network's) + 2 · bytes / bandwidth
-    step         compute + what of the exchange is not hidden; or the data's seconds, where these are more
+    step         compute + the part of the exchange that is not hidden; at least the seconds of the data
     efficiency   the step without any exchange / the step
 
-"Lowest" is the ring with nothing hidden. "Highest" is the faster of ring and tree, hidden behind the backward pass;
-but not for prompts, whose gradient is the last thing that the backward pass makes.
+"Lowest" is the ring without overlap. "Highest" is the faster of ring and tree, overlapped with the backward pass;
+without overlap for prompts, whose gradient is the last result of the backward pass.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from mpt_lightning import TaskDataModule
 
 @dataclass(frozen=True)
 class Network:
-    """What is assumed of the machines; seconds and bytes per second."""
+    """Assumptions about the machines, in seconds and bytes per second."""
 
     node: int
     nvlink_latency: float
@@ -41,33 +41,33 @@ class Network:
     network_bandwidth: float
 
     def nodes(self, gpus: int) -> int:
-        """How many machines have that many GPUs."""
+        """Return the number of machines that have this number of GPUs."""
         return ceil(gpus / self.node)
 
     def bandwidth(self, gpus: int) -> float:
-        """Of the slowest link that the bytes pass."""
+        """Return the bandwidth of the slowest link that the bytes pass."""
         return self.nvlink_bandwidth if self.nodes(gpus) == 1 else min(self.nvlink_bandwidth, self.network_bandwidth)
 
     def ring(self, size: float, gpus: int) -> float:
-        """Seconds of an all-reduce around a ring."""
+        """Return the seconds of an all-reduce around a ring."""
         across = 2 * (self.nodes(gpus) - 1)
         latency = (2 * (gpus - 1) - across) * self.nvlink_latency + across * self.network_latency
         return latency + 2 * (gpus - 1) / gpus * size / self.bandwidth(gpus)
 
     def tree(self, size: float, gpus: int) -> float:
-        """Seconds of an all-reduce up and down a tree of machines, a chain of GPUs in each."""
+        """Return the seconds of an all-reduce up and down a tree of machines, each a chain of GPUs."""
         within = min(gpus, self.node) - 1
         latency = 2 * (within * self.nvlink_latency + log2(self.nodes(gpus)) * self.network_latency)
         return latency + 2 * size / self.bandwidth(gpus)
 
 
 def efficiency(compute: float, exposed: float, data: float) -> float:
-    """Give the share of a step's time that remains when nothing is exchanged."""
+    """Return the time of a step without any exchange, relative to the step."""
     return max(compute, data) / max(compute + exposed, data)
 
 
 def flops_per_row(method: str, config: T5Config, length: int) -> tuple[int, int]:
-    """Count the floating-point operations of a step of one row: of the forward pass, and of all."""
+    """Return the floating-point operations of a step of one row: of the forward pass, and of the whole step."""
     module = assembled(method, T5ForConditionalGeneration(config))
     batch = {name: value[None] for name, value in Rows(1, length, config.vocab_size)[0].items()}
     with torch.no_grad():
@@ -76,7 +76,7 @@ def flops_per_row(method: str, config: T5Config, length: int) -> tuple[int, int]
 
 
 def loading_seconds(rows: int) -> float:
-    """Time one batch of the package's own loader, on tokenised rows of the demo world."""
+    """Return the seconds per batch of the package's data loader, on tokenised rows of the demo world."""
     with tempfile.TemporaryDirectory() as cache:
         data = TaskDataModule("demo/topic", backbone="mpt_lightning/demo/t5", batch_size=rows, cache_dir=cache)
         data.prepare_data()
@@ -120,10 +120,10 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         + (
             "compute as given by --step-seconds"
             if options.step_seconds
-            else f"{options.tflops:g} TFLOP/s reached per GPU"
+            else f"{options.tflops:g} TFLOP/s achieved per GPU"
         )
         + f". MEASURED: FLOPs, bytes, {data * 1e3:.1f} ms for the data of {options.model_rows} rows in each process, "
-        "beside the GPU's work. Optimizer, stragglers and shared networks are left out."
+        "in parallel with the GPU. Optimizer, stragglers and shared networks are not modelled."
     )
     table = Table(
         title=f"A model of a step at N GPUs: t5-base's shape, B={options.model_rows} per GPU, L={options.model_length}",
@@ -141,21 +141,21 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what is assumed."""
-    assumed = parser.add_argument_group("what the model assumes")
+    """Add the arguments with the assumptions."""
+    assumed = parser.add_argument_group("assumptions of the model")
     assumed.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 512], help="N (default: 8 64 512)")
     assumed.add_argument("--model-rows", type=int, default=32, help="B per GPU (default: %(default)s)")
     assumed.add_argument("--model-length", type=int, default=256, help="L (default: %(default)s)")
     assumed.add_argument(
         "--tflops", type=float, default=400.0,
-        help="reached per GPU (default: %(default)s, 40%% of the H100 SXM datasheet's 989 in dense bf16)",
+        help="achieved per GPU (default: %(default)s, 40%% of the H100 SXM datasheet's 989 in dense bf16)",
     )  # fmt: skip
     assumed.add_argument(
         "--step-seconds",
         type=float,
         nargs="+",
         metavar="S",
-        help="instead of --tflops: seconds of a step on one GPU, by method",
+        help="seconds of a step on one GPU, one number per method, instead of --tflops",
     )
     assumed.add_argument("--node", type=int, default=8, help="GPUs per machine (default: %(default)s)")
     assumed.add_argument(

@@ -1,9 +1,9 @@
-"""How fast a step is, each time as a ratio to a named reference of the same run.
+"""The time of training steps and light commands, each as a ratio to a reference in the same run.
 
     python benchmarks/speed.py [--threads 2] [--repeats 15] [--only causal overhead distillation commands]
 
-What is compared runs in turns (A, B, A, B, ...), so that a machine that slows down slows both. A round gives one
-ratio; the table shows the median over the rounds and the middle half of them. Random weights, CPU, fp32.
+The two sides of a comparison alternate, so that a change in the machine's speed affects both. Each round gives one
+ratio; the table shows the median over the rounds and the interquartile range. Random weights, CPU, fp32.
 """
 
 import subprocess
@@ -28,7 +28,7 @@ from mpt_lightning.objectives import token_cross_entropy
 from mpt_lightning.prompts import Prompt
 
 LENGTH = 100  # P
-LABELS = 2  # M: a class word and the end
+LABELS = 2  # M: a class word and the end token
 TASKS = ["first", "second", "third", "fourth"]
 
 Batch = dict[str, Tensor]
@@ -38,7 +38,7 @@ Batch = dict[str, Tensor]
 
 
 def t5_small() -> T5ForConditionalGeneration:
-    """Google's t5-small by shape: 60 million parameters."""
+    """Return a model of t5-small's shape: 60 million parameters."""
     torch.manual_seed(0)
     config = T5Config(
         vocab_size=32128, d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_heads=8, decoder_start_token_id=0
@@ -114,9 +114,9 @@ def causal(repeats: int) -> Iterator[Line]:
 
 
 class Turns:
-    """A training loader that runs the bare model's step between the Trainer's.
+    """A training loader that runs the bare model's step between two steps of the Trainer.
 
-    The time from handing out a batch to being asked for the next one is the Trainer's whole turn: hooks, logging,
+    The time from yielding a batch to the request for the next one is a whole step of the Trainer: hooks, logging,
     forward, backward, optimizer, scheduler.
     """
 
@@ -183,7 +183,7 @@ def source(backbone: Seq2SeqBackbone | CausalBackbone, distil: bool) -> PromptMo
 
 
 def distillation(repeats: int) -> Iterator[Line]:
-    """Compare a step of source training with the same without teachers."""
+    """Compare a step of source training with the same step without teachers."""
     cases = [
         (Seq2SeqBackbone(t5_small(), "t5-small's shape"), make_batch(8, 64, 32128, len(TASKS))),
         (CausalBackbone(small_llama(), "small Llama"), make_batch(32, 32, 8000, len(TASKS))),
@@ -201,7 +201,7 @@ def distillation(repeats: int) -> Iterator[Line]:
 
 
 def commands(repeats: int) -> Iterator[Line]:
-    """Time commands that must answer at once."""
+    """Time the commands that must finish within a second."""
     mpt = Path(sys.executable).with_name("mpt")
     for words in (["--help"], ["tasks"], ["configs"]):
         seconds = []

@@ -2,9 +2,9 @@
 
     python benchmarks/t5_base.py [--steps 3] [--batch-size 2] [--threads 2]
 
-Runs the shipped recipes through the command line, as a user does, one process per stage: six teachers, source
-training on the paper's six tasks, adaptation to super_glue/boolq. The rows are the tests' fixtures; with
-`--data-root` they are yours. Random weights show sizes, memory and time, not quality.
+Runs the shipped recipes through the command line, one process per stage: six teachers, source training on the paper's
+six tasks, adaptation to super_glue/boolq. The rows are the tests' fixtures, or those in `--data-root`. Random weights
+show sizes, memory and time, not quality.
 """
 
 import argparse
@@ -33,12 +33,12 @@ T5_BASE = T5Config(
     vocab_size=32128, d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12, feed_forward_proj="relu",
     tie_word_embeddings=True, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
 )  # fmt: skip
-# By recipe: the number of parameters that the paper trains (P=100, H=768). The recipes hand over to one another.
+# By recipe: the number of parameters that the paper trains (P=100, H=768). Each stage starts from the previous one.
 STAGES = {"teachers": 6 * 76_800, "source": 82_008, "target": 77_668}
 
 
 class StepSeconds(L.Callback):
-    """Writes the seconds of each training step, batch in to optimizer done, to the file in STEP_SECONDS."""
+    """Writes the seconds of each training step, from batch start to batch end, to the file in STEP_SECONDS."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -53,12 +53,12 @@ class StepSeconds(L.Callback):
         self.seconds.append(time.perf_counter() - self.begin)
 
     def on_train_end(self, *args: Any) -> None:
-        """Write them down."""
+        """Write the seconds to the file."""
         Path(os.environ["STEP_SECONDS"]).write_text(json.dumps(self.seconds), encoding="utf-8")
 
 
 def save_backbone(folder: Path, data_root: Path) -> int:
-    """Save the model and a tokenizer trained on the data; give the number of parameters."""
+    """Save the model and a tokenizer trained on the data; return the number of parameters."""
     torch.manual_seed(0)
     model = T5ForConditionalGeneration(T5_BASE)
     disable_progress_bar()
@@ -77,7 +77,7 @@ def save_backbone(folder: Path, data_root: Path) -> int:
 
 
 def run_stage(recipe: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Run `mpt fit` in a process of its own; give seconds and the process's peak memory."""
+    """Run `mpt fit` in a separate process; return its seconds and its peak memory."""
     command = [
         str(Path(sys.executable).with_name("mpt")), "fit", "--config", f"mpt/{recipe}", "--config", "trainer/cpu",
         *(["--data", "super_glue/boolq"] if recipe == "target" else []),
@@ -109,7 +109,7 @@ def run_stage(recipe: str, folder: Path, options: argparse.Namespace) -> dict[st
 
 
 def inspect(file: Path) -> dict[str, Any]:
-    """Give what a checkpoint holds: parameters, and bytes by purpose."""
+    """Return the trained parameters of a checkpoint, and its bytes by purpose."""
     content = torch.load(file, map_location="cpu", weights_only=True)
     prompts = list(content["state_dict"].values())
     moments = [
@@ -134,9 +134,9 @@ def show(rows: list[dict[str, Any]], parameters: int, options: argparse.Namespac
     table = Table(
         title=f"T5 of t5-base's shape: {parameters / 1e6:.1f} million parameters, P=100",
         caption=f"B={options.batch_size}, at most 64 input tokens, {options.steps} steps, fp32, {options.threads} CPU "
-        "threads; the whole run counts start, data, steps, one validation and the checkpoint",
+        "threads; the whole run includes start-up, data, steps, one validation and the checkpoint",
     )
-    for column in ("stage", "trained", "paper", "s / step", "s in all", "peak MiB", "checkpoint", "prompt", "Adam",
+    for column in ("stage", "trained", "paper", "s / step", "s in total", "peak MiB", "checkpoint", "prompt", "Adam",
                    "rest"):  # fmt: skip
         table.add_column(column, justify="left" if column == "stage" else "right")
     for row in rows:

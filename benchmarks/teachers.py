@@ -3,7 +3,7 @@
     python benchmarks/teachers.py [--threads 1] [--repeats 15] [--seeds 3] [--only steps scores]
 
 Steps: source steps of the demo's size, four at a time, alternating with the same steps without teachers. Scores: for
-each variant and seed, the demo's source run with its own initialisation, then every target task from 16 rows.
+each variant and seed, the demo's source run initialised with the seed, then every target task from 16 rows.
 """
 
 import argparse
