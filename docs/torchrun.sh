@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Trains on several machines. Run it on each of them, in the same folder of a shared disk:
+# Trains on several machines. Run it on each machine, in the same folder of a shared disk:
 #
 #   HEAD=node1 docs/torchrun.sh mpt/source --data.data_root /shared/data
 #
-# The first argument is the recipe; the others go to `mpt fit`. docs/multinode.md explains the rest.
+# The first argument is the recipe; the others are passed to `mpt fit`. See docs/multinode.md.
 set -euo pipefail
 
-RECIPE=${1:?give a recipe: HEAD=node1 $0 mpt/source}
-HEAD=${HEAD:?give the name or address of one of the machines: HEAD=node1 $0 $RECIPE}
+RECIPE=${1:?Expected a recipe: HEAD=node1 $0 mpt/source}
+HEAD=${HEAD:?Expected the name or address of one of the machines: HEAD=node1 $0 $RECIPE}
 NODES=${NODES:-2} # machines
-GPUS=${GPUS:-8}   # processes on each
+GPUS=${GPUS:-8}   # processes per machine
 RESTARTS=${RESTARTS:-3}
 
-# Ask for the address of rank 0 at each restart: its machine may have gone and come back.
+# Look up the address of rank 0 at each restart: its machine may have changed.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 exec torchrun \
