@@ -20,16 +20,7 @@ def spoil(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 
 
 def stop_together(trainer: L.Trainer, optimizer: Optimizer, fault: str | None) -> None:
-    """Stop on every rank if there is a reason on any; called between the gradients' average and the step.
-
-    Args:
-        trainer: The run's.
-        optimizer: The optimizer of what is trained.
-        fault: What happened on this rank.
-
-    Raises:
-        MPTError: If the gradients are not finite; says what happened on which rank.
-    """
+    """Raise on every rank if a fault happened on any; called between the gradients' average and the step."""
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
     if gradients and getattr(trainer.precision_plugin, "scaler", None) is None:
@@ -52,12 +43,7 @@ def stop_together(trainer: L.Trainer, optimizer: Optimizer, fault: str | None) -
 
 
 def check_one_start(trainer: L.Trainer, step: int | None) -> None:
-    """Raise on every rank if the ranks do not all start from the same checkpoint, or all without one.
-
-    Args:
-        trainer: The run's.
-        step: The step of this rank's checkpoint, None without one.
-    """
+    """Raise on every rank if the ranks do not start from the same checkpoint's step, or all without one (None)."""
     if trainer.world_size == 1:
         return
     steps: list[int | None] = [None] * trainer.world_size

@@ -89,25 +89,12 @@ def share_random_numbers(strategy: Strategy) -> None:
     """Set every rank's random state on the CPU, where prompts are drawn, to that of rank 0.
 
     DDP broadcasts the parameters alone, and a prompt may draw more than its parameters.
-
-    Args:
-        strategy: The Trainer's; a single process keeps its state.
     """
     torch.set_rng_state(strategy.broadcast(torch.get_rng_state()))
 
 
 def check_strategy(strategy: Strategy, quantization: str | None, data: Any = None) -> None:
-    """Raise if a strategy does not fit this package's modules, their backbone or their data.
-
-    Args:
-        strategy: The Trainer's.
-        quantization: The backbone's.
-        data: The DataModule, if any.
-
-    Raises:
-        MPTError: If it shards otherwise than `ShardedStrategy`, accumulates gradients by itself, or is a
-            `ShardedStrategy` with a quantized backbone or with data for which ranks would make different passes.
-    """
+    """Raise if a strategy does not fit this package's modules, the backbone's quantization or the DataModule."""
     if isinstance(strategy, FSDPStrategy | ModelParallelStrategy) and not isinstance(strategy, ShardedStrategy):
         raise MPTError(
             f"{type(strategy).__name__} has checkpoints that other strategies cannot read, and may split layers "

@@ -225,11 +225,7 @@ class BackboneModule(L.LightningModule, ABC):
         self._row_of_task = torch.tensor([self.tasks.index(name) for name in names], device=self.device)
 
     def parts(self) -> tuple[Backbone, Prompt]:
-        """Return the backbone and the prompt.
-
-        Raises:
-            RuntimeError: If they are not built yet.
-        """
+        """Return the backbone and the prompt, or raise if they are not built yet."""
         if self.backbone is None or self.prompt is None:
             raise RuntimeError(
                 "The module is not built yet: train it with a Trainer, or use load_from_checkpoint(...)."

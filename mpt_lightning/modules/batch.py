@@ -76,11 +76,7 @@ def check_batch(batch: Any, tasks: Sequence[str]) -> Batch:
 
 
 def task_of_loader(tasks: Sequence[str], index: int) -> str:
-    """Return the task of an evaluation loader, by its place.
-
-    Raises:
-        MPTError: If there are more loaders than tasks.
-    """
+    """Return the task of an evaluation loader, by its place."""
     if index >= len(tasks):
         raise MPTError(
             f"Got evaluation loader {index + 1}, expected one per task ({', '.join(tasks)}), in this order. Change the "

@@ -43,11 +43,7 @@ class CheckpointedModule(BackboneModule):
 
     @classmethod
     def check_stage(cls, checkpoint: PromptCheckpoint) -> None:
-        """Raise if a checkpoint was saved by another class.
-
-        Raises:
-            MPTError: If it was; names the argument that takes it.
-        """
+        """Raise if a checkpoint was saved by another class; the message names the argument that takes it."""
         if checkpoint.stage != cls.__name__:
             argument = cls.hand_over.get(checkpoint.stage)
             hint = f" To start from it, use {argument}." if argument else ""
@@ -58,11 +54,7 @@ class CheckpointedModule(BackboneModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a trained module; see Lightning's method of the same name.
-
-        Raises:
-            MPTError: If there is no such file, it is damaged, or another class saved it.
-        """
+        """Load a trained module; see Lightning's method of the same name."""
         if isinstance(checkpoint_path, str | PathLike):
             cls.check_stage(read_checkpoint(str(checkpoint_path), "checkpoint_path"))
         kwargs["weights_only"] = True

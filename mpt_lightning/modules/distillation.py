@@ -74,12 +74,7 @@ class Targets:
         """Return the distillation terms that have a weight, "logits_loss" and "hidden_loss".
 
         Both are means over rows, weighted by the rows' label tokens, of the average over a row's label tokens or
-        compared positions.
-
-        Args:
-            student: The student's output for the same batch.
-            rows: Each row's task among the batch's [B], in 0..U-1.
-            labels: [B, M], -100 for padding.
+        compared positions. `rows` `[B]` in 0..U-1 are the rows' tasks among the batch's, `labels` are `[B, M]`.
         """
         options, terms = self.options, {}
         if options.logits_weight > 0 and self.logits is not None:
@@ -148,15 +143,9 @@ class Teachers:
     def targets(
         self, backbone: Backbone, distinct: Tensor, rows: Tensor, batch: Batch, any_rank: Callable[[bool], bool] = bool
     ) -> Targets:
-        """Return the teachers' output for a batch.
+        """Return the teachers' output for a batch with the tasks `distinct` `[U]`, each row's in `rows` `[B]`.
 
-        Args:
-            backbone: The student's.
-            distinct: The batch's tasks [U].
-            rows: Each row's task among them [B], in 0..U-1.
-            batch: The batch.
-            any_rank: Returns whether something is true on any rank; for a sharded backbone, which runs on all ranks or
-                none.
+        `any_rank` returns whether something is true on any rank; for a sharded backbone, which runs on all or none.
         """
         if self.folder is not None:
             # Opened here, in the process that uses it, and under the precision of the pass.
@@ -257,13 +246,7 @@ class Teachers:
 def read_teachers(
     given: str | Mapping[str, str], tasks: Sequence[str], length: int, backbone: Backbone | None
 ) -> dict[str, PromptCheckpoint]:
-    """Read each task's teacher.
-
-    Args:
-        given: A checkpoint of all tasks, or one per task by name.
-        tasks: The tasks.
-        length: P.
-        backbone: The backbone in use, if it is loaded.
+    """Read each task's teacher, from a checkpoint of all tasks or one per task by name.
 
     Raises:
         MPTError: If a task has none, or its prompt is not of embeddings alone or of another length.

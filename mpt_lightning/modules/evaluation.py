@@ -43,11 +43,7 @@ class EvaluatedModule(CheckpointedModule):
             check_choices(card, backbone.tokenizer, backbone.family)
 
     def on_validation_epoch_start(self) -> None:
-        """Encode the prompts once for the whole evaluation, and reset the metrics.
-
-        Raises:
-            MPTError: If there is no prompt, or the data's tasks are not the prompt's.
-        """
+        """Encode the prompts once for the whole evaluation, and reset the metrics."""
         if self.prompt is None:
             raise MPTError(NO_PROMPT)
         backbone, prompt = self.parts()
@@ -134,15 +130,7 @@ class EvaluatedModule(CheckpointedModule):
 
 
 def with_gold(choices: Tensor, labels: Tensor) -> Tensor:
-    """Append the gold answer to the choices.
-
-    Args:
-        choices: Tokens [B, C, M'], -100 for padding.
-        labels: Tokens [B, M], -100 for padding.
-
-    Returns:
-        [B, C + 1, max(M, M')].
-    """
+    """Append the gold answers `[B, M]` to the choices `[B, C, M']`, as `[B, C + 1, max(M, M')]`."""
     width = max(choices.shape[2], labels.shape[1])
     columns = [functional.pad(t, (0, width - t.shape[2]), value=objectives.IGNORE) for t in (choices, labels[:, None])]
     return torch.cat(columns, dim=1)

@@ -32,11 +32,7 @@ class Evaluator:
         return task in self._metrics
 
     def update(self, task: str, predictions: list[str], batch: Mapping[str, Any]) -> None:
-        """Add a batch's predictions; does nothing for a task without metrics.
-
-        Raises:
-            MPTError: If the batch has no `references`.
-        """
+        """Add a batch's predictions; does nothing for a task without metrics."""
         if task not in self._metrics:
             return
         if "references" not in batch:
@@ -51,11 +47,7 @@ class Evaluator:
         self._losses[task].update(loss.detach(), tokens)
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the scores: `<task>/loss`, `<task>/<metric>`, `loss`, and `average` over the tasks' mean metrics.
-
-        Returns:
-            Scalars by name, reduced over ranks.
-        """
+        """Return scalars over all ranks: `<task>/loss`, `<task>/<metric>`, `loss`, and `average` over tasks."""
         values: dict[str, Tensor] = {}
         means, losses = [], []
         for task in self.tasks:

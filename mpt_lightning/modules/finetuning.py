@@ -30,11 +30,7 @@ class AdaptedModule(PromptModule):
         """Return as plain values everything that decides what `change` does."""
 
     def adapt(self, backbone: Backbone) -> None:
-        """Change the model that was just loaded.
-
-        Raises:
-            MPTError: If nothing of it would be trained.
-        """
+        """Change the model that was just loaded."""
         # Computed once and kept: that of the weights as they were loaded.
         backbone.fingerprint  # noqa: B018
         before = set(backbone.modules())
@@ -60,11 +56,7 @@ class AdaptedModule(PromptModule):
         checkpoint[ADAPTATION] = self.adaptation()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the same was done to this model.
-
-        Raises:
-            MPTError: If it was changed in another way.
-        """
+        """Check that the same was done to this model."""
         found = checkpoint.get(ADAPTATION)
         if found is not None and found != self.adaptation():
             raise MPTError(
@@ -107,11 +99,7 @@ class FineTuning(AdaptedModule):
         return {"train": self.trained}
 
     def change(self, backbone: Backbone) -> None:
-        """Unfreeze the weights.
-
-        Raises:
-            MPTError: If the head is to be trained, and the model has none.
-        """
+        """Unfreeze the weights."""
         if self.trained == "all":
             backbone.model.requires_grad_(True)
             return

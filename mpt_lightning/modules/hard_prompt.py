@@ -32,11 +32,7 @@ class HardPrompt(PromptModule):
         return self._trainer is not None
 
     def setup(self, stage: str) -> None:
-        """Take the data's tasks.
-
-        Raises:
-            MPTError: If this is a training run.
-        """
+        """Take the data's tasks; training is an error."""
         super().setup(stage)
         if stage == "fit":
             raise MPTError(

@@ -28,9 +28,6 @@ def initial_prompt(kind: PromptInit, backbone: Backbone, length: int, text: str 
 
     Returns:
         [P, H], fp32.
-
-    Raises:
-        MPTError: If a text or class words are needed and missing.
     """
     if kind == "random":
         return init.random_uniform(length, backbone.dim)
@@ -62,20 +59,10 @@ def initial_prompts(
 
 
 def checkpoint_prompts(path: str | None, backbone: Backbone, tasks: Sequence[str], length: int) -> Tensor:
-    """Return the prompts of a checkpoint as a start.
+    """Return the prompts of a checkpoint, or of a PEFT folder, as a start `[T, P, H]`.
 
-    Args:
-        path: The checkpoint, or a PEFT folder.
-        backbone: The backbone in use, which must be the checkpoint's.
-        tasks: The tasks to start. A task that the checkpoint has takes its own prompt, any other the mean of all.
-        length: P.
-
-    Returns:
-        [T, P, H].
-
-    Raises:
-        MPTError: If there is no path, or the checkpoint has no embeddings (DePT, prefix tuning), another backbone or
-            another length.
+    A task that the checkpoint has takes its own prompt, any other the mean of all. The checkpoint must contain
+    embeddings of this length, trained on this backbone.
     """
     if not path:
         raise MPTError("prompt_init='checkpoint' needs a checkpoint: set --model.init_checkpoint.")
@@ -90,11 +77,7 @@ def checkpoint_prompts(path: str | None, backbone: Backbone, tasks: Sequence[str
 
 
 def check_length(path: str, got: int, expected: int, argument: str) -> None:
-    """Raise if a checkpoint has prompts of another length.
-
-    Raises:
-        MPTError: If the lengths differ.
-    """
+    """Raise if a checkpoint has prompts of another length."""
     if got != expected:
         raise MPTError(
             f"{argument} {path} has prompts of {got} tokens, and this run has {expected}. "

@@ -20,14 +20,7 @@ _SCHEDULES = {"linear": "linear", "constant": "constant_with_warmup", "cosine": 
 
 
 def build_optimizer(name: OptimizerName, groups: Sequence[dict[str, Any]], weight_decay: float) -> Optimizer:
-    """Build an optimizer.
-
-    Args:
-        name: "adamw", or "adafactor" with the given learning rates, unscaled, as prompt tuning uses it (Lester et
-            al., 2021, appendix A).
-        groups: Parameters with their `lr` (and `name`).
-        weight_decay: Decoupled, at least 0.
-    """
+    """Build an optimizer; Adafactor with unscaled learning rates, as in prompt tuning (Lester et al., 2021, app. A)."""
     if name == "adamw":
         return torch.optim.AdamW(groups, weight_decay=weight_decay)
     return Adafactor(groups, weight_decay=weight_decay, scale_parameter=False, relative_step=False, warmup_init=False)
@@ -41,17 +34,7 @@ def total_steps(trainer: L.Trainer) -> int | None:
 
 
 def build_schedule(name: ScheduleName, optimizer: Optimizer, warmup_steps: int, total_steps: int | None) -> LRScheduler:
-    """Build a learning rate schedule that is stepped after every optimizer step.
-
-    Args:
-        name: The rate after the warm-up: linear to 0, constant, or along a cosine to 0.
-        optimizer: The optimizer.
-        warmup_steps: Steps over which the rate rises from 0.
-        total_steps: Steps of the whole run, None if unknown.
-
-    Raises:
-        MPTError: If the schedule depends on the number of steps, and it is unknown.
-    """
+    """Build a learning rate schedule, stepped after every optimizer step; `total_steps` is None if unknown."""
     if total_steps is None and name != "constant":
         raise MPTError(
             f"schedule={name!r} needs the number of the run's steps, which max_time, max_epochs=-1 or an iterable data "

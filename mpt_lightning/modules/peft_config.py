@@ -70,11 +70,7 @@ def plain_config(given: PeftConfig | Callable[[], PeftConfig] | Mapping[str, Any
 
 
 def build_config(plain: Config) -> PeftConfig:
-    """Build the config from what `plain_config` returned.
-
-    Raises:
-        MPTError: If PEFT rejects the arguments.
-    """
+    """Build the config from what `plain_config` returned."""
     kind = _find(plain["class_path"])
     arguments = dict(plain["init_args"])
     if needs_total_step(plain) and "total_step" not in arguments:
@@ -107,15 +103,7 @@ def needs_weights_on_cpu(plain: Config) -> bool:
 
 
 def build_tuner(config: PeftConfig, model: Any) -> Any:
-    """Put PEFT's layers into a model, and return the object that manages them.
-
-    Args:
-        config: The config; PEFT fills in the modules it chose.
-        model: Changed in place.
-
-    Raises:
-        MPTError: If PEFT finds no module to adapt.
-    """
+    """Put PEFT's layers into a model, and return the object that manages them."""
     with warnings.catch_warnings():
         # GPT-2 keeps its weights transposed; PEFT detects that itself, and warns.
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to")

@@ -58,13 +58,7 @@ class ResumedRun:
         """Report every argument that differs, in one message, once the optimizers are built.
 
         A longer or shorter run is allowed: the schedule is this run's, so that a linear one falls to 0 at its end; the
-        message contains the learning rates of both.
-
-        Args:
-            trainer: The run's.
-
-        Raises:
-            MPTError: If the checkpoint does not fit an argument of this run.
+        message contains the learning rates of both. An argument that the checkpoint does not fit is an MPTError.
         """
         found = list(self._found)
         with suppress(AttributeError, IndexError, KeyError, TypeError, ValueError):

@@ -37,6 +37,9 @@ class TeacherCache:
     Args:
         folder: Folder of the file; created if missing.
         about: What all rows depend on, as plain values. Each `about` has a separate file.
+
+    Raises:
+        MPTError: From all methods, if the file is damaged or another program's, or cannot be used.
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
@@ -45,11 +48,7 @@ class TeacherCache:
         self._connection: sqlite3.Connection | None = None
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, Row]:
-        """Return the rows that are stored.
-
-        Raises:
-            MPTError: If the file is damaged or another program's, or cannot be read.
-        """
+        """Return the rows that are stored."""
         found = {}
         with self._messages():
             for key in keys:
@@ -63,11 +62,7 @@ class TeacherCache:
         return found
 
     def put(self, rows: Mapping[bytes, Row]) -> None:
-        """Add rows, all or none of them; a row that is stored already stays.
-
-        Raises:
-            MPTError: If the file is damaged or another program's, or cannot be written.
-        """
+        """Add rows, all or none of them; a row that is stored already stays."""
         entries = [(key, _checksum(key, value), value) for key, value in ((k, save(row)) for k, row in rows.items())]
         with self._messages(), self._open() as transaction:
             transaction.executemany("INSERT OR IGNORE INTO rows VALUES (?, ?, ?)", entries)
@@ -129,13 +124,7 @@ class TeacherCache:
 
 
 def row_key(teacher: bytes, input_ids: bytes, labels: bytes) -> bytes:
-    """Hash what a row's teacher output depends on.
-
-    Args:
-        teacher: Digest of the teacher's prompt.
-        input_ids: The input's token ids, without padding.
-        labels: The answer's, without padding.
-    """
+    """Hash what a row's teacher output depends on: the teacher's digest, and the ids without padding."""
     digest = hashlib.blake2b(digest_size=16)
     for part in (teacher, input_ids, labels):
         digest.update(len(part).to_bytes(8, "little") + part)
