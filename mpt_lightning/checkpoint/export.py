@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,7 @@ DESCRIPTION = "mpt_lightning.json"
 # The trained tensors, if PEFT's file does not contain them as they are.
 STATE = "mpt_lightning.safetensors"
 FORMAT = 1
-FIELDS = (
-    "stage", "backbone", "fingerprint", "prompt_class", "prompt_config", "cards", "hyper_parameters", "data", "metrics",
-)  # fmt: skip
+FIELDS = [field.name for field in fields(PromptCheckpoint) if field.name not in ("path", "state_dict")]
 # Arguments that are not exported: paths of the machine that trained, and what `cards` contains.
 PRIVATE = ("teachers", "source", "init_checkpoint", "cache_dir", "card", "tasks")
 # What an export contains instead of a `data_root`: that the data was local, but not where.

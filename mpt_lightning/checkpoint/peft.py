@@ -67,29 +67,10 @@ def import_peft(folder: str | Path, backbone: Backbone | None = None) -> PromptC
 
 def _import_foreign(folder: Path, backbone: Backbone | None) -> PromptCheckpoint:
     """Read a folder of PEFT's; see `import_peft`."""
-    config, tensors = _read_config(folder), _read_adapter(folder)
+    config = _read_config(folder)
     kind, base = config["peft_type"], config.get("base_model_name_or_path") or ""
-    parts = config.get("num_transformer_submodules") or (2 if config["task_type"] == "SEQ_2_SEQ_LM" else 1)
-    length, tasks, rank = config["num_virtual_tokens"], 1, 1
-    dim = config.get("token_dim") or (tensors["prompt_embeddings"].shape[-1] if "prompt_embeddings" in tensors else 0)
-    expected = {"prompt_embeddings": [length * parts, dim]}
-    if kind == "MULTITASK_PROMPT_TUNING":
-        tasks, rank = config["num_tasks"], config["num_ranks"]
-        expected |= {"prefix_task_cols": [tasks, length * parts, rank], "prefix_task_rows": [tasks, rank, dim]}
-    got = {name: list(value.shape) for name, value in sorted(tensors.items())}
-    if got != expected:
-        raise MPTError(f"{folder} does not contain what its {CONFIG} describes: got {got}; expected {expected}.")
-    if parts > 1:
-        use = "generate does not use" if kind == "MULTITASK_PROMPT_TUNING" else "neither trains nor uses"
-        warnings.warn(
-            f"{folder} has rows for the decoder too (num_transformer_submodules=2), which PEFT {use}; the encoder's "
-            "half is imported.",
-            UserWarning,
-            stacklevel=3,
-        )
-        tensors["prompt_embeddings"] = tensors["prompt_embeddings"][:length]
-        if "prefix_task_cols" in tensors:
-            tensors["prefix_task_cols"] = tensors["prefix_task_cols"][:, :length]
+    tensors = _read_adapter(folder, config)
+    length, dim = tensors["prompt_embeddings"].shape
     if backbone is None and kind == "CPT":
         try:
             backbone = load_backbone(base)
@@ -99,15 +80,15 @@ def _import_foreign(folder: Path, backbone: Backbone | None) -> PromptCheckpoint
             ) from error
     if backbone is not None:
         _check_backbone(folder, config, dim, backbone)
-    names = _task_names(folder, tasks)
     prompt: Prompt
     if kind == "CPT" and backbone is not None:
-        prompt = _context(folder, config, tensors["prompt_embeddings"], names, backbone)
+        prompt = _context(folder, config, tensors["prompt_embeddings"], backbone)
     elif kind == "MULTITASK_PROMPT_TUNING":
-        prompt = MultitaskPrompt(tasks, length, dim, rank, names)
+        tasks = _task_names(folder, config["num_tasks"])
+        prompt = MultitaskPrompt(len(tasks), length, dim, config["num_ranks"], tasks)
         prompt.load_state_dict(tensors)
     else:
-        prompt = SoftPrompt(1, length, dim, names)
+        prompt = SoftPrompt(1, length, dim, _task_names(folder, 1))
         prompt.load_state_dict({"prompt_embeddings": tensors["prompt_embeddings"][None]})
     return PromptCheckpoint(
         path=str(folder),
@@ -133,16 +114,37 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_adapter(folder: Path) -> dict[str, Tensor]:
-    """Read the tensors, in fp32; safetensors goes first, as in PEFT."""
-    if (folder / ADAPTER).is_file():
+def _read_adapter(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+    """Read the tensors that a configuration describes, in fp32 and without rows for a decoder."""
+    if (folder / ADAPTER).is_file():  # goes first, as in PEFT
         tensors: Any = read_tensors(folder / ADAPTER)
     elif (folder / PICKLED).is_file():
         tensors = load_plain(folder / PICKLED, str(folder / PICKLED))
     else:
         raise MPTError(f"{folder} has no tensors. Expected {ADAPTER} or {PICKLED} beside {CONFIG}.")
     check_finite(tensors, str(folder))
-    return {name: value.detach().float() for name, value in tensors.items()}
+    length = config["num_virtual_tokens"]
+    parts = config.get("num_transformer_submodules") or (2 if config["task_type"] == "SEQ_2_SEQ_LM" else 1)
+    got = {name: list(value.shape) for name, value in sorted(tensors.items())}
+    expected = {"prompt_embeddings": [length * parts, config.get("token_dim") or got.get("prompt_embeddings", [0])[-1]]}
+    if config["peft_type"] == "MULTITASK_PROMPT_TUNING":
+        tasks, rank = config["num_tasks"], config["num_ranks"]
+        expected["prefix_task_cols"] = [tasks, length * parts, rank]
+        expected["prefix_task_rows"] = [tasks, rank, expected["prompt_embeddings"][1]]
+    if got != expected:
+        raise MPTError(f"{folder} does not contain what its {CONFIG} describes: got {got}; expected {expected}.")
+    tensors = {name: value.detach().float() for name, value in tensors.items()}
+    if parts > 1:
+        warnings.warn(
+            f"{folder} has rows for the decoder too (num_transformer_submodules=2), which PEFT does not use to "
+            "generate; the encoder's half is imported.",
+            UserWarning,
+            stacklevel=4,
+        )
+        tensors["prompt_embeddings"] = tensors["prompt_embeddings"][:length]
+        if "prefix_task_cols" in tensors:
+            tensors["prefix_task_cols"] = tensors["prefix_task_cols"][:, :length]
+    return tensors
 
 
 def _check_backbone(folder: Path, config: dict[str, Any], dim: int, backbone: Backbone) -> None:
@@ -175,15 +177,14 @@ def _task_names(folder: Path, count: int) -> list[str]:
     return sorted(names, key=lambda name: names[name])
 
 
-def _context(
-    folder: Path, config: dict[str, Any], table: Tensor, tasks: list[str], backbone: Backbone
-) -> ContextPrompt:
+def _context(folder: Path, config: dict[str, Any], table: Tensor, backbone: Backbone) -> ContextPrompt:
     """Split PEFT's sums of embedding and perturbation `[P, H]`, with the backbone's embeddings."""
     ids, types = config.get("cpt_token_ids") or [], config.get("cpt_tokens_type_mask") or []
     if len(ids) != len(table):
         raise MPTError(f"{folder / CONFIG} has {len(ids)} cpt_token_ids; expected {len(table)}, num_virtual_tokens.")
     epsilon, template_epsilon = config.get("opt_projection_epsilon"), config.get("opt_projection_format_epsilon")
     try:
+        tasks = _task_names(folder, 1)
         prompt = ContextPrompt(ids, types, table.shape[1], tasks, epsilon=epsilon, template_epsilon=template_epsilon)
         prompt.attach(backbone.embeddings.cpu())
     except MPTError as error:
