@@ -31,7 +31,7 @@ def write_file(file: Path, content: str | bytes | memoryview, *, flush: bool = F
         flush: Wait until the content is on the disk, so that even a crash of the machine leaves a whole file.
 
     Raises:
-        OSError: The file cannot be written; what was there before is unchanged.
+        OSError: If the file cannot be written; an earlier one is unchanged.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f".{file.name}.part")
@@ -62,7 +62,7 @@ def new_folder(dest: str | Path, replaces: str | None = None) -> Iterator[Path]:
         replaces: A file name: a folder at `dest` that contains it is replaced.
 
     Raises:
-        MPTError: Something else is at `dest`.
+        MPTError: If something else is at `dest`.
     """
     dest = Path(dest).expanduser()
     if os.path.lexists(dest) and not (replaces and (dest / replaces).is_file()):

@@ -1,7 +1,6 @@
-"""What is shipped with the package, by name: task cards, recipes, the embedded models and their tasks' rows."""
+"""The package's own files by name: task cards, recipes, the embedded models and their tasks' rows."""
 
 import difflib
-import os
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -10,7 +9,7 @@ from mpt_lightning.errors import MPTError
 
 Kind = Literal["tasks", "configs"]
 
-# The Hub id that the embedded tasks have in their cards, and that begins the embedded models' names.
+# The Hub id in the cards of embedded tasks, and the beginning of the embedded models' names.
 EMBEDDED = "mpt_lightning/demo"
 T5 = f"{EMBEDDED}/t5"
 LLAMA = f"{EMBEDDED}/llama"
@@ -50,7 +49,7 @@ def find_packaged(kind: Kind, name: str) -> Path:
 def packaged_names(kind: Kind) -> list[str]:
     """List the shipped YAML files by name."""
     root = Path(str(resources.files(f"mpt_lightning.{kind}")))
-    return sorted(str(file.relative_to(root).with_suffix("")).replace(os.sep, "/") for file in root.rglob("*.yaml"))
+    return sorted(file.relative_to(root).with_suffix("").as_posix() for file in root.rglob("*.yaml"))
 
 
 def backbone_path(name: str) -> str:
@@ -61,11 +60,7 @@ def backbone_path(name: str) -> str:
 
 
 def embedded_data(path: str) -> Path | None:
-    """Return the folder that stands in for the Hub for an embedded task, or None for any other.
-
-    Args:
-        path: The `path` of a task's card.
-    """
+    """Return the folder of an embedded task's rows, or None for any other `path` of a card."""
     return _embedded() / "data" if path == EMBEDDED else None
 
 

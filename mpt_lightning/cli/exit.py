@@ -1,4 +1,4 @@
-"""Leaving with a message."""
+"""Exiting with a message."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ PATIENCE = 10.0
 
 
 def fail(message: str) -> NoReturn:
-    """Print one message, and leave. Where all of several processes fail alike, the first one speaks for them."""
+    """Print one message and exit; of several processes that fail for the same reason, only the first one prints."""
     if int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_PROCID") or 0) > 0:
         parent = os.getppid()
         time.sleep(PATIENCE)  # when the first process fails, torchrun and srun end this one
