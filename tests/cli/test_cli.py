@@ -15,6 +15,7 @@ from tokenizers import trainers
 
 import mpt_lightning
 from mpt_lightning.cli.main import main
+from mpt_lightning.recipes import load_argument
 from mpt_lightning.resources import packaged, packaged_names
 from tests.conftest import build_model, build_tokenizer
 
@@ -244,6 +245,17 @@ def test_a_methods_help_names_its_arguments_and_explains_them(capsys: pytest.Cap
     for name in ("teachers", "rank", "shared_lr", "temperature", "backbone_dtype", "warmup_steps"):
         assert f"--model.{name}" in text or f".{name} " in text, name
     assert "PromptTuning run over the source tasks" in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("label :", "label :"), ("here: there", "here: there"), ("a: {text}", "a: {text}"), ("{a: 1}", {"a": 1}),
+        ("a: 1\n", {"a": 1}), ("[1, 2]", [1, 2]), ("1e-3", 0.001), ("null", None),
+    ],
+)  # fmt: skip
+def test_one_line_with_a_colon_is_a_text(text: str, value: object) -> None:
+    assert load_argument(text) == value
 
 
 @pytest.mark.parametrize(
