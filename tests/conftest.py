@@ -1,28 +1,23 @@
 """Small models made from a config: no download, seconds to make, the real loading code."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+
+# Libraries are imported where they are used: the process that only controls the others needs none.
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 # Lightning 2.6 calls what jsonargparse 4.49 deprecated; this is jsonargparse's own switch.
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
-# On small tensors a second thread costs more than it does; the processes that tests start read the variable.
+# On small tensors a second thread costs more than it does. torch reads the variable when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-torch.set_num_threads(1)
 
 VOCABULARY = 120
 WORDS = """the a good bad film plot was is not very great awful yes no positive negative sentence question answer
@@ -34,6 +29,16 @@ KINDS = ["t5", "gpt2", "llama"]
 
 def build_model(kind: str, scale: float = 1.0, layers: int = 2) -> PreTrainedModel:
     """A tiny random model with weights large enough that every part of it shows in the logits."""
+    import torch
+    from transformers import (
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
+
     torch.manual_seed(0)
     if kind == "t5":
         config = T5Config(
@@ -57,6 +62,9 @@ def build_model(kind: str, scale: float = 1.0, layers: int = 2) -> PreTrainedMod
 
 def build_tokenizer(kind: str) -> PreTrainedTokenizerFast:
     """A word-level tokenizer; T5's adds </s>, as the real one does."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
     vocabulary = {word: index for index, word in enumerate(dict.fromkeys(["<pad>", "</s>", "<unk>", *WORDS]))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -75,6 +83,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]
     folders: dict[tuple[str, int], str] = {}
 
     def folder(kind: str, layers: int = 2) -> str:
+        import torch
+
         if (kind, layers) not in folders:
             path = tmp_path_factory.mktemp("models") / kind
             with torch.random.fork_rng():  # a test that sets its own seed first may be the one that comes here
@@ -97,6 +107,8 @@ def data_root() -> Path:
 
 def make_batch(rows: int = 5, length: int = 7, labels: int = 3, tasks: int = 3) -> dict[str, torch.Tensor]:
     """A right-padded batch of mixed tasks with rows and labels of different lengths."""
+    import torch
+
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, VOCABULARY, (rows, length), generator=generator)
     mask = torch.ones_like(ids)

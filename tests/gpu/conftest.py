@@ -113,7 +113,7 @@ ON_CPU = Device("cpu", 0.0)
 
 @pytest.fixture(params=["pretended", pytest.param("real", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> Device:
-    """The pretended GPU, and a real one: `pytest -m gpu` runs the tests on the latter alone."""
+    """The pretended GPU, and a real one: `pytest -m gpu -n 0` runs the tests on the latter alone."""
     if request.param == "pretended":
         return Device("cuda", 1e-6, PretendedGPU)
     if not torch.cuda.is_available():
