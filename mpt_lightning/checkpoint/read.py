@@ -31,11 +31,11 @@ def read_checkpoint(
         return import_peft(file, backbone)
     if file.is_dir():
         raise MPTError(
-            f"{argument} {path} is a folder, which holds no training state. Give the path of a .ckpt file; a PEFT "
-            "folder is a start: --model.source, --model.teachers, or --model.init_checkpoint."
+            f"{argument} {path} is a folder, which holds no training state. Expected a .ckpt file; to start a new run "
+            "from a PEFT folder, use --model.source, --model.teachers or --model.init_checkpoint."
         )
     if not file.is_file():
-        raise MPTError(f"{argument} {path}: there is no such file. Give the path of a .ckpt file.")
+        raise MPTError(f"{argument} {path}: there is no such file. Expected a .ckpt file.")
     return parse_checkpoint(load_plain(file, f"{argument} {path}"), str(path))
 
 
