@@ -49,5 +49,6 @@ def test_a_new_method_is_three_files(recipe: Path) -> None:
     main(["fit", "--config", str(recipe), *resumed])
     assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 6
     main(["export", str(folder / "last.ckpt"), "peft", "--to", "peft"])
+    assert "Ultra-low-dimensional prompt tuning" in Path("peft/README.md").read_text()
     (answer,) = Predictor.from_checkpoint(str(folder / "last.ckpt")).predict("the dog chased the fox in the park .")
     assert answer.prediction in answer.probabilities
