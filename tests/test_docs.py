@@ -1,42 +1,31 @@
-"""docs/new_method.md, followed to the letter: the method trains, is saved, resumes and predicts."""
+"""docs/new_method.md, followed literally: the method trains, is saved, resumes and predicts."""
 
+import os
 import re
 import sys
 from pathlib import Path
 from types import ModuleType
 
-import pytest
 import torch
 import yaml
+from processes import finish, start
 
 from mpt_lightning import Predictor, modules, prompts
 from mpt_lightning.cli.main import main
-from mpt_lightning.prompts import Prompt
 
 PAGE = (Path(__file__).parents[1] / "docs" / "new_method.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"## \d\. [^`]*`(\S+)`.*?```\w+\n(.*?)```", PAGE, flags=re.DOTALL)
 
 
-@pytest.fixture
-def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The page's three files, in place for one test."""
-    (prompt_file, prompt), (module_file, module), (recipe_file, recipe) = BLOCKS
-    assert (prompt_file, module_file) == ("mpt_lightning/prompts/ulpt.py", "mpt_lightning/modules/ulpt.py")
-    assert recipe_file == "configs/baselines/ulpt.yaml"
-    for package, text in ((prompts, prompt), (modules, module)):
-        made = ModuleType(f"{package.__name__}.ulpt")
-        monkeypatch.setitem(sys.modules, made.__name__, made)
-        exec(compile(text, made.__name__, "exec"), vars(made))
-        monkeypatch.setattr(package, "ulpt", made, raising=False)
-    monkeypatch.setattr(modules, "ULPT", made.ULPT, raising=False)
-    file = tmp_path / "ulpt.yaml"
-    file.write_text(recipe, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    yield file
-    del Prompt.classes["LowDimensionalPrompt"]
+def test_a_new_method_is_three_files(tmp_path: Path) -> None:
+    # In another process, because jsonargparse keeps every class that it has parsed.
+    finish(start(follow_the_page, tmp_path), seconds=200)
 
 
-def test_a_new_method_is_three_files(recipe: Path) -> None:
+def follow_the_page(root: Path) -> None:
+    os.chdir(root)
+    sys.argv = ["mpt"]
+    recipe = add_method()
     settings = ["--trainer.logger", "false", "--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
     settings += ["--data.max_eval_rows", "40", "--data.cache_dir", "cache"]
     main(["fit", "--config", str(recipe), *settings, "--trainer.max_steps", "4", "--trainer.val_check_interval", "2"])
@@ -52,3 +41,18 @@ def test_a_new_method_is_three_files(recipe: Path) -> None:
     assert "Ultra-low-dimensional prompt tuning" in Path("peft/README.md").read_text()
     (answer,) = Predictor.from_checkpoint(str(folder / "last.ckpt")).predict("the dog chased the fox in the park .")
     assert answer.prediction in answer.probabilities
+
+
+def add_method() -> Path:
+    """Import the page's prompt and module, write its recipe, and return the recipe's path."""
+    (prompt_file, prompt), (module_file, module), (recipe_file, recipe) = BLOCKS
+    assert (prompt_file, module_file) == ("mpt_lightning/prompts/ulpt.py", "mpt_lightning/modules/ulpt.py")
+    assert recipe_file == "configs/baselines/ulpt.yaml"
+    for package, text in ((prompts, prompt), (modules, module)):
+        made = ModuleType(f"{package.__name__}.ulpt")
+        sys.modules[made.__name__] = package.ulpt = made
+        exec(compile(text, made.__name__, "exec"), vars(made))
+    modules.ULPT = modules.ulpt.ULPT
+    file = Path("ulpt.yaml")
+    file.write_text(recipe, encoding="utf-8")
+    return file
