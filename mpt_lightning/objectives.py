@@ -1,5 +1,6 @@
 """Losses: token cross-entropy, and distillation of logits and hidden states, as plain functions of tensors."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -47,14 +48,9 @@ def _cross_entropy(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
 
 
 def token_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross-entropy of the label tokens, in fp32.
+    """Return the mean cross-entropy in nats of label tokens `[B, M]`, -100 for padding, given logits `[B, M, V]`.
 
-    Args:
-        logits: [B, M, V].
-        labels: [B, M], -100 for padding.
-
-    Returns:
-        A scalar, in nats; 0 without label tokens.
+    It is in fp32 or better, and 0 without label tokens.
 
     Example:
         >>> token_cross_entropy(torch.zeros(1, 2, 4), torch.tensor([[3, -100]]))
@@ -64,15 +60,7 @@ def token_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the sum of the label tokens' log-probabilities per row.
-
-    Args:
-        logits: [N, M, V].
-        labels: [N, M], -100 for padding.
-
-    Returns:
-        [N] in nats, fp32 or better.
-    """
+    """Return the log-likelihood `[N]` in nats of rows of label tokens `[N, M]`, given logits `[N, M, V]`."""
     return -_cross_entropy(logits, labels, "none").view(labels.shape).sum(dim=1)
 
 
@@ -85,7 +73,7 @@ def context_cross_entropy(
     decay: float = 0.95,
     normalize: Normalize = "paper",
 ) -> Tensor:
-    """Return the cross-entropy of the context's labels and the rows' labels (CPT sections 3.2 and 3.3).
+    """Return the cross-entropy in nats of the context's labels and the rows' labels (CPT sections 3.2 and 3.3).
 
     Older examples of the context weigh less. The context's loss is the same for every row, so it is computed once and
     counts B times.
@@ -100,9 +88,6 @@ def context_cross_entropy(
         normalize: "paper" divides by the number of label tokens, as PEFT does, so that the loss shrinks with more
             examples; "weights" divides by the sum of their weights.
 
-    Returns:
-        A scalar, in nats.
-
     Example:
         >>> even = [torch.zeros(2, 4), torch.tensor([0, 3]), torch.tensor([2, 1]), torch.zeros(1, 1, 4)]
         >>> context_cross_entropy(*even, torch.tensor([[1]]), decay=0.5, normalize="weights")
@@ -115,10 +100,7 @@ def context_cross_entropy(
 
 
 def context_tokens(weights: Tensor, labels: Tensor, normalize: Normalize) -> Tensor:
-    """Return the number of label tokens that `context_cross_entropy` divides by.
-
-    The arguments are the weights decay^distance `[N]` of the context's label tokens, and those of that function.
-    """
+    """Return the divisor of `context_cross_entropy`, given the weights decay^distance `[N]` of the context's labels."""
     of_context = len(weights) if normalize == "paper" else weights.sum()
     return len(labels) * of_context + (labels != IGNORE).sum()
 
@@ -126,16 +108,13 @@ def context_tokens(weights: Tensor, labels: Tensor, normalize: Normalize) -> Ten
 def logit_distillation(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
     """Return KL(teacher || student) over the vocabulary, averaged over label tokens (paper section 3.2, L_Logits).
 
-    It is multiplied by temperature squared, so that its gradient keeps its scale (Hinton et al., 2015).
+    It is in nats, times temperature squared, so that its gradient keeps its scale (Hinton et al., 2015).
 
     Args:
         student: [B, M, V] logits.
         teacher: [B, M, V] logits; no gradient flows into them.
         labels: [B, M], -100 for padding.
         temperature: Softens both distributions, above 0.
-
-    Returns:
-        A scalar, in nats.
 
     Example:
         >>> same = torch.randn(2, 3, 5)
@@ -156,14 +135,11 @@ def _divergence(student: Tensor, teacher: Tensor, temperature: float, counted: T
 def top_buckets(logits: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Shorten distributions to one bucket for each of the k likeliest tokens, and one for all others together.
 
-    Args:
-        logits: [N, V].
-        k: Tokens to keep, 1 or more. With V or more all are kept, without a bucket of others.
-        temperature: Softens the distribution first, above 0.
+    `logits` are `[N, V]`; the temperature, above 0, softens the distributions first.
 
     Returns:
         The tokens' ids [N, k], the likeliest first, and log-probabilities [N, k + 1], the others' at the end; both
-        [N, V] if all tokens are kept.
+        [N, V] if all tokens are kept, k at least V.
 
     Example:
         >>> ids, log_probs = top_buckets(torch.tensor([[1.0, 0.0, 2.0, 0.0]]), k=2)
@@ -199,9 +175,6 @@ def bucketed_distillation(
         labels: [B, M], -100 for padding.
         temperature: Of the student, above 0.
 
-    Returns:
-        A scalar, in nats.
-
     Example:
         >>> labels, logits = torch.tensor([[1, -100]]), torch.randn(1, 2, 9)
         >>> bucketed_distillation(logits, *top_buckets(logits[labels >= 0], k=3), labels).abs() < 1e-6
@@ -226,21 +199,12 @@ def chosen_states(
 def label_weights(
     states: Mapping[str, Segment], rows: Tensor, labels: Tensor, positions: Positions
 ) -> dict[str, Tensor]:
-    """Return weights of positions with which each row counts in proportion to its label tokens.
+    """Return weights of positions `[B, S]`, or `[U, P]` of shared prompts, by the keys of hidden states.
 
     With these weights `hidden_distillation` has, per stack, the denominator of the other losses: the number of label
-    tokens. So losses of several batches add up.
-
-    Args:
-        states: Hidden states by "<stack>/<part>": of rows `[B, S, H]`, or of prompts that rows share `[U, P, H]`.
-        rows: [B] in 0..U-1, each row's prompt.
-        labels: [B, M], -100 for padding.
-        positions: The positions that are compared.
-
-    Returns:
-        Per key [B, S] or [U, P]. The weight of a row's position is the row's number of label tokens divided by its
-        number of compared positions in the stack, 0 for padding; that of a shared prompt's position is the sum of this
-        over its rows.
+    tokens. So losses of several batches add up. The weight of a row's position is the row's number of label tokens
+    divided by its number of compared positions in the stack, 0 for padding; that of a shared prompt's position is the
+    sum of this over the rows `[B]` that have the prompt.
     """
     lengths: dict[str, Tensor] = {}  # [B] per stack
     for key in chosen_states(states, "last", positions, "both"):
@@ -276,21 +240,18 @@ def hidden_distillation(
         positions: Text tokens, prompt tokens, or all.
         stacks: Encoder, decoder, or both if the model has both.
 
-    Returns:
-        A scalar.
-
     Raises:
         MPTError: If the model has none of the requested states.
     """
-    errors: dict[str, list[Tensor]] = {}
-    counts: dict[str, list[Tensor]] = {}
+    errors: dict[str, list[Tensor]] = defaultdict(list)
+    counts: dict[str, list[Tensor]] = defaultdict(list)
     of_teacher = chosen_states(teacher, layers, positions, stacks)
     for key, ours in chosen_states(student, layers, positions, stacks).items():
         stack, weight = key.split("/")[0], student[key].weight
         for mine, theirs in zip(ours, of_teacher[key], strict=True):
             squares = (_precise(mine) - _precise(theirs.detach())).square().mean(dim=-1)
-            errors.setdefault(stack, []).append((squares * weight).sum())
-            counts.setdefault(stack, []).append(weight.sum())
+            errors[stack].append((squares * weight).sum())
+            counts[stack].append(weight.sum())
     if not errors:
         raise MPTError(
             f"No hidden states to distil: stacks={stacks!r}, positions={positions!r}, and the model has "

@@ -60,11 +60,7 @@ class Prompt(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, task_ids: Tensor) -> PromptOutput:
-        """Return the prompts of some tasks.
-
-        Args:
-            task_ids: [U] rows, in 0..T-1, repeats allowed.
-        """
+        """Return the prompts of some tasks `[U]`: rows in 0..T-1, repeats allowed."""
 
     def attach(self, embeddings: Tensor) -> None:
         """Copy what the prompt needs of the backbone's embeddings `[V, H]`; nothing by default."""
@@ -74,10 +70,7 @@ class Prompt(nn.Module, ABC):
         return [name for name in self.per_task if isinstance(getattr(self, name), nn.Parameter)]
 
     def config(self) -> dict[str, Any]:
-        """Return the constructor's arguments as plain values, for checkpoints.
-
-        An argument that is not kept as an attribute, such as a kind of initialisation, is left out.
-        """
+        """Return the constructor's arguments that are kept as attributes, as plain values, for checkpoints."""
         arguments = inspect.signature(type(self)).parameters
         return {name: deepcopy(getattr(self, name)) for name in arguments if hasattr(self, name)}
 
@@ -99,8 +92,7 @@ class Prompt(nn.Module, ABC):
             MPTError: If the task is unknown, or its prompt is not of embeddings alone.
         """
         row = torch.tensor([self.index(task)], device=next(self.parameters(), torch.empty(0)).device)
-        output: PromptOutput = self(row)
-        return output.embeddings_alone()[0]
+        return self(row).embeddings_alone()[0]
 
     @torch.no_grad()
     def add_task(self, task: str, like: str | None = None) -> None:

@@ -75,7 +75,7 @@ class ContextPrompt(Prompt):
         super().__init__(1, len(token_ids), dim, tasks)
         _check_types(token_ids, token_types)
         for name, value in (("epsilon", epsilon), ("template_epsilon", template_epsilon)):
-            if value is not None and not (isinstance(value, int | float) and value > 0):
+            if value is not None and not value > 0:
                 raise MPTError(f"{name} must be above 0, or none for no bound; got {value}.")
         self.token_ids, self.token_types = list(token_ids), list(token_types)
         self.trained, self.epsilon_scale = trained, epsilon_scale
@@ -146,29 +146,19 @@ class ContextPrompt(Prompt):
         self.delta_embedding.mul_(torch.where(norm > self.radius, self.radius / norm, 1.0))
 
     def visible(self, examples: Tensor) -> Tensor:
-        """Return which tokens of the context each row attends to if its own copy is hidden (leave-one-out).
+        """Return the mask `[B, P]` of the tokens that rows attend to if their own copies are hidden (leave-one-out).
 
-        Args:
-            examples: [B] the context example that a row is a copy of, -1 for none.
-
-        Returns:
-            [B, P], 1 where the row attends to the token.
+        `examples` `[B]` are the context examples that the rows are copies of, -1 for none.
         """
         own = (self.examples[None] == examples[:, None]) & (examples[:, None] >= 0)
         return (~own).long()
 
     def add_task(self, task: str, like: str | None = None) -> None:
-        """Raise: a context belongs to one task.
-
-        Raises:
-            MPTError: Always.
-        """
+        """Raise an `MPTError`: a context belongs to one task."""
         raise MPTError(f"A context belongs to one task ({self.tasks[0]}); train another one for {task!r}.")
 
 
 def _check_types(token_ids: Sequence[int], token_types: Sequence[int]) -> None:
-    if any(type(value) is not int for value in (*token_ids, *token_types)) or min(token_ids, default=0) < 0:
-        raise MPTError("Token ids must be whole numbers, 0 or above, and token types whole numbers.")
     if len(token_types) != len(token_ids):
         raise MPTError(f"A context needs one type per token: got {len(token_ids)} ids, {len(token_types)} types.")
     if min(token_types) < INSTRUCTION:

@@ -73,9 +73,6 @@ class MultitaskPrompt(Prompt):
             start: "average" takes the mean of the source tasks' u and of their v, "shared" takes P* alone with
                 factors near one, any other word is the source task whose factors are copied.
 
-        Returns:
-            A prompt of `len(tasks)` tasks, independent of `source`.
-
         Raises:
             MPTError: If `start` is not a task of the source.
         """

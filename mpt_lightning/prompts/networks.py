@@ -16,8 +16,7 @@ class Residual(nn.Module):
 
     def forward(self, prompt: Tensor) -> Tensor:
         """Encode a prompt `[P, H]`."""
-        encoded: Tensor = prompt + self.network(prompt)
-        return encoded
+        return prompt + self.network(prompt)
 
 
 class Recurrent(nn.Module):
@@ -30,8 +29,7 @@ class Recurrent(nn.Module):
 
     def forward(self, prompt: Tensor) -> Tensor:
         """Encode a prompt `[P, H]`."""
-        encoded: Tensor = self.head(self.lstm(prompt)[0])
-        return encoded
+        return self.head(self.lstm(prompt)[0])
 
 
 def perceptron(dim: int, hidden: int) -> nn.Module:
@@ -46,18 +44,10 @@ ENCODERS: dict[str, Any] = {"residual": Residual, "mlp": perceptron, "lstm": Rec
 
 
 def through_networks(rows: Tensor, networks: nn.ModuleList, task_ids: Tensor) -> Tensor:
-    """Pass the rows of some tasks through the tasks' own networks.
+    """Pass the rows `[T, ...]` of some tasks `[U]` through the tasks' own networks; return their outputs `[U, ...]`.
 
     The other tasks' networks get zero gradients, like their rows: in a distributed run each parameter needs a gradient
     on every rank, whichever tasks its batch has.
-
-    Args:
-        rows: [T, ...].
-        networks: One per task.
-        task_ids: [U] in 0..T-1.
-
-    Returns:
-        The networks' outputs [U, ...].
     """
     tasks = task_ids.tolist()
     encoded = torch.stack([networks[task](rows[task]) for task in tasks])

@@ -69,10 +69,7 @@ class PrefixPrompt(Prompt):
         return PromptOutput(layers=tuple((both[0], both[1]) for both in split.permute(2, 3, 0, 4, 1, 5)))
 
     def initialize(self, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Start every task from given keys and values.
-
-        Args:
-            layers: Per layer `[1, heads, P, D]` each.
+        """Start every task from given keys and values, per layer `[1, heads, P, D]` each.
 
         Raises:
             MPTError: If this prefix is the output of a network.

@@ -35,8 +35,7 @@ class SuperposedPrompt(Prompt):
         tasks: Sequence[str] | None = None,
     ) -> None:
         super().__init__(num_tasks, length, dim, tasks)
-        numbers = all(type(token) is int for ids in token_ids for token in ids)
-        if len(token_ids) != num_tasks or len({len(ids) for ids in token_ids}) != 1 or not token_ids[0] or not numbers:
+        if len(token_ids) != num_tasks or len({len(ids) for ids in token_ids}) != 1 or not token_ids[0]:
             raise MPTError(f"token_ids must be {num_tasks} lists of one length, got {list(map(len, token_ids))}.")
         self.token_ids = [list(ids) for ids in token_ids]
         count = len(self.token_ids[0])
