@@ -5,24 +5,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mpt_lightning.compare.file import read_comparison
+from mpt_lightning.compare.plan import read_comparison
 from mpt_lightning.compare.report import Report
 from mpt_lightning.compare.results import Store
 from mpt_lightning.errors import MPTError
 
 
 def compare(options: Namespace) -> bool:
-    """Run what has no result yet, and report.
-
-    Args:
-        options: `file`, `output`, `jobs` and `report`; see `mpt compare --help`.
-
-    Returns:
-        Whether all runs succeeded.
-
-    Raises:
-        MPTError: If the file or an option is wrong, or the output folder belongs to another comparison.
-    """
+    """Run what has no result yet, report, and return whether all runs succeeded; see `mpt compare --help`."""
     if options.jobs is not None and options.jobs < 1:
         raise MPTError(f"--jobs must be at least 1, got {options.jobs}.")
     comparison, console = read_comparison(options.file), Console()

@@ -17,14 +17,7 @@ COLOURS = (*_TAB20[::2], *_TAB20[1::2])  # ten full colours, then ten pale ones
 
 
 def draw(scores: pd.DataFrame, shots: Sequence[int | None], metric: str, path: Path) -> None:
-    """Draw the averages over tasks and save them as PNG.
-
-    Args:
-        scores: See `summarize`; scores that are unknown are left out.
-        shots: Every k.
-        metric: The name of the score.
-        path: The file.
-    """
+    """Draw the averages over tasks of `summarize`, and save them as PNG; unknown scores are left out."""
     figure = Figure(figsize=(14, 6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     shots = sorted(shots, key=lambda k: math.inf if k is None else k)
@@ -47,13 +40,7 @@ def draw(scores: pd.DataFrame, shots: Sequence[int | None], metric: str, path: P
 
 
 def draw_curves(axes: Axes, scores: pd.DataFrame, shots: Sequence[int | None]) -> None:
-    """Draw the average score of each method at each k, with standard deviations as error bars.
-
-    Args:
-        axes: Where to draw.
-        scores: See `summarize`; scores that are unknown are left out.
-        shots: Every k, from left to right.
-    """
+    """Draw each method's average score of `summarize` at each k, with standard deviations as error bars."""
     methods, names = scores.index.unique("method"), [k_name(k) for k in shots]
     for number, method in enumerate(methods):
         averages = scores.xs((method, AVERAGE), level=("method", "task"))

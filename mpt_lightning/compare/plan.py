@@ -3,24 +3,31 @@
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser
 
 from mpt_lightning.data.card import load_card, read_card_file
 from mpt_lightning.errors import MPTError
-from mpt_lightning.io import can_be_path, read_yaml
-from mpt_lightning.resources import packaged
+from mpt_lightning.io import read_yaml
+from mpt_lightning.resources import find_packaged, packaged, packaged_names
 
 # The folder of the prepared runs, where others have the method's name.
 PREPARED = "prepare"
 # The mean over tasks in tables, where others have a task's name.
 AVERAGE = "average"
 PLACEHOLDERS = ("k", "seed", "task")
+if TYPE_CHECKING:
+    Arguments = dict[str, Any]
+else:  # without types, since jsonargparse would parse strings such as `label :` as mappings
+    Arguments = dict
 
 
 @dataclass
@@ -33,7 +40,7 @@ class Recipe:
     """
 
     recipe: str | list[str]
-    arguments: dict[str, Any] = field(default_factory=dict)
+    arguments: Arguments = field(default_factory=dict)
 
     @property
     def recipes(self) -> list[str]:
@@ -42,8 +49,9 @@ class Recipe:
 
     @cached_property
     def contents(self) -> list[Any]:
-        """The recipes' values, without comments and formatting."""
-        return [read_yaml(recipe_file(name)) for name in self.recipes]
+        """The recipes' values, without comments and formatting; a path has precedence over a shipped recipe."""
+        files = [Path(name) if Path(name).is_file() else find_packaged("configs", name) for name in self.recipes]
+        return [read_yaml(file) for file in files]
 
 
 @dataclass
@@ -54,7 +62,7 @@ class Method(Recipe):
         recipe: See `Recipe`.
         arguments: Arguments of `mpt fit` and `mpt test`; they override the comparison's.
         shots: Every k of this method, instead of the comparison's.
-        seeds: The seeds of this method, instead of the comparison's; one suffices if nothing is random.
+        seeds: The seeds of this method, instead of the comparison's.
         fit: False for a method without training, which is only tested.
         few_shot_arguments: The arguments of a run with k rows, instead of the comparison's.
         full_data_arguments: The arguments of a run with the full data (null), instead of the comparison's.
@@ -63,8 +71,8 @@ class Method(Recipe):
     shots: list[int | None] | None = None
     seeds: list[int] | None = None
     fit: bool = True
-    few_shot_arguments: dict[str, Any] | None = None
-    full_data_arguments: dict[str, Any] | None = None
+    few_shot_arguments: Arguments | None = None
+    full_data_arguments: Arguments | None = None
 
 
 @dataclass
@@ -92,30 +100,21 @@ class Comparison:
     shots: list[int | None]
     seeds: list[int]
     methods: dict[str, Method]
-    arguments: dict[str, Any] = field(default_factory=dict)
-    few_shot_arguments: dict[str, Any] = field(default_factory=lambda: {"data.k_shot": "$k"})
-    full_data_arguments: dict[str, Any] = field(default_factory=dict)
+    arguments: Arguments = field(default_factory=dict)
+    few_shot_arguments: Arguments = field(default_factory=lambda: {"data.k_shot": "$k"})
+    full_data_arguments: Arguments = field(default_factory=dict)
     prepare: dict[str, Recipe] = field(default_factory=dict)
     metric: str = "average"
     keep_checkpoints: bool = False
     name: str = ""
 
     def __post_init__(self) -> None:
-        _check_list("tasks", self.tasks)
         _check_list("methods", [name.casefold() for name in self.methods])
-        parts: dict[str, Comparison | Method] = {"": self, **{f"methods.{k}.": v for k, v in self.methods.items()}}
-        for prefix, part in parts.items():
-            _check_list(f"{prefix}shots", part.shots)
-            _check_list(f"{prefix}seeds", part.seeds)
-            if any(k is not None and k < 0 for k in part.shots or []):
-                raise MPTError(
-                    f"`{prefix}shots`: got {part.shots}, expected numbers of 0 or more, or null for the full data."
-                )
         for name in filter(None, [*self.methods, self.name]):
-            if name == PREPARED or not re.fullmatch(r"\w[\w.+-]*", name) or not can_be_path(name):
+            if name == PREPARED or not re.fullmatch(r"\w[\w.+-]{,99}", name):
                 raise MPTError(
-                    f"Got the name {name[:300]!r}, expected letters, digits and _ . + - and not {PREPARED!r}, since "
-                    "folders are named after it. Rename it."
+                    f"Got the name {name!r}, expected at most 100 letters, digits and _ . + - and not {PREPARED!r}, "
+                    "since folders are named after it. Rename it."
                 )
         for name in self.prepare:
             if name in PLACEHOLDERS or not re.fullmatch(r"[a-z_][a-z0-9_]*", name):
@@ -134,28 +133,26 @@ class Comparison:
     def runs(self) -> list["Run"]:
         """Return the compared runs: methods, then k, then tasks, then seeds."""
         prepared = self.prepared_runs()
-        cards = {task: (load_card(task).name, read_card_file(task)) for task in self.tasks}
-        _check_list("tasks", [name.casefold() for name, _ in cards.values()])
+        cards = [(given, load_card(given).name, read_card_file(given)) for given in self.tasks]
+        _check_list("tasks", [task.casefold() for _, task, _ in cards])
         runs = []
         for key, method in self.methods.items():
             shots = self.shots if method.shots is None else method.shots
             seeds = self.seeds if method.seeds is None else method.seeds
-            for k, given, seed in product(shots, self.tasks, seeds):
-                task, card = cards[given]
+            few = self.few_shot_arguments if method.few_shot_arguments is None else method.few_shot_arguments
+            full = self.full_data_arguments if method.full_data_arguments is None else method.full_data_arguments
+            _check_list(f"shots of {key}", shots)
+            _check_list(f"seeds of {key}", seeds)
+            for k, (given, task, card), seed in product(shots, cards, seeds):
                 options = {"data": given, "seed_everything": seed, **self.arguments, **method.arguments}
                 values = {"seed": str(seed), "task": task}
                 if k is None:
-                    own, common = method.full_data_arguments, self.full_data_arguments
+                    options |= full
                 else:
-                    own, common = method.few_shot_arguments, self.few_shot_arguments
+                    options |= few if k else {}
                     values["k"] = str(k)
-                if k != 0:
-                    options |= common if own is None else own
-                name = f"{task}/{k_name(k)}/{seed}"
-                run = self._run(
-                    method, options, values, prepared, card=card, method=key, name=name, task=task, k=k, seed=seed
-                )
-                runs.append(run)
+                names = {"method": key, "name": f"{task}/{k_name(k)}/{seed}", "task": task, "k": k, "seed": seed}
+                runs.append(self._run(method, options, values, prepared, card=card, **names))
         return runs
 
     def _run(
@@ -164,14 +161,17 @@ class Comparison:
         options: Mapping[str, Any],
         values: dict[str, str],
         prepared: Sequence["Run"],
+        *,
         card: Any = None,
         **names: Any,
     ) -> "Run":
+        place = f"{names['method']}/{names['name']}"
+        _check_list(f"recipe of {place}", recipe.recipes)
         known = values | {run.name: f"${{{run.name}}}" for run in prepared}
         words = [word for name in recipe.recipes for word in ("--config", name)]
         words += [word for option, value in options.items() for word in _option(option, value)]
-        words = [_fill(word, known, f"{names['method']}/{names['name']}") for word in words]
-        needs = tuple(run for run in prepared if f"${{{run.name}}}" in " ".join(words))
+        words = [_fill(word, known, place) for word in words]
+        needs = tuple(run for run in prepared if known[run.name] in " ".join(words))
         fit = getattr(recipe, "fit", True)
         content = {
             "words": words,
@@ -190,11 +190,9 @@ class Run:
     """One run.
 
     Attributes:
-        method: The method's name; "prepare" for a prepared run.
+        method: The method's name; "prepare" for a prepared run, which has no task, k and seed.
         name: The name in `prepare`, or "task/k/seed".
-        task: The card's name; None for a prepared run.
-        k: The number of training rows; None for the full data and for a prepared run.
-        seed: The seed; None for a prepared run.
+        k: The number of training rows; None for the full data.
         words: The arguments of `mpt fit` and `mpt test`, with `${name}` for the checkpoints of prepared runs.
         fit: Whether it is trained.
         needs: The prepared runs that it starts from.
@@ -221,6 +219,28 @@ class Run:
         return [Template(word).substitute(checkpoints) for word in self.words]
 
 
+def read_comparison(name: str) -> Comparison:
+    """Read a comparison's file, or a shipped one (`compare/demo`), and check types, recipes and tasks."""
+    file = Path(name) if Path(name).is_file() else packaged("configs", name)
+    if file is None:
+        shipped = [known for known in packaged_names("configs") if known.startswith("compare/")]
+        raise MPTError(f"Unknown comparison {name!r}. Expected a YAML file or one of: {', '.join(shipped)}.")
+    content = read_yaml(file)
+    if not isinstance(content, dict):
+        raise MPTError(f"{name}: got {type(content).__name__}, expected a mapping with tasks, shots, seeds, methods.")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Comparison)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # jsonargparse renamed methods within its version 4
+            values = parser.instantiate_classes(parser.parse_object({"name": file.stem, **content}))
+        comparison = Comparison(**vars(values))
+        comparison.runs()
+    except Exception as error:  # jsonargparse's errors have no common class
+        raise MPTError(f"{name}: {' '.join(str(error).split())}") from None
+    return comparison
+
+
 def k_name(k: int | None) -> str:
     """Return a k as it stands in folders and CSV files."""
     return "full" if k is None else str(k)
@@ -231,24 +251,15 @@ def k_title(k: int | None) -> str:
     return "full data" if k is None else f"k = {k}"
 
 
-def recipe_file(name: str) -> Path:
-    """Return a recipe's file as `--config` finds it: a path has precedence over a shipped recipe."""
-    file = Path(name) if Path(name).is_file() else packaged("configs", name)
-    if file is None:
-        raise MPTError(f"unknown recipe {name!r}, expected a file or a name that `mpt configs` lists.")
-    return file
-
-
-def _check_list(place: str, values: Sequence[Any] | None) -> None:
-    if values is not None and (not values or len(set(values)) < len(values)):
-        raise MPTError(f"`{place}`: got {values}, expected one or more different values.")
+def _check_list(place: str, values: Sequence[Any]) -> None:
+    if not values or len(set(values)) < len(values) or any(isinstance(value, int) and value < 0 for value in values):
+        raise MPTError(f"{place}: got {values}, expected one or more different values, and no numbers below 0.")
 
 
 def _option(option: str, value: Any) -> list[str]:
-    """Return an argument as a user types it."""
-    text = value if isinstance(value, str) else json.dumps(value)
-    # A string that begins with a dash would be read as an option.
-    return [f"--{option}={text}"] if isinstance(value, str) and text.startswith("-") else [f"--{option}", text]
+    if isinstance(value, str) and value.startswith("-"):  # would be read as an option
+        return [f"--{option}={value}"]
+    return [f"--{option}", value if isinstance(value, str) else json.dumps(value)]
 
 
 def _fill(word: str, known: Mapping[str, str], place: str) -> str:

@@ -23,11 +23,7 @@ T = TypeVar("T")
 
 
 class WorkerPool:
-    """Processes that call functions; they end with the process that started them, and at once if it is interrupted.
-
-    Args:
-        jobs: The number of processes, at least 1.
-    """
+    """Processes that call functions; they end with the process that started them, and at once if it is interrupted."""
 
     def __init__(self, jobs: int) -> None:
         self.jobs = jobs

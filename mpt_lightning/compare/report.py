@@ -11,6 +11,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from mpt_lightning.compare.picture import draw
 from mpt_lightning.compare.plan import AVERAGE, Comparison, k_name, k_title
 from mpt_lightning.compare.results import Outcome, Result, Store
 
@@ -104,17 +105,12 @@ def rich_table(title: str, corner: str, strings: pd.DataFrame, sections: Collect
 class Report:
     """The results of a comparison, whether or not all runs are done.
 
-    Args:
-        comparison: The comparison.
-        store: Its results.
-
     Attributes:
-        results: The compared runs, each with its result or None.
+        results: The compared runs, each with its result; None without one for the current arguments.
         prepared: The prepared runs, likewise.
         scores: See `summarize`.
         shots: Every k, in the order of the runs.
         failures: The failed runs and their errors.
-        missing: How many of the compared runs have no result for their current arguments.
     """
 
     def __init__(self, comparison: Comparison, store: Store) -> None:
@@ -124,16 +120,16 @@ class Report:
         self.scores = summarize(result or Result.of(run, Outcome()) for run, result in self.results)
         self.shots = list(dict.fromkeys(run.k for run, _ in self.results))
         self.failures = [(run, r.error) for run, r in [*self.prepared, *self.results] if r and r.error]
-        self.missing = sum(result is None for _, result in self.results)
 
     @property
     def progress(self) -> str:
         """How many runs are done, failed and missing, in one line."""
+        missing = sum(result is None for _, result in self.results)
         done = sum(result is not None and not result.error for _, result in self.results)
         seconds = [f"{run.name} in {r.seconds:.0f} s" for run, r in self.prepared if r and not r.error]
         parts = [f"{done} of {len(self.results)} runs done"]
         parts += [f"{len(self.failures)} failed"] if self.failures else []
-        parts += [f"{self.missing} missing"] if self.missing else []
+        parts += [f"{missing} missing"] if missing else []
         parts += [f"prepared: {', '.join(seconds)}"] if seconds else []
         return "; ".join(parts) + "."
 
@@ -154,8 +150,6 @@ class Report:
 
     def write(self, output: Path) -> list[Path]:
         """Write report.csv, report.md and report.png, and return their paths."""
-        from mpt_lightning.compare.picture import draw
-
         files = [output / f"report.{kind}" for kind in ("csv", "md", "png")]
         columns = self.scores.drop(columns="seconds")
         columns.reorder_levels(["method", "k", "task"]).to_csv(files[0])

@@ -13,8 +13,6 @@ from mpt_lightning.compare.plan import Run
 from mpt_lightning.errors import MPTError
 from mpt_lightning.io import write_file
 
-MARK = "comparison.json"
-
 
 @dataclass(kw_only=True)
 class Outcome:
@@ -24,7 +22,6 @@ class Outcome:
         error: The error message, in one line; None if the run did not fail.
         commands: The commands that were run, as a user would type them.
         metrics: All test metrics by name.
-        trained_parameters: The number of trained parameters.
         checkpoint_bytes: The size of the best checkpoint; 0 without training.
         steps: Optimizer steps.
         seconds_per_step: Median time of a training step, without loading data, validating and saving.
@@ -51,11 +48,7 @@ class Result(Outcome):
     """The outcome of a named run.
 
     Attributes:
-        method: The method's name; "prepare" for a run whose checkpoint others start from.
-        task: The card's name.
-        k: The number of training rows; None for the full data.
-        seed: The seed.
-        fingerprint: `Run.fingerprint`; it changes with everything that can change the result.
+        method: The method's name; see `Run` for this, `task`, `k`, `seed` and `fingerprint`.
         metric: The name of the compared test metric.
         value: Its value; None if the run failed.
     """
@@ -83,21 +76,11 @@ class Result(Outcome):
 
 
 class Store:
-    """The folder of a comparison's results.
-
-    Args:
-        output: The folder; created if it does not exist.
-        name: The comparison's name.
-
-    Raises:
-        MPTError: If the folder belongs to another comparison, or contains something else.
-    """
+    """The folder of a comparison's results, created if it does not exist."""
 
     def __init__(self, output: Path, name: str) -> None:
         self.output = output
-        mark = output / MARK
-        if output.exists() and not output.is_dir():
-            raise MPTError(f"--output {output} is a file; give a folder.")
+        mark = output / "comparison.json"
         if mark.is_file():
             found = _read(mark).get("name")
             if found != name:
@@ -109,20 +92,12 @@ class Store:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Lock the folder.
-
-        Raises:
-            MPTError: If another process has locked it.
-        """
+        """Lock the folder."""
         try:
             with FileLock(self.output / ".lock", timeout=0):
                 yield
         except Timeout:
             raise MPTError(f"Another `mpt compare` is running in {self.output}; wait for it.") from None
-
-    def folder(self, run: Run) -> Path:
-        """Return the folder for a run's checkpoints and logs."""
-        return self.output / "runs" / run.place
 
     def read(self, run: Run) -> Result | None:
         """Return a run's result; None if it is missing or outdated, or if the checkpoint of a prepared run is."""

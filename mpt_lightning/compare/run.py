@@ -22,10 +22,7 @@ def default_jobs() -> int:
 
 
 def pending(comparison: Comparison, store: Store) -> list[Run]:
-    """Return the runs without a result and the prepared runs that these need, which come first.
-
-    A run that failed, or whose arguments have changed, has no result.
-    """
+    """Return the runs that have no result, failed or have changed, after the prepared runs that they need."""
     runs = [run for run in comparison.runs() if not _done(store, run)]
     for prepared in reversed(comparison.prepared_runs()):
         if not _done(store, prepared) and any(prepared in run.needs for run in runs):
@@ -39,15 +36,7 @@ def _done(store: Store, run: Run) -> bool:
 
 
 def run_all(comparison: Comparison, store: Store, runs: Iterable[Run], jobs: int, console: Console) -> None:
-    """Run in worker processes, each run after those that it needs, and write each result as soon as it is known.
-
-    Args:
-        comparison: The comparison.
-        store: Where results are written.
-        runs: The runs, see `pending`.
-        jobs: The number of processes, at least 1.
-        console: Where the progress bar is shown.
-    """
+    """Run in worker processes, each run after those that it needs, and write each result as soon as it is known."""
     waiting, running = list(runs), dict[Future[Outcome], Run]()
     with store.locked(), progress_bar(console) as bar, WorkerPool(jobs) as pool:
         progress = bar.add_task("runs", total=len(waiting))
@@ -79,7 +68,8 @@ def _submit(comparison: Comparison, store: Store, run: Run, pool: WorkerPool) ->
         checkpoints[need.name] = str(result.checkpoint)
     compared = run.task is not None
     keep = comparison.keep_checkpoints or not compared
-    return pool.submit(work, run.arguments(checkpoints), store.folder(run), fit=run.fit, test=compared, keep=keep)
+    folder = store.output / "runs" / run.place
+    return pool.submit(work, run.arguments(checkpoints), folder, fit=run.fit, test=compared, keep=keep)
 
 
 def _result(comparison: Comparison, run: Run, future: Future[Outcome]) -> Result:

@@ -24,17 +24,14 @@ from mpt_lightning.recipes import MPTCLI
 
 
 def work(words: Sequence[str], folder: Path, *, fit: bool = True, test: bool = True, keep: bool = False) -> Outcome:
-    """Run `mpt fit`, and `mpt test` with the best checkpoint.
+    """Run `mpt fit`, and `mpt test` with the best checkpoint if any; exceptions become the outcome's error.
 
     Args:
         words: The arguments of both commands.
         folder: The folder for checkpoints, logs and all output; emptied first.
-        fit: Whether to train; otherwise the test loads no checkpoint.
+        fit: Whether to train.
         test: Whether to test.
         keep: Whether to keep the checkpoints.
-
-    Returns:
-        The outcome; if the run failed, with an error.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -54,9 +51,8 @@ def work(words: Sequence[str], folder: Path, *, fit: bool = True, test: bool = T
                 }
         except Exception as error:
             traceback.print_exc()
-            cause = find_error(error)
-            name = "" if cause is not None else f"{type(error).__name__}: "
-            outcome.error = name + " ".join(str(cause or error).split())
+            cause = find_error(error) or f"{type(error).__name__}: {error}"
+            outcome.error = " ".join(str(cause).split())
     outcome.seconds = round(time.perf_counter() - begin, 2)
     outcome.peak_memory_bytes = _peak_memory(before)
     if not keep or outcome.error:
@@ -82,13 +78,7 @@ def _fit(words: Sequence[str], folder: Path, outcome: Outcome) -> None:
 
 
 class RunCLI(MPTCLI):
-    """The command line with all files in the run's own folder, and without progress bars.
-
-    Args:
-        words: The command and its arguments.
-        folder: The folder for checkpoints and logs.
-        callbacks: Callbacks in addition to the recipe's.
-    """
+    """The command line with all files in the run's own folder, and without progress bars."""
 
     def __init__(self, words: Sequence[str], folder: Path, *callbacks: L.Callback) -> None:
         self.folder = folder

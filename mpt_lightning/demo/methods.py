@@ -23,15 +23,7 @@ LENGTH = 16
 
 @dataclass(frozen=True)
 class Method:
-    """A method of the demo.
-
-    Attributes:
-        title: Its name in tables.
-        module: Builds the module.
-        data: Arguments of the data.
-        steps: Optimizer steps; without any, the module is only tested.
-        shots: The argument of the data that takes k.
-    """
+    """A method by its title in tables, module, data, optimizer steps (0: only tested) and the data's argument for k."""
 
     title: str
     module: Callable[..., PromptModule]
@@ -81,19 +73,16 @@ def run(
     checkpoint: Path | None = None,
     **options: Any,
 ) -> list[Result]:
-    """Train and test a method.
+    """Train a method of `METHODS` and return the result of each task on its whole test split.
 
     Args:
-        method: A name of `METHODS`.
+        method: The method's name.
         tasks: The source tasks, or one target task.
-        k: The number of training rows of a target task, or of examples per class in the context.
+        k: The training rows of a target task, or the examples per class in the context; None for all rows.
         seed: The seed.
         output: The folder of the cache and of what Lightning writes.
         checkpoint: Where to save the module.
         **options: Further arguments of the module.
-
-    Returns:
-        The result of each task on its whole test split.
     """
     spec = METHODS[method]
     data_options = {**spec.data, "eval_batch_size": 100, "cache_dir": str(output / "cache")}

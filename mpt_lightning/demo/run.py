@@ -12,12 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
-import transformers
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from mpt_lightning import __version__
 from mpt_lightning.callbacks import draw_similarity
 from mpt_lightning.checkpoint import read_checkpoint
 from mpt_lightning.compare.picture import COLOURS, draw_curves
@@ -34,19 +31,9 @@ COLUMNS = ("method", "task", "k", "seed", "metric", "value", "trained_parameters
 
 
 def run_demo(output: Path, seeds: int = 3) -> None:
-    """Run the methods on the embedded tasks; print tables and write results.json, demo.png and the checkpoints.
-
-    Args:
-        output: The folder of the files; created if it does not exist.
-        seeds: The number of runs per method, task and k, at least 1.
-
-    Raises:
-        MPTError: If `seeds` is below 1, or `output` is a file.
-    """
+    """Run the methods on the embedded tasks; print tables and write results.json, demo.png and the checkpoints."""
     if seeds < 1:
         raise MPTError(f"--seeds must be at least 1, got {seeds}.")
-    if output.exists() and not output.is_dir():
-        raise MPTError(f"--output {output} is a file; give a folder.")
     output.mkdir(parents=True, exist_ok=True)
     console, start, cores = Console(), time.perf_counter(), min(os.cpu_count() or 1, 8)
 
@@ -71,7 +58,13 @@ def run_demo(output: Path, seeds: int = 3) -> None:
         rows = stages.result()
         jobs += [submit(run, **arguments, source=str(output / "source.ckpt")) for arguments in late]
         rows += [row for job in jobs for row in job.result()]
-    environment = _environment(cores, time.perf_counter() - start)
+    environment = {
+        **{name: version(name) for name in ("mpt_lightning", "torch", "transformers", "lightning")},
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cores": cores,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
     results = {"rows": [{name: getattr(row, name) for name in COLUMNS} for row in rows], "environment": environment}
     (output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     title = "held-out tasks: test score, mean ± standard deviation over seeds"
@@ -108,16 +101,3 @@ def _draw(source: Path, summary: pd.DataFrame, path: Path) -> None:
     right.set_title("Held-out tasks (pale) and their mean")
     right.legend()
     figure.savefig(path, dpi=150)
-
-
-def _environment(cores: int, seconds: float) -> dict[str, Any]:
-    return {
-        "mpt_lightning": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "lightning": version("lightning"),
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cores": cores,
-        "seconds": round(seconds, 1),
-    }

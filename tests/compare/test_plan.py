@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mpt_lightning.compare.file import read_comparison
-from mpt_lightning.compare.plan import Comparison, Method, Recipe
+from mpt_lightning.compare.plan import Comparison, Method, Recipe, read_comparison
 
 FILE = """
 tasks: [demo/topic, demo/voice]
@@ -111,13 +110,13 @@ def test_a_fingerprint_changes_with_all_that_changes_a_run(
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("baselines/lora", "baselines/lore", "`methods.lora.recipe`: unknown recipe 'baselines/lore'"),
-        ("recipe: demo/source", "recipe: []", "`prepare.source.recipe`: got an empty list"),
+        ("baselines/lora", "baselines/lore", "unknown recipe 'baselines/lore'"),
+        ("recipe: demo/source", "recipe: []", "recipe of prepare/source: got []"),
         ("demo/voice", "demo/voices", "Unknown task: got 'demo/voices'"),
-        ("[demo/topic, demo/voice]", "[]", "`tasks`: got [], expected one or more different values"),
-        ("seeds: [0, 1, 2]", "seeds: [0, 0]", "`seeds`: got [0, 0], expected one or more different values"),
-        ("shots: [16]", "shots: []", "`methods.mpt.shots`: got []"),
-        ("shots: [16, null]", "shots: [-1]", "`shots`: got [-1], expected numbers of 0 or more"),
+        ("[demo/topic, demo/voice]", "[]", "tasks: got [], expected one or more different values"),
+        ("seeds: [0, 1, 2]", "seeds: [0, 0]", "seeds of lora: got [0, 0], expected one or more different values"),
+        ("shots: [16]", "shots: []", "shots of mpt: got []"),
+        ("shots: [16, null]", "shots: [-1]", "shots of lora: got [-1]"),
         ("shots: [16, null]", "shots: [few]", "Given value: few"),
         ("seeds: [0, 1, 2]", "seeds: 3", "Expected a <class 'list'>. Got value: 3"),
         ("fit: false", "fits: false", "'fits' is not accepted"),

@@ -191,7 +191,7 @@ def test_a_folder_belongs_to_one_comparison_and_one_process(tmp_path: Path) -> N
     (tmp_path / "b" / "thesis.txt").write_text("")
     with pytest.raises(ValueError, match="is not empty and contains no comparison"):
         Store(tmp_path / "b", "one")
-    with pytest.raises(ValueError, match="is a file"):
+    with pytest.raises(NotADirectoryError):
         Store(tmp_path / "b" / "thesis.txt", "one")
     with store.locked(), pytest.raises(ValueError, match="Another `mpt compare` is running"), store.locked():
         pass

@@ -9,7 +9,7 @@ import yaml
 
 from mpt_lightning import MultitaskDataModule, TaskDataModule, load_task
 from mpt_lightning.cli.main import main
-from mpt_lightning.compare.file import read_comparison
+from mpt_lightning.compare.plan import read_comparison
 from mpt_lightning.data.card import load_card
 from tests.faults.conftest import CARD, Outcome, World
 from tests.faults.damage import Change, drop, put
