@@ -76,8 +76,8 @@ MOMENTS: dict[str, Callable[[], L.Callback | None]] = {
     "in a validation": partial(DieAt, "on_validation_batch_start", 6),
     "in a step": partial(DieAt, "on_before_optimizer_step", 7),
 }
-KILLS = [("source", moment) for moment in MOMENTS] + [("cpt", moment) for moment in list(MOMENTS)[-3:]]
-KILLS += [("source", "by chance 0"), ("source", "by chance 1"), ("cpt", "by chance 2")]
+KILLS = [("source", moment) for moment in MOMENTS] + [("cpt", moment) for moment in list(MOMENTS)[-2:]]
+KILLS += [("source", "by chance 0"), ("cpt", "by chance 1")]
 
 
 def train(stage: str, folder: str, inputs: str, steps: int = STEPS, moment: str = "", seconds: float = 0) -> None:
