@@ -1,9 +1,8 @@
 """What is frozen: a Hugging Face model behind one small interface."""
 
-from mpt_lightning.backbones.base import Backbone
+from mpt_lightning.backbones.base import Backbone, BackboneOutput, EncodedPrompts
 from mpt_lightning.backbones.causal import CausalBackbone
 from mpt_lightning.backbones.load import load_backbone
-from mpt_lightning.backbones.outputs import BackboneOutput, EncodedPrompts
 from mpt_lightning.backbones.seq2seq import Seq2SeqBackbone
 from mpt_lightning.objectives import Segment
 

@@ -40,15 +40,9 @@ def shared_prefix_attention(
 ) -> tuple[Tensor, None]:
     """Attend to a shared prefix and to own tokens; plain attention without a prefix or a packed pass.
 
-    Args:
-        module: The model's attention layer.
-        query: [B, heads, S, D].
-        key: [B, key heads, S, D], with a prefix from `put_before`.
-        value: [B, key heads, S, D].
-        attention_mask: [B, 1, S, P + S], True where attended or 0 where attended; all of the prefix is attended.
-        dropout: Of the attention weights.
-        scaling: Of the scores, D^-0.5 by default.
-        **options: Other arguments from transformers.
+    The arguments are those of transformers' attention functions: queries `[B, heads, S, D]`; keys, with a prefix from
+    `put_before`, and values `[B, key heads, S, D]`; a mask `[B, 1, S, P + S]`, True where attended or 0 where attended.
+    All of the prefix is attended. `scaling` of the scores is D^-0.5 by default.
 
     Returns:
         [B, S, heads, D], and None for the weights.

@@ -2,8 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +15,51 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mpt_lightning.backbones.compilation import compile_parts
 from mpt_lightning.backbones.fingerprint import fingerprint
-from mpt_lightning.backbones.outputs import BackboneOutput
 from mpt_lightning.backbones.pretrained import load_tokenizer
 from mpt_lightning.errors import MPTError
+from mpt_lightning.objectives import IGNORE, Segment, log_likelihood
 from mpt_lightning.prompts import PromptOutput
 
 Family = Literal["seq2seq", "causal"]
 # A faster way to bring prompts to rows than copying their keys and values for every row.
 Way = Literal["packed", "shared"]
+# Prompts, rows, input ids and attention mask; see `Backbone`.
+Inputs: TypeAlias = tuple[Tensor | PromptOutput, Tensor, Tensor, Tensor]
+
+
+@dataclass
+class BackboneOutput:
+    """The result of a forward pass.
+
+    Attributes:
+        logits: `[B, M, V]`, position m predicts label token m.
+        hidden: Hidden states by "<stack>/<part>": encoder/prompt, encoder/text and decoder/text of an
+            encoder-decoder, decoder/prompt and decoder/text of a decoder-only model. Empty unless requested.
+        prompt_logits: `[U, N, V]` at the requested positions of the prompts, or None.
+    """
+
+    logits: Tensor
+    hidden: dict[str, Segment] = field(default_factory=dict)
+    prompt_logits: Tensor | None = None
+
+
+@dataclass
+class EncodedPrompts(PromptOutput):
+    """Prompts after a pass through a decoder-only model, with the keys and values of all layers.
+
+    Attributes:
+        hidden: Per layer the hidden states `[U, P, H]`; empty if the prompts were keys and values.
+        logits: `[U, N, V]` at the requested positions, or None.
+    """
+
+    hidden: tuple[Tensor, ...] = ()
+    logits: Tensor | None = None
+
+    def __getitem__(self, rows: Tensor) -> "EncodedPrompts":
+        """Return some of the prompts, in the order of `rows` `[N]` in 0..U-1, without their logits."""
+        part = super().__getitem__(rows)
+        hidden = tuple(states[rows] for states in self.hidden)
+        return EncodedPrompts(part.embeddings, part.layers, part.shift, hidden)
 
 
 class Backbone(nn.Module, ABC):
@@ -83,23 +121,13 @@ class Backbone(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def takes(cls, config: Any) -> bool:
-        """Return whether a model of this configuration belongs to the family.
-
-        Raises:
-            MPTError: If it does, and is known to give wrong results.
-        """
+        """Return whether a model of this configuration belongs to the family; raise if its results are wrong."""
 
     @abstractmethod
     def bare_logits(self, inputs: Callable[[Tensor], dict[str, Tensor]], text: Tensor, answer: Tensor) -> Tensor:
-        """Run the bare model on one row without padding; `probe` compares this with `forward`.
+        """Return the bare model's logits `[1, M, V]` of an answer `[1, M]` to a text `[1, L]`, for the `probe`.
 
-        Args:
-            inputs: Turns token ids into the model's arguments: ids or embeddings.
-            text: [1, L] token ids.
-            answer: [1, M] token ids.
-
-        Returns:
-            The answer's logits `[1, M, V]`.
+        `inputs` turns token ids into the model's arguments: ids or embeddings.
         """
 
     @property
@@ -110,8 +138,7 @@ class Backbone(nn.Module, ABC):
     @property
     def dtype(self) -> torch.dtype:
         """The precision of the input embeddings, in which the model takes prompts."""
-        dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
-        return dtype
+        return self.model.get_input_embeddings().weight.dtype
 
     @property
     def embeddings(self) -> Tensor:
@@ -124,8 +151,7 @@ class Backbone(nn.Module, ABC):
         if type(module) is nn.Embedding and self.input_scale == 1:
             return table
         ids = torch.arange(len(table), device=table.device)
-        scaled: Tensor = functional_call(module, {"weight": table}, ids) if table is not module.weight else module(ids)
-        return scaled * self.input_scale
+        return functional_call(module, {"weight": table}, ids) * self.input_scale
 
     @property
     def max_positions(self) -> int | None:
@@ -195,7 +221,6 @@ class Backbone(nn.Module, ABC):
         `labels` `[B, M]` are padded at the end with -100. With `hidden_states` the output has those of every layer.
         """
 
-    @abstractmethod
     def score(
         self, prompts: Tensor | PromptOutput, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, choices: Tensor
     ) -> Tensor:
@@ -205,6 +230,17 @@ class Backbone(nn.Module, ABC):
         shorter one wins. `choices` `[B, C, M]` are label tokens, -100 for padding; a choice of padding alone does not
         exist, and gets -inf.
         """
+        exists = (choices != IGNORE).any(dim=2)
+        of_row, _ = exists.nonzero(as_tuple=True)
+        labels = choices[exists]
+        inputs = (prompts, rows, input_ids, attention_mask)
+        likelihood = log_likelihood(self._choice_logits(inputs, of_row, labels), labels)
+        scores = torch.full(exists.shape, float("-inf"), dtype=likelihood.dtype, device=choices.device)
+        return scores.masked_scatter(exists, likelihood)
+
+    @abstractmethod
+    def _choice_logits(self, inputs: Inputs, of_row: Tensor, labels: Tensor) -> Tensor:
+        """Return the logits `[N, M, V]` of choices `[N, M]`, -100 for padding, of the rows `[N]` in 0..B-1."""
 
     @abstractmethod
     def generate(

@@ -15,13 +15,7 @@ Places = Literal["houlsby", "pfeiffer"]
 
 @dataclass(frozen=True)
 class Architecture:
-    """The names of the linear layers in the sublayers of a model; an adapter comes after the last one.
-
-    Attributes:
-        name: Of the model, for messages.
-        attention: Of the layers in an attention module.
-        feed_forward: Of the layers in a feed-forward network.
-    """
+    """The names of the linear layers in the sublayers of a model; an adapter comes after the last one."""
 
     name: str
     attention: tuple[str, ...]
@@ -41,12 +35,8 @@ ARCHITECTURES = (
 class Bottleneck(nn.Module):
     """An adapter: down to a few features, a nonlinearity, and up again, added to its input.
 
-    It starts as the identity, since the up-projection starts at zero. It computes in its own precision.
-
-    Args:
-        dim: H.
-        size: Features in between.
-        dropout: Of these features, in training.
+    It starts as the identity, since the up-projection starts at zero. It computes in its own precision. Dropout is that
+    of the features in between, `size` of them.
     """
 
     def __init__(self, dim: int, size: int, dropout: float = 0.0) -> None:
@@ -78,12 +68,8 @@ def _projections(model: nn.Module, sublayers: list[tuple[str, ...]]) -> Iterator
 def add_adapters(backbone: Backbone, size: int, places: Places = "houlsby", dropout: float = 0.0) -> list[Bottleneck]:
     """Put an adapter after sublayers of each layer of a model, before their output is added to the residual.
 
-    Args:
-        backbone: Its model is changed.
-        size: Features of the bottleneck.
-        places: "houlsby" after attention (a decoder's cross-attention too) and feed-forward, "pfeiffer" after
-            feed-forward only.
-        dropout: Of the bottleneck.
+    The places are, for "houlsby", after attention (a decoder's cross-attention too) and feed-forward, for "pfeiffer"
+    after feed-forward only.
 
     Returns:
         The adapters, trainable, in fp32.

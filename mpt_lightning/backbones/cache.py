@@ -1,7 +1,7 @@
 """A key/value cache that rows share as their prefix, with gradients through it."""
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -55,8 +55,7 @@ class PrefixCache(Cache):
     """The prefixes of all layers.
 
     Args:
-        layers: Per layer the prefix's keys and values `[B, heads, P, D]`; or the number of layers, for a pass without
-            such a prefix.
+        layers: Per layer the prefix's keys and values `[B, heads, P, D]`; or the number of layers without a prefix.
         shared: Per layer the keys and values `[1, heads, P, D]` that all rows share, before their own; the model's
             attention must be `shared_prefix_attention`.
     """
@@ -70,9 +69,5 @@ class PrefixCache(Cache):
 
     def contents(self) -> tuple[Pair, ...]:
         """Return per layer the keys and values of the last pass, prefix and new ones."""
-        pairs = []
-        for layer in self.prefix_layers:
-            if layer.keys is None or layer.values is None:
-                raise RuntimeError("no pass has run through this cache yet")
-            pairs.append((layer.keys, layer.values))
-        return tuple(pairs)
+        layers: list[Any] = self.prefix_layers  # whose keys are None before the first pass
+        return tuple((layer.keys, layer.values) for layer in layers)

@@ -11,22 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from mpt_lightning.backbones.attention import NAME
-from mpt_lightning.backbones.base import Backbone, align
+from mpt_lightning.backbones.base import Backbone, BackboneOutput, EncodedPrompts, Inputs, align
 from mpt_lightning.backbones.cache import PrefixCache
 from mpt_lightning.backbones.gather import gather_layers
 from mpt_lightning.backbones.limits import attention_windows, length_limit
-from mpt_lightning.backbones.outputs import BackboneOutput, EncodedPrompts
 from mpt_lightning.backbones.packed import packed_forward
 from mpt_lightning.backbones.sharding import tie
 from mpt_lightning.errors import MPTError
-from mpt_lightning.objectives import IGNORE, Segment, log_likelihood
+from mpt_lightning.objectives import IGNORE, Segment
 from mpt_lightning.prompts import PromptOutput
 
 
@@ -76,16 +74,15 @@ class CausalBackbone(Backbone):
         return not config.is_encoder_decoder and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not encoder
 
     def bare_logits(self, inputs: Callable[[Tensor], dict[str, Tensor]], text: Tensor, answer: Tensor) -> Tensor:
-        """Return the bare model's logits of an answer; see `Backbone.bare_logits`."""
+        """See `Backbone.bare_logits`."""
         whole = torch.cat([text, answer], dim=1)
-        logits: Tensor = self.model(**inputs(whole), use_cache=False).logits
-        return logits[:, -answer.shape[1] - 1 : -1]
+        return self.model(**inputs(whole), use_cache=False).logits[:, -answer.shape[1] - 1 : -1]
 
     @property
     def max_positions(self) -> int | None:
         """The longest sequence, prompt included: the model's positions, or a smaller limit of its attention."""
-        limits = [super().max_positions, self._limit.columns if self._limit else None]
-        return min((limit for limit in limits if limit is not None), default=None)
+        limits = (super().max_positions, self._limit.columns if self._limit else None)
+        return min(filter(None, limits), default=None)
 
     def _check_length(self, columns: int) -> None:
         """Raise if the model would treat a prompt or padding differently at this length; see `limits`."""
@@ -96,11 +93,9 @@ class CausalBackbone(Backbone):
             )
 
     def encode_prompts(self, prompts: Tensor | PromptOutput, predict_at: Tensor | None = None) -> EncodedPrompts:
-        """Run the model over the prompts, once each.
+        """Run the model over the prompts, once each; keys and values, and encoded prompts, need no pass.
 
-        Args:
-            prompts: Keys and values, and encoded prompts, need no pass.
-            predict_at: [N] positions in 0..P-1 whose logits for the next token are returned too.
+        `predict_at` `[N]` are positions in 0..P-1 whose logits for the next token are returned too.
         """
         return self._encode(prompts, predict_at)
 
@@ -238,37 +233,29 @@ class CausalBackbone(Backbone):
         given = PromptOutput.of(prompts)
         return given.embeddings if given.shift is None and given.length else None
 
-    def score(
-        self, prompts: Tensor | PromptOutput, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, choices: Tensor
-    ) -> Tensor:
-        """Return each choice's log-likelihood; see `Backbone.score`."""
+    def _choice_logits(self, inputs: Inputs, of_row: Tensor, labels: Tensor) -> Tensor:
+        prompts, rows, input_ids, attention_mask = inputs
         encoded = self._encode(prompts)
         input_ids, attention_mask = align(input_ids, attention_mask, "left")
         encoded, tokens = self._among(encoded, rows, input_ids, attention_mask)
         past = attention_mask.new_ones(len(rows), encoded.length)
         cache = self._prefix(encoded, rows)
         first = self._read(cache, past=past, before=encoded.length, tokens=tokens, mask=attention_mask, keep=1).logits
-        exists = (choices != IGNORE).any(dim=2)
-        row, _ = exists.nonzero(as_tuple=True)
-        labels = choices[exists]
-        if self.sharded and labels.shape[1] == 1:  # a second pass on every rank, whatever the choices on others
-            labels = functional.pad(labels, (0, 1), value=IGNORE)
-        logits = first[row]
-        if labels.shape[1] > 1:
-            # All choices of a text reuse its keys and values; only the choices' tokens are run.
-            given = labels[:, :-1]
-            rest = self._read(
-                PrefixCache(gather_layers(cache.contents(), row), cache.shared),
-                past=torch.cat([past, attention_mask], dim=1)[row],
-                before=encoded.length + attention_mask.sum(dim=1, keepdim=True)[row],
-                tokens=given.clamp(min=0),
-                mask=(given != IGNORE).to(attention_mask.dtype),
-                keep=given.shape[1],
-            ).logits
-            logits = torch.cat([logits, rest], dim=1)
-        likelihood = log_likelihood(logits, labels)
-        scores = torch.full(exists.shape, float("-inf"), dtype=likelihood.dtype, device=choices.device)
-        return scores.masked_scatter(exists, likelihood)
+        given = labels[:, :-1]
+        if self.sharded and not given.shape[1]:  # a second pass on every rank, whatever the choices on others
+            given = labels
+        if not given.shape[1]:
+            return first[of_row]
+        # All choices of a text reuse its keys and values; only the choices' tokens are run.
+        rest = self._read(
+            PrefixCache(gather_layers(cache.contents(), of_row), cache.shared),
+            past=torch.cat([past, attention_mask], dim=1)[of_row],
+            before=encoded.length + attention_mask.sum(dim=1, keepdim=True)[of_row],
+            tokens=given.clamp(min=0),
+            mask=(given != IGNORE).to(attention_mask.dtype),
+            keep=given.shape[1],
+        ).logits
+        return torch.cat([first[of_row], rest], dim=1)[:, : labels.shape[1]]
 
     def generate(
         self, prompts: Tensor | PromptOutput, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, **options: Any
@@ -280,13 +267,10 @@ class CausalBackbone(Backbone):
         self._check_length(encoded.length + input_ids.shape[1] + (options.get("max_new_tokens") or 1))
         if tokens.is_floating_point():
             if encoded.length:  # transformers' `generate` takes no cache together with embeddings
-                prompt = encoded.embeddings
-                if prompt is None:
-                    raise RuntimeError("a shift of the text needs prompts with embeddings")
+                prompt: Any = encoded.embeddings  # which every prompt with a shift has
                 tokens = torch.cat([prompt.to(tokens.dtype)[rows], tokens], dim=1)
                 attention_mask = torch.cat([attention_mask.new_ones(len(rows), encoded.length), attention_mask], dim=1)
-            written: Tensor = self.model.generate(inputs_embeds=tokens, attention_mask=attention_mask, **options)
-            return written
+            return self.model.generate(inputs_embeds=tokens, attention_mask=attention_mask, **options)
         # `generate` expects an id for every cached position, and skips it.
         stand_in = input_ids.new_zeros(len(rows), encoded.length)
         copies = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)

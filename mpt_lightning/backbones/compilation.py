@@ -20,11 +20,7 @@ _VERSIONS = 32  # torch's limit for all models of a process together; beyond it 
 
 
 def check_compiler(device: torch.device) -> None:
-    """Compile and run a line of code on the device where the model will run.
-
-    Raises:
-        MPTError: If this fails.
-    """
+    """Raise an `MPTError` if a line of code cannot be compiled and run on the device where the model will run."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
     except (RuntimeError, OSError, ImportError) as error:
@@ -41,7 +37,7 @@ def compile_parts(model: PreTrainedModel, name: str) -> None:
     Each is compiled when it first runs, including layers that PEFT has added until then.
 
     Raises:
-        MPTError: If the layers of the model `name` have no such parts.
+        MPTError: If the model's layers have no such parts.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     parts = [part for layer in layers for part in _parts(layer)]
@@ -59,11 +55,8 @@ def compile_parts(model: PreTrainedModel, name: str) -> None:
 def _parts(module: nn.Module) -> Iterator[nn.Module]:
     """Yield the largest modules within one that contain no attention and are not torch's own."""
     for child in module.children():
-        if any("Attention" in type(inner).__name__ for inner in list(child.modules())[1:]):
+        attends, *inner = ("Attention" in type(part).__name__ for part in child.modules())
+        if any(inner) or isinstance(child, nn.ModuleList):
             yield from _parts(child)
-        elif "Attention" in type(child).__name__:
-            continue
-        elif isinstance(child, nn.ModuleList):
-            yield from _parts(child)
-        elif not type(child).__module__.startswith("torch."):
+        elif not attends and not type(child).__module__.startswith("torch."):
             yield child

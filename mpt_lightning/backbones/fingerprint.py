@@ -21,10 +21,8 @@ def fingerprint(model: PreTrainedModel) -> str:
     further training. It misses a change outside the sample, such as one row of a large embedding table.
 
     Values are rounded to bfloat16, so that the hash is the same in another precision or on another device. It does not
-    depend on names or tied weights: a tensor counts wherever the model uses it.
-
-    Args:
-        model: Not sharded, and without adapters.
+    depend on names or tied weights: a tensor counts wherever the model uses it. The model must be neither sharded nor
+    adapted.
 
     Returns:
         Two hashes, "<12 digits>-<12 digits>". The second is that of the weights that quantization changes: linear
@@ -41,12 +39,9 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 def _tensors(model: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
     for _, module in model.named_modules(remove_duplicate=False):
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                yield module, parameter
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                yield module, buffer
+        buffers = dict(module.named_buffers(recurse=False))
+        saved = [buffer for name, buffer in buffers.items() if name not in module._non_persistent_buffers_set]
+        yield from ((module, tensor) for tensor in (*module.parameters(recurse=False), *saved))
 
 
 def _digest(tensors: list[Tensor]) -> str:

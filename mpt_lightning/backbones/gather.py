@@ -31,8 +31,7 @@ def gather_rows(states: Tensor, rows: Tensor) -> Tensor:
     """Return `states[rows]` `[B, ...]` of `states` `[U, ...]` and `rows` `[B]`; a view if U is 1."""
     if len(states) == 1:
         return states.expand(len(rows), *states.shape[1:])
-    gathered: Tensor = _Gather.apply(states, rows)
-    return gathered
+    return _Gather.apply(states, rows)
 
 
 def gather_layers(layers: Sequence[tuple[Tensor, Tensor]], rows: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:

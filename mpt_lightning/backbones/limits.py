@@ -9,11 +9,9 @@ from transformers import PreTrainedConfig
 
 @dataclass(frozen=True)
 class Limit:
-    """A length that prompt, text and answer together must not exceed.
+    """A length in columns, padding included, that prompt, text and answer together must not exceed.
 
-    Attributes:
-        columns: The length, padding included.
-        reason: What the model does beyond it, as the end of a sentence about the model.
+    `reason` is what the model does beyond it, as the end of a sentence about the model.
     """
 
     columns: int

@@ -21,11 +21,7 @@ BACKBONES: tuple[type[Backbone], ...] = (Seq2SeqBackbone, CausalBackbone)
 
 
 def backbone_class(config: PreTrainedConfig, name: str) -> type[Backbone]:
-    """Return the backbone class of a model.
-
-    Raises:
-        MPTError: If the model belongs to no family, or is known to give wrong results.
-    """
+    """Return the backbone class of a model; raise if the model belongs to no family, or has wrong results."""
     for kind in BACKBONES:
         if kind.takes(config):
             return kind
@@ -88,8 +84,8 @@ def load_backbone(
         )
     if quantization is not None:
         keep_differentiable(model)
-    parts = {"dropout": dropout, "gradient_checkpointing": gradient_checkpointing, "compiled": compiled}
-    return wrap_model(model, name_or_path, check=check, **parts)
+    own = {"dropout": dropout, "gradient_checkpointing": gradient_checkpointing, "compiled": compiled}
+    return wrap_model(model, name_or_path, check=check, **own)
 
 
 def wrap_model(model: PreTrainedModel, name: str, *, check: bool = True, **options: bool) -> Backbone:

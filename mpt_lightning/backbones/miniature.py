@@ -10,7 +10,7 @@ from mpt_lightning.errors import MPTError
 
 LAYERS, HEADS, HEAD_DIM, VOCABULARY = 2, 4, 8, 128
 HIDDEN, INNER = HEADS * HEAD_DIM, 2 * HEADS * HEAD_DIM
-# The names of sizes in configurations. Everything else is a setting, and is kept.
+# The names of sizes in configurations. All others are settings, and are kept.
 SIZES = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_size", "word_embed_proj_dim"), HIDDEN),
     **dict.fromkeys(("intermediate_size", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner"), INNER),
@@ -26,16 +26,12 @@ SIZES = {
     "rotary_dim": HEAD_DIM // 2,
     "qk_head_dim": 2 * HEAD_DIM,
 }
-KEY_HEADS = ("num_key_value_heads", "num_kv_heads")
 
 
 def miniature(model: PreTrainedModel) -> PreTrainedModel:
-    """Build a model of the same class and settings, with few narrow layers and large random weights.
+    """Build a model of the same class and settings, with few narrow layers; raise if its sizes do not fit each other.
 
-    Weights are large so that every part of the model affects its logits. The global random state does not change.
-
-    Raises:
-        Exception: If sizes of the configuration depend on each other in an unknown way.
+    Its random weights are large so that every part affects the logits. The global random state does not change.
     """
     if model.config.sub_configs:
         raise MPTError(f"{type(model).__name__} is made of several models, whose sizes are unknown here")
@@ -55,7 +51,7 @@ def _small(config: PreTrainedConfig) -> PreTrainedConfig:
     values = config.to_dict()
     changed: dict[str, Any] = {name: size for name, size in SIZES.items() if type(values.get(name)) is int}
     heads = next((values[name] for name in ("num_attention_heads", "n_head") if values.get(name)), None)
-    for name in KEY_HEADS:
+    for name in ("num_key_value_heads", "num_kv_heads"):
         if (found := values.get(name)) is not None:
             changed[name] = HEADS if found == heads else min(found, HEADS // 2)
     if kinds := values.get("layer_types"):

@@ -14,21 +14,18 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.integrations.sdpa_attention import repeat_kv
 
-from mpt_lightning.backbones.base import Backbone
+from mpt_lightning.backbones.base import Backbone, BackboneOutput
 from mpt_lightning.backbones.gather import gather_rows
-from mpt_lightning.backbones.outputs import BackboneOutput
 from mpt_lightning.objectives import Segment
 
 
 @dataclass
 class Layout:
-    """The positions of prompts and rows in the sequence of a packed pass.
+    """The positions of U prompts of P tokens and B rows of S tokens in the sequence of a packed pass.
 
     Attributes:
-        prompts: U.
-        length: P.
-        rows: [B] each row's prompt, in 0..U-1.
-        bias: [B / G, 1, G·S, P + G·S], added to attention scores: 0, or the lowest number for masked tokens.
+        rows: `[B]` each row's prompt, in 0..U-1.
+        bias: `[B / G, 1, G·S, P + G·S]`, added to attention scores: 0, or the lowest number for masked tokens.
         group: G, the number of rows that share one copy of their prompt's keys and values.
     """
 
@@ -36,7 +33,7 @@ class Layout:
     length: int
     rows: Tensor
     bias: Tensor
-    group: int = 1
+    group: int
 
     @property
     def start(self) -> int:
@@ -66,15 +63,8 @@ def group_size(prompts: int, length: int, rows: int, tokens: int) -> int:
     return group
 
 
-def row_bias(prompt_mask: Tensor, mask: Tensor, dtype: torch.dtype, group: int = 1) -> Tensor:
-    """Return a layout's `bias`.
-
-    Args:
-        prompt_mask: [B, P], 1 where a row attends to its prompt's token.
-        mask: [B, S], 1 at tokens, 0 at padding.
-        dtype: Of the queries.
-        group: G.
-    """
+def row_bias(prompt_mask: Tensor, mask: Tensor, dtype: torch.dtype, group: int) -> Tensor:
+    """Return a layout's `bias`, given the masks `[B, P]` of the prompts' tokens and `[B, S]` of the rows' tokens."""
     size, tokens = mask.shape
     ahead = torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device).triu(1)
     of_prompt = (prompt_mask == 0)[:, None].expand(-1, tokens, -1).unflatten(0, (-1, group)).flatten(1, 2)
@@ -90,20 +80,7 @@ def row_bias(prompt_mask: Tensor, mask: Tensor, dtype: torch.dtype, group: int =
 def packed_attention(
     layout: Layout, module: Any, query: Tensor, key: Tensor, value: Tensor, *, dropout: float, scaling: float | None
 ) -> Tensor:
-    """Attend within a packed sequence; see `shared_prefix_attention` for the other arguments.
-
-    Args:
-        layout: Of the sequence.
-        module: The model's attention layer.
-        query: [1, heads, U·P + B·S, D].
-        key: [1, key heads, U·P + B·S, D].
-        value: Like `key`.
-        dropout: Of the attention weights.
-        scaling: Of the scores.
-
-    Returns:
-        [1, U·P + B·S, heads, D].
-    """
+    """Attend within a packed sequence, `[1, heads, U·P + B·S, D]`; see `shared_prefix_attention`."""
     groups = getattr(module, "num_key_value_groups", 1)
     options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling}
     start, size = layout.start, len(layout.rows) // layout.group
@@ -142,18 +119,10 @@ def packed_forward(
     prompt_mask: Tensor | None,
     predict_at: Tensor | None,
 ) -> BackboneOutput:
-    """Run prompts and rows of a decoder-only model in one pass.
+    """Run prompts `[U, P, H]` and rows of tokens `[B, S]`, texts and answers, of a decoder-only model in one pass.
 
-    Args:
-        backbone: Its model must use `shared_prefix_attention`, and take position ids.
-        prompts: [U, P, H].
-        rows: [B] in 0..U-1.
-        tokens: [B, S] ids of text and answer.
-        mask: [B, S], 1 at tokens, padding on any side.
-        predicted: M, the number of last columns whose logits are returned.
-        hidden_states: Also return every layer's hidden states.
-        prompt_mask: [B, P], 1 where a row attends to its prompt's token; None is everywhere.
-        predict_at: [N] positions in 0..P-1 of the prompts whose logits are returned too.
+    The model must use `shared_prefix_attention`, and take position ids. Logits are those of the last `predicted`
+    columns. See `CausalBackbone.forward` for the other arguments.
     """
     (count, length), (size, width) = prompts.shape[:2], tokens.shape
     seen = mask.new_ones(size, length) if prompt_mask is None else prompt_mask

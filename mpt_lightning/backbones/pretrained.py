@@ -1,14 +1,13 @@
 """Loading a model's configuration and tokenizer by Hub id or folder; code that comes with a model is never run."""
 
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from mpt_lightning.errors import MPTError
 from mpt_lightning.io import one_line
 from mpt_lightning.resources import backbone_path
-
-# `trust_remote_code=False` everywhere: by default transformers asks on the terminal whether to run a model's code.
 
 
 def load_config(name_or_path: str) -> PreTrainedConfig:
@@ -21,14 +20,9 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
         raise MPTError(f"The backbone must be a Hub id or a folder, got {name_or_path!r}.")
     if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).expanduser().is_dir():
         raise MPTError(f"The backbone {name_or_path!r} looks like a folder, which does not exist.")
-    try:
-        return AutoConfig.from_pretrained(backbone_path(name_or_path), trust_remote_code=False)
-    except Exception as error:  # damaged files fail anywhere in transformers
-        raise MPTError(
-            f"Cannot load the backbone {name_or_path!r}. Expected a folder with a config.json, or the id of a Hub "
-            "model that can be reached from here, of a type that transformers has; code that comes with a model "
-            f"is never run. The cause: {one_line(error)}"
-        ) from error
+    expected = "a folder with a config.json, or the id of a Hub model that can be reached from here, of a type that "
+    expected += "transformers has; code that comes with a model is never run"
+    return _load(AutoConfig, name_or_path, f"the backbone {name_or_path!r}", expected)
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
@@ -37,13 +31,13 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     Raises:
         MPTError: If it does not exist, or cannot be reached or read.
     """
+    expected = "tokenizer files beside the model's, which need no code of their own"
+    return _load(AutoTokenizer, name_or_path, f"the tokenizer of {name_or_path!r}", expected)
+
+
+def _load(kind: Any, name_or_path: str, content: str, expected: str) -> Any:
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            backbone_path(name_or_path), trust_remote_code=False
-        )
+        # By default transformers asks on the terminal whether to run a model's code.
+        return kind.from_pretrained(backbone_path(name_or_path), trust_remote_code=False)
     except Exception as error:  # damaged files fail anywhere in transformers and tokenizers
-        raise MPTError(
-            f"Cannot load the tokenizer of {name_or_path!r}. Expected tokenizer files beside the model's, which need "
-            f"no code of their own. The cause: {one_line(error)}"
-        ) from error
-    return tokenizer
+        raise MPTError(f"Cannot load {content}. Expected {expected}. The cause: {one_line(error)}") from error

@@ -35,9 +35,6 @@ def check_backbone(backbone: Backbone) -> None:
     Large models are represented by a miniature of the same class and settings, in float32. If a miniature cannot be
     built, or fails the check, the model itself is checked.
 
-    Args:
-        backbone: As loaded, not sharded yet; on any device and in any precision.
-
     Raises:
         MPTError: If no way gives the model's own results; it contains the cause and the size of the error.
     """
@@ -127,8 +124,7 @@ class _Probe:
     def _error(self, logits: Tensor, expected: Tensor) -> float:
         """Return the root mean square of the difference, in standard deviations of the expected logits."""
         difference = (logits.double() - expected.double()).square().mean().sqrt()
-        found = float(difference / expected.double().std())
-        return found if found == found else float("inf")
+        return float((difference / expected.double().std()).nan_to_num(torch.inf, torch.inf))
 
 
 def _plain_ids(backbone: Backbone) -> Tensor:

@@ -15,11 +15,7 @@ Quantization = Literal["4bit", "8bit"]
 
 
 def check_quantization(kind: Quantization) -> None:
-    """Raise if a library that quantization needs is missing.
-
-    Raises:
-        MPTError: If bitsandbytes or accelerate is missing.
-    """
+    """Raise an `MPTError` if bitsandbytes or accelerate is missing."""
     missing = [name for name in ("bitsandbytes", "accelerate") if find_spec(name) is None]
     if missing:
         raise MPTError(
@@ -30,12 +26,9 @@ def check_quantization(kind: Quantization) -> None:
 
 
 def quantized(kind: Quantization, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` for a quantized model.
+    """Return the arguments of `from_pretrained` for a model that is quantized and placed on a device.
 
-    Args:
-        kind: "4bit" is QLoRA's NF4 with double quantization, "8bit" LLM.int8().
-        dtype: The precision of computations with 4-bit weights.
-        device: Where the weights are quantized and the model is placed.
+    "4bit" is QLoRA's NF4 with double quantization and computations in `dtype`, "8bit" LLM.int8().
 
     Raises:
         MPTError: If a library is missing, or does not support this machine.

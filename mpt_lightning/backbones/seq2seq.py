@@ -9,10 +9,9 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
-from mpt_lightning.backbones.base import Backbone, align
-from mpt_lightning.backbones.outputs import BackboneOutput
+from mpt_lightning.backbones.base import Backbone, BackboneOutput, Inputs, align
 from mpt_lightning.errors import MPTError
-from mpt_lightning.objectives import IGNORE, Segment, log_likelihood
+from mpt_lightning.objectives import IGNORE, Segment
 from mpt_lightning.prompts import PromptOutput
 
 
@@ -38,11 +37,7 @@ class Seq2SeqBackbone(Backbone):
 
     @classmethod
     def takes(cls, config: Any) -> bool:
-        """Return whether the model is an encoder-decoder.
-
-        Raises:
-            MPTError: If it is a ProphetNet.
-        """
+        """Return whether the model is an encoder-decoder; raise if it is a ProphetNet."""
         if config.model_type == "prophetnet":
             raise MPTError(
                 "ProphetNet models cannot be backbones: in transformers itself their results depend on the padding of "
@@ -51,10 +46,9 @@ class Seq2SeqBackbone(Backbone):
         return config.is_encoder_decoder and config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
     def bare_logits(self, inputs: Callable[[Tensor], dict[str, Tensor]], text: Tensor, answer: Tensor) -> Tensor:
-        """Return the bare model's logits of an answer; see `Backbone.bare_logits`."""
+        """See `Backbone.bare_logits`."""
         read = self.model.prepare_decoder_input_ids_from_labels(answer)
-        logits: Tensor = self.model(**inputs(text), decoder_input_ids=read, use_cache=False).logits
-        return logits
+        return self.model(**inputs(text), decoder_input_ids=read, use_cache=False).logits
 
     def _encode(
         self,
@@ -119,18 +113,9 @@ class Seq2SeqBackbone(Backbone):
             }
         return output
 
-    def score(
-        self, prompts: Tensor | PromptOutput, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, choices: Tensor
-    ) -> Tensor:
-        """Return each choice's log-likelihood; see `Backbone.score`."""
-        encoded, mask = self._encode(prompts, rows, input_ids, attention_mask)
-        states = encoded.last_hidden_state
-        exists = (choices != IGNORE).any(dim=2)
-        row, _ = exists.nonzero(as_tuple=True)
-        labels = choices[exists]
-        scores = torch.full(exists.shape, float("-inf"), dtype=torch.float32, device=choices.device)
-        likelihood = log_likelihood(self._decode(states[row], mask[row], labels).logits, labels)
-        return scores.to(likelihood.dtype).masked_scatter(exists, likelihood)
+    def _choice_logits(self, inputs: Inputs, of_row: Tensor, labels: Tensor) -> Tensor:
+        encoded, mask = self._encode(*inputs)
+        return self._decode(encoded.last_hidden_state[of_row], mask[of_row], labels).logits
 
     def generate(
         self, prompts: Tensor | PromptOutput, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, **options: Any

@@ -17,13 +17,9 @@ from mpt_lightning.errors import MPTError
 
 
 def shard(backbone: Backbone, mesh: DeviceMesh) -> None:
-    """Shard a backbone in place, and move it to the mesh's device part by part; do nothing if it is sharded already.
+    """Shard a backbone over a one-dimensional mesh in place, and move it there part by part, unless it is sharded.
 
     From then on its verbs and `embeddings` gather weights, so all ranks must use them, in the same order.
-
-    Args:
-        backbone: Wholly frozen; on any device.
-        mesh: The ranks that share it, one-dimensional.
 
     Raises:
         MPTError: If weights of the model are trained, or it has no layers of transformers' own kind.

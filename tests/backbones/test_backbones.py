@@ -357,7 +357,7 @@ def test_one_packed_pass_equals_two(kind: str, count: int, length: int, batch: d
     mask[2, 1:3] = 0  # leave-one-out: a row that does not see some of its prompt
     results = []
     for together in (True, False):
-        backbone._packs = lambda *_, together=together: together
+        backbone.ways = {"packed"} if together else set()
         prompts = given.clone().requires_grad_()
         output = run(
             backbone, prompts, more, hidden_states=True, prompt_mask=mask, predict_at=torch.tensor([0, length - 1])
