@@ -1,4 +1,4 @@
-"""Small models made from a config: no download, seconds to make, the real loading code."""
+"""Small models built from a config: no download, built in seconds, loaded by the real code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ KINDS = ["t5", "gpt2", "llama"]
 
 
 def build_model(kind: str, scale: float = 1.0, layers: int = 2) -> PreTrainedModel:
-    """A tiny random model with weights large enough that every part of it shows in the logits."""
+    """Build a tiny random model with weights large enough that every part of it shows in the logits."""
     import torch
     from transformers import (
         GPT2Config,
@@ -63,7 +63,7 @@ def build_model(kind: str, scale: float = 1.0, layers: int = 2) -> PreTrainedMod
 
 
 def build_tokenizer(kind: str) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer; T5's adds </s>, as the real one does."""
+    """Build a word-level tokenizer; T5's appends </s>, as the real one does."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -80,14 +80,14 @@ def build_tokenizer(kind: str) -> PreTrainedTokenizerFast:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what was imported out of later garbage collections."""
+    """Exclude what was imported from later garbage collections."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def shallow_stacks() -> Iterator[None]:
-    """Let `inspect.stack` read no source: Lightning's `load_from_checkpoint` looks only at the names of the files."""
+    """Make `inspect.stack` read no source: Lightning's `load_from_checkpoint` looks only at the names of the files."""
     stack = inspect.stack
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inspect, "stack", lambda context=0: stack(context))
@@ -96,7 +96,7 @@ def shallow_stacks() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """Give the folder of a tiny model with its tokenizer, by kind."""
+    """Return a function that returns the folder of a tiny model with its tokenizer."""
     folders: dict[tuple[str, int], str] = {}
 
     def folder(kind: str, layers: int = 2) -> str:
@@ -104,7 +104,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]
 
         if (kind, layers) not in folders:
             path = tmp_path_factory.mktemp("models") / kind
-            with torch.random.fork_rng():  # a test that sets its own seed first may be the one that comes here
+            with torch.random.fork_rng():  # the test that needs the model first may have set a seed
                 build_model(kind, layers=layers).save_pretrained(path)
             build_tokenizer(kind).save_pretrained(path)
             folders[kind, layers] = str(path)
@@ -115,7 +115,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]
 
 @pytest.fixture
 def data_root() -> Path:
-    """Real data in the Hub's layout; skips where there is none."""
+    """Return the folder of real data in the Hub's layout; skip the test if MPT_DATA_ROOT names none."""
     root = os.environ.get("MPT_DATA_ROOT", "")
     if not root or not Path(root).is_dir():
         pytest.skip("MPT_DATA_ROOT names no folder with real data")
@@ -123,7 +123,7 @@ def data_root() -> Path:
 
 
 def make_batch(rows: int = 5, length: int = 7, labels: int = 3, tasks: int = 3) -> dict[str, torch.Tensor]:
-    """A right-padded batch of mixed tasks with rows and labels of different lengths."""
+    """Build a right-padded batch of mixed tasks with rows and labels of different lengths."""
     import torch
 
     generator = torch.Generator().manual_seed(1)

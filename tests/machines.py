@@ -13,7 +13,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Machine:
-    """An address of its own, and what comes before a command that is to run there."""
+    """An address, and the prefix of a command that is to run on this machine."""
 
     address: str
     interface: str
@@ -21,7 +21,7 @@ class Machine:
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(self, command: list[str], log: Path, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        """Start a command there; what it prints is added to the log."""
+        """Start a command on this machine; its output is appended to the log."""
         environment = os.environ | {"GLOO_SOCKET_IFNAME": self.interface} | variables
         with log.open("ab") as output:
             process = subprocess.Popen(
@@ -33,7 +33,7 @@ class Machine:
 
 @contextmanager
 def two_machines() -> Iterator[list[Machine]]:
-    """Give two machines; they are gone afterwards, with all that runs there."""
+    """Yield two machines; remove them afterwards, with all their processes."""
     with ExitStack() as stack:
         try:
             machines = _joined(stack)
@@ -47,7 +47,7 @@ def two_machines() -> Iterator[list[Machine]]:
 
 
 def _joined(stack: ExitStack) -> list[Machine]:
-    """Two network namespaces in one user namespace, for which no rights are needed."""
+    """Create two network namespaces in one user namespace, which needs no privileges."""
     if not all(shutil.which(tool) for tool in ("unshare", "nsenter", "ip")):
         raise FileNotFoundError("no tools for network namespaces")
     first = _hold(stack, ["unshare", "--user", "--map-root-user", "--net"])
@@ -65,7 +65,7 @@ def _joined(stack: ExitStack) -> list[Machine]:
 
 
 def _hold(stack: ExitStack, namespace: list[str]) -> int:
-    """Start a process that keeps a namespace alive as long as this one lives."""
+    """Start a process that keeps a namespace alive until this process ends."""
     holder = subprocess.Popen(
         [*namespace, "sh", "-c", "echo ready; exec cat"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -81,7 +81,7 @@ def _run(*command: str) -> None:
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it started, at once, as when a machine loses its power."""
+    """Kill a process and all its descendants at once, as a power failure would."""
     if process.poll() is not None:
         return
     for member in family(process.pid):
@@ -91,7 +91,7 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def family(process: int) -> list[int]:
-    """Give a process and all that it started, the oldest first."""
+    """Return the ids of a process and all its descendants, the oldest first."""
     children = Path(f"/proc/{process}/task/{process}/children")
     with suppress(OSError):
         return [process, *(member for child in children.read_text().split() for member in family(int(child)))]
@@ -99,7 +99,7 @@ def family(process: int) -> list[int]:
 
 
 def free_port(lowest: int = 20000, highest: int = 29999) -> int:
-    """Find a port that nobody listens on."""
+    """Return a port that is not in use."""
     for port in range(lowest, highest):
         with socket.socket() as one, suppress(OSError):
             one.bind(("", port))

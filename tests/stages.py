@@ -27,7 +27,7 @@ def make(stage: str, folder: Path) -> PromptModule:
 
 
 def doubled(module: PromptModule) -> PromptModule:
-    """Let a module's backbone be in float64 as soon as it is loaded, and the rest when it is built."""
+    """Convert a module's backbone to float64 when it is loaded, and the rest when it is built."""
     adapt, build = module.adapt, module.configure_model
 
     def adapt_doubled(backbone: Backbone) -> None:
@@ -43,7 +43,7 @@ def doubled(module: PromptModule) -> PromptModule:
 
 
 def ragged(module: PromptModule) -> PromptModule:
-    """Let about a third of the training rows have one label token less, and of one task none at all if asked."""
+    """Remove one label token from about a third of the training rows, and all of them from the task `module.silent`."""
     train, silent = module.training_step, getattr(module, "silent", -1)
 
     def training_step(batch: Any, batch_idx: int) -> Any:

@@ -224,7 +224,7 @@ def test_every_overlay_is_accepted_on_top_of_a_recipe(name: str, capsys: pytest.
 
 
 def within(part: dict, whole: dict) -> bool:
-    """Whether all of a nested mapping is in another one."""
+    """Return whether all of a nested mapping is in another one."""
     return all(
         within(value, whole[key]) if isinstance(value, dict) else whole[key] == value for key, value in part.items()
     )

@@ -35,7 +35,7 @@ VARIABLES = {
 
 
 def recipe(folder: Path, batch_size: int = BATCH // 2) -> str:
-    """Write a recipe whose runs leave everything in the folder; gives its path."""
+    """Write a recipe whose runs leave all their files in the folder, and return its path."""
     # In double precision the order in which ranks' gradients are added does not show.
     callbacks = {
         "lightning.pytorch.callbacks.ModelCheckpoint": {
@@ -72,7 +72,7 @@ def recipe(folder: Path, batch_size: int = BATCH // 2) -> str:
 
 
 def recorded(folder: Path, rank: int = 0) -> list[dict[str, Any]]:
-    """What the recorder wrote, a line per step."""
+    """Return what the recorder wrote, a line per step."""
     file = folder / f"steps.rank{rank}.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
@@ -84,7 +84,7 @@ def weights(checkpoint: Path) -> torch.Tensor:
 
 
 def wait_for(condition: Callable[[], bool], *processes: subprocess.Popen[bytes]) -> None:
-    """Wait until something is so, while the processes run."""
+    """Wait until the condition holds, while the processes run."""
     deadline = time.monotonic() + SECONDS
     while not condition():
         assert time.monotonic() < deadline
@@ -93,7 +93,7 @@ def wait_for(condition: Callable[[], bool], *processes: subprocess.Popen[bytes])
 
 
 def end(*processes: subprocess.Popen[bytes]) -> list[int]:
-    """Wait for the processes' ends; give their exit codes."""
+    """Wait until the processes end, and return their exit codes."""
     return [process.wait(SECONDS) for process in processes]
 
 

@@ -115,7 +115,7 @@ Outcome = Callable[[Callable[[], object]], str | None]
 
 @pytest.fixture
 def outcome(capsys: pytest.CaptureFixture[str]) -> Outcome:
-    """Give a call's clear error, or None where it was accepted; any other end fails the test."""
+    """Return a function that returns a call's clear error, or None if it is accepted; any other end fails the test."""
 
     def run(call: Callable[[], object]) -> str | None:
         capsys.readouterr()

@@ -120,7 +120,7 @@ def enter(entry: str, path: Path, stage: str, world: World) -> object:
 
 
 def same(left: Any, right: Any) -> bool:
-    """Whether two contents are the same, tensors bit by bit."""
+    """Return whether two contents are the same, tensors bit by bit."""
     if isinstance(left, torch.Tensor):
         return torch.equal(left, right) and left.dtype == right.dtype
     if isinstance(left, dict):

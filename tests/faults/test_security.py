@@ -44,7 +44,7 @@ IMPORTERS = {"__init__.py", "data/__init__.py", "data/source.py", "modules/peft_
 
 
 def complaints(source: str, file: str = "x.py") -> Iterator[str]:
-    """Say what in a source could run what is read."""
+    """Return what in a source could execute what is read."""
     for node in ast.walk(ast.parse(source)):
         modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
@@ -104,7 +104,7 @@ from transformers import PreTrainedTokenizerFast as EvilTokenizer
 
 @pytest.fixture
 def evil(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Give a model's folder that names code of its own; asking on the terminal fails the test."""
+    """Return a model's folder that names its own code; a prompt on the terminal fails the test."""
 
     def ask(*_: Any) -> str:
         raise AssertionError("asked on the terminal")
@@ -309,7 +309,7 @@ FINE = {"~"}
 
 @pytest.fixture
 def trained(world: World) -> Callable[[list[str]], PromptCheckpoint]:
-    """Give a checkpoint of tasks of any names, as another DataModule may have them."""
+    """Return a function that saves a checkpoint of tasks with any names, as another DataModule may have."""
 
     def make(tasks: list[str]) -> PromptCheckpoint:
         found = read_checkpoint(str(world.checkpoints["PromptTuning"]))

@@ -62,7 +62,7 @@ def left_on_gpu(module: PromptModule) -> int:
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict]:
-    """Give the checkpoints that other runs start from, by kind of the model."""
+    """Return a function that returns the checkpoints which other runs start from, by the kind of the model."""
 
     @lru_cache
     def of_kind(kind: str) -> dict[str, str]:

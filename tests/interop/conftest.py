@@ -46,7 +46,7 @@ def make_prompt(stage: str, dim: int = 32) -> Prompt:
 
 @pytest.fixture
 def trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
-    """Give a quiet trainer."""
+    """Return a function that builds a quiet trainer."""
 
     def make(**options: Any) -> L.Trainer:
         defaults = {
@@ -61,7 +61,7 @@ def trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
 
 @pytest.fixture(scope="session")
 def backbones(model_folder: Callable[[str], str]) -> Callable[[str], Backbone]:
-    """Give a loaded tiny model by kind."""
+    """Return a function that loads a tiny model by its kind."""
     loaded: dict[str, Backbone] = {}
 
     def give(kind: str) -> Backbone:
@@ -74,7 +74,7 @@ def backbones(model_folder: Callable[[str], str]) -> Callable[[str], Backbone]:
 
 @pytest.fixture
 def checkpoint(backbones: Callable[[str], Backbone], tmp_path: Path) -> Callable[..., Path]:
-    """Give the file of a checkpoint, as the modules save it."""
+    """Return a function that saves a checkpoint as the modules do, and returns its path."""
 
     def make(kind: str, stage: str, **more: Any) -> Path:
         backbone, prompt = backbones(kind), make_prompt(stage)
