@@ -25,13 +25,15 @@ DATA_MODULES = (TaskDataModule, MultitaskDataModule)
 _load_yaml = get_loader("yaml")
 
 
-def load_argument(text: str) -> Any:
-    """Parse YAML, except that one line like `label :` is a string: on the command line, mappings are in braces.
+def load_argument(text: str, path: Any = "") -> Any:
+    """Parse YAML; one line like `label :` is a string unless it is the content of a recipe, whose path is given.
 
-    jsonargparse reads such a line as a mapping, which no argument for a text accepts.
+    jsonargparse reads such a line as a mapping, which no argument for a text accepts: on the command line, mappings
+    are in braces.
     """
     value = _load_yaml(text)
-    return text if isinstance(value, dict) and "\n" not in text and not text.lstrip().startswith("{") else value
+    is_text = isinstance(value, dict) and "\n" not in text and not text.lstrip().startswith("{") and not path
+    return text if is_text else value
 
 
 set_loader("yaml", load_argument, (yaml.YAMLError,))
@@ -49,9 +51,7 @@ class Parser(LightningArgumentParser):
 class MPTCLI(LightningCLI):
     """LightningCLI for any module and any data, in which a checkpoint does not replace the arguments of a run.
 
-    Args:
-        args: The arguments, which may name shipped recipes and cards; those of the process by default.
-        **kwargs: See `LightningCLI`.
+    The arguments, by default the process's, may name shipped recipes and cards; see `LightningCLI` for the others.
     """
 
     def __init__(self, args: Sequence[str] | None = None, **kwargs: Any) -> None:

@@ -258,6 +258,13 @@ def test_one_line_with_a_colon_is_a_text(text: str, value: object) -> None:
     assert load_argument(text) == value
 
 
+def test_a_recipe_of_one_line_is_a_mapping(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "seed.yaml").write_text("seed_everything: 7")
+    with pytest.raises(SystemExit):
+        mpt("fit", "--config", "mpt/target", "--config", str(tmp_path / "seed.yaml"), "--print_config")
+    assert yaml.safe_load(capsys.readouterr().out)["seed_everything"] == 7
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
