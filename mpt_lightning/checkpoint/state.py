@@ -28,11 +28,7 @@ def keep_trainable(module: nn.Module, state_dict: dict[str, Any], prefix: str, _
 
 
 def check_state(module: nn.Module, state_dict: Mapping[str, Tensor], path: str = "The checkpoint") -> None:
-    """Raise if a state dict does not contain exactly the trainable parameters, each of its shape.
-
-    Raises:
-        MPTError: If the names or the shapes differ.
-    """
+    """Raise if a state dict does not contain exactly the trainable parameters, each of its shape."""
     expected = {name: list(value.shape) for name, value in trainable(module).items()}
     got = {name: list(value.shape) for name, value in state_dict.items()}
     parts = {
@@ -48,11 +44,7 @@ def check_state(module: nn.Module, state_dict: Mapping[str, Tensor], path: str =
 
 
 def check_finite(values: Mapping[str, Any], path: str) -> None:
-    """Raise if one of the tensors has NaN or infinite values.
-
-    Raises:
-        MPTError: If a value is not finite.
-    """
+    """Raise if one of the tensors has NaN or infinite values."""
     for name, value in values.items():
         if isinstance(value, Tensor) and not value.isfinite().all():
             raise MPTError(
@@ -62,11 +54,7 @@ def check_finite(values: Mapping[str, Any], path: str) -> None:
 
 
 def check_training_state(content: Mapping[str, Any], path: str) -> None:
-    """Raise if a checkpoint lacks what a run needs to resume.
-
-    Raises:
-        MPTError: If a part is missing, or the optimizer's values are not finite.
-    """
+    """Raise if a checkpoint lacks what a run needs to resume, or its optimizer has values that are not finite."""
     if missing := [name for name in ("loops", "optimizer_states", "lr_schedulers") if name not in content]:
         raise MPTError(
             f"--ckpt_path {path} cannot be resumed: it lacks {', '.join(missing)}, like a file that was saved with "
@@ -76,20 +64,3 @@ def check_training_state(content: Mapping[str, Any], path: str) -> None:
     for optimizer in content["optimizer_states"]:
         for number, values in optimizer.get("state", {}).items():
             check_finite({f"{name} of parameter {number}": value for name, value in values.items()}, path)
-
-
-def close_finished_epoch(content: dict[str, Any]) -> None:
-    """Let a run that is counted in steps resume with a new epoch if the checkpoint's epoch is finished.
-
-    Lightning 2.6 takes such an epoch for an unfinished one, and ends the next epoch after its first batch.
-
-    Args:
-        content: The whole checkpoint, changed in place.
-    """
-    loop = content.get("loops", {}).get("fit_loop", {})
-    epochs, batches = loop.get("epoch_progress"), loop.get("epoch_loop.batch_progress")
-    if not epochs or not batches or not batches["is_last_batch"]:
-        return
-    if epochs["current"]["completed"] == epochs["current"]["processed"]:
-        batches["is_last_batch"] = False
-        batches["current"] = dict.fromkeys(batches["current"], 0)

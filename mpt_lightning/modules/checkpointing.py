@@ -12,12 +12,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from mpt_lightning.checkpoint import KEY, PromptCheckpoint, read_checkpoint
 from mpt_lightning.checkpoint.format import metadata
 from mpt_lightning.checkpoint.read import parse_checkpoint
-from mpt_lightning.checkpoint.state import check_state, check_training_state, close_finished_epoch, trainable
+from mpt_lightning.checkpoint.state import check_state, check_training_state, trainable
 from mpt_lightning.data.card import TaskCard
 from mpt_lightning.errors import MPTError, find_error
 from mpt_lightning.io import one_line
 from mpt_lightning.modules.backbone import BackboneModule
-from mpt_lightning.modules.resume import ResumedRun
+from mpt_lightning.modules.resume import ResumedRun, close_finished_epoch
 
 
 class CheckpointedModule(BackboneModule):

@@ -101,6 +101,20 @@ class ResumedRun:
                 yield Difference(f"learning rate by the schedule at step {step}", now, state["_last_lr"], RUN)
 
 
+def close_finished_epoch(content: dict[str, Any]) -> None:
+    """Change a checkpoint, in place, so that a run that is counted in steps resumes after a finished epoch.
+
+    Lightning 2.6 takes such an epoch for an unfinished one, and ends the next epoch after its first batch.
+    """
+    loop = content.get("loops", {}).get("fit_loop", {})
+    epochs, batches = loop.get("epoch_progress"), loop.get("epoch_loop.batch_progress")
+    if not epochs or not batches or not batches["is_last_batch"]:
+        return
+    if epochs["current"]["completed"] == epochs["current"]["processed"]:
+        batches["is_last_batch"] = False
+        batches["current"] = dict.fromkeys(batches["current"], 0)
+
+
 def _of_module(module: Any, found: PromptCheckpoint) -> Iterator[Difference]:
     prefix = "--model." if "_instantiator" in module.hparams else ""
     for name, saved in found.hyper_parameters.items():
