@@ -17,11 +17,7 @@ from mpt_lightning.errors import MPTError
 class Range:
     """The values that a number may have, for `Annotated`; infinite and undefined ones are outside of every range.
 
-    Attributes:
-        least: The lower bound.
-        most: The upper bound.
-        above: Whether the lower bound itself is outside.
-        below: Whether the upper bound itself is outside.
+    The lower bound `least` itself is outside if `above`, and the upper bound `most` if `below`.
     """
 
     least: float
@@ -47,17 +43,10 @@ NonNegativeFloat: TypeAlias = Annotated[float, Range(0)]
 
 
 def check_arguments(cls: type, values: Mapping[str, Any]) -> None:
-    """Raise if an argument is not of the type that a class's signature gives it.
+    """Raise if an argument is not of the type that the `__init__` of a class, or of one of its bases, gives it.
 
     Choices (`Literal`), ranges (`Annotated` with a `Range`), strings and lists are checked. The command line checks
     types, but no ranges; from Python any value may come.
-
-    Args:
-        cls: The class, whose `__init__` and those of its bases name the types.
-        values: The arguments by name.
-
-    Raises:
-        MPTError: If one has an impossible value.
     """
     for base in reversed(cls.__mro__):
         if "__init__" in vars(base) and base.__module__.split(".")[0] != "torch":
@@ -86,10 +75,8 @@ def _check(name: str, value: Any, kind: Any) -> None:
         elif origin is Annotated and isinstance(arguments[1], Range):
             number, allowed = arguments[:2]
             numeric = isinstance(value, number if number is int else int | float) and not isinstance(value, bool)
-            matches, words = (
-                numeric and value in allowed,
-                f"{'a whole number' if number is int else 'a number'} {allowed!r}",
-            )
+            matches = numeric and value in allowed
+            words = f"{'a whole number' if number is int else 'a number'} {allowed!r}"
         elif plain in (str, list):
             matches, words = isinstance(value, plain), "a string" if plain is str else "a list"
         else:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from torch.nn import functional
@@ -121,11 +122,7 @@ class PEFTExport(L.Callback):
         self._exported: tuple[str, int] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check that there will be something to export.
-
-        Raises:
-            MPTError: If there is no ModelCheckpoint, or the module is not a prompt module.
-        """
+        """Raise if there is no ModelCheckpoint, or the module is not a prompt module."""
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if not isinstance(trainer.checkpoint_callback, ModelCheckpoint):
@@ -134,11 +131,7 @@ class PEFTExport(L.Callback):
             raise MPTError(f"PEFTExport exports prompt modules, and this is {type(pl_module).__name__}.")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Raise if anything else than a prompt of embeddings is trained.
-
-        Raises:
-            MPTError: If it is the backbone, or a prompt of another kind.
-        """
+        """Raise if the backbone is trained, or a prompt of anything else than embeddings."""
         prompt = pl_module.prompt if isinstance(pl_module, PromptModule) else None
         if prompt is not None and prompt.content != Prompt.content:
             raise MPTError(
@@ -151,7 +144,7 @@ class PEFTExport(L.Callback):
         if not trainer.is_global_zero or not isinstance(saved, ModelCheckpoint) or not isinstance(module, PromptModule):
             return
         best = Path(saved.best_model_path)
-        if not saved.best_model_path or not best.is_file():
+        if not best.is_file():  # nothing has been saved yet
             return
         version = (str(best), best.stat().st_mtime_ns)
         if version != self._exported:
@@ -174,15 +167,9 @@ class PEFTExport(L.Callback):
 
 
 def prompt_similarity(prompt: Prompt) -> torch.Tensor:
-    """Return the cosine similarity of the tasks' prompts.
+    """Return the cosine similarity of the tasks' prompts, `[T, T]`, in -1..1.
 
     DePT's prompts are compared by their embeddings, without the shift; prefixes by the keys and values of all layers.
-
-    Args:
-        prompt: A trained prompt of T tasks.
-
-    Returns:
-        `[T, T]`, in -1..1.
     """
     with torch.no_grad():
         device = next(prompt.parameters()).device
@@ -205,14 +192,13 @@ class SimilarityPicture(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw and save."""
-        if not trainer.is_global_zero or not isinstance(pl_module, PromptModule) or pl_module.prompt is None:
+        prompt = pl_module.prompt if isinstance(pl_module, PromptModule) else None
+        if not trainer.is_global_zero or prompt is None or prompt.length == 0:  # 0: a method without prompts
             return
-        if pl_module.prompt.length == 0:
-            return  # a method without prompts
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(6, 5), layout="constrained")
-        draw_similarity(figure.add_subplot(), pl_module.prompt)
+        draw_similarity(figure.add_subplot(), prompt)
         file = Path(trainer.default_root_dir) / self.path
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=150)
@@ -224,10 +210,8 @@ def draw_similarity(axes: Any, prompt: Prompt) -> None:
     image = axes.imshow(values, vmin=-1, vmax=1, cmap="RdBu_r")
     axes.set_xticks(range(prompt.num_tasks), prompt.tasks, rotation=45, ha="right")
     axes.set_yticks(range(prompt.num_tasks), prompt.tasks)
-    for row in range(prompt.num_tasks):
-        for column in range(prompt.num_tasks):
-            value = values[row, column]
-            colour = "white" if abs(value) > 0.8 else "black"
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
+    for (row, column), value in np.ndenumerate(values):
+        colour = "white" if abs(value) > 0.8 else "black"
+        axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
     axes.set_title("Cosine similarity of the tasks' prompts")
     axes.figure.colorbar(image, ax=axes, shrink=0.8)

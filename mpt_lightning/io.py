@@ -1,7 +1,5 @@
 """Files: atomic writing, reading of text and YAML, and what may name a file. Imports neither torch nor datasets."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -9,14 +7,11 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from mpt_lightning.errors import MPTError
-
-if TYPE_CHECKING:
-    from importlib.abc import Traversable
 
 # Bytes; file systems take 255, and suffixes and temporary names need some of them.
 LONGEST_NAME = 200
@@ -25,13 +20,7 @@ LONGEST_NAME = 200
 def write_file(file: Path, content: str | bytes | memoryview, *, flush: bool = False) -> None:
     """Write a file whole or not at all; an existing one is replaced, and missing folders are created.
 
-    Args:
-        file: The file.
-        content: Text is written as UTF-8.
-        flush: Wait until the content is on the disk, so that even a crash of the machine leaves a whole file.
-
-    Raises:
-        OSError: If the file cannot be written; an earlier one is unchanged.
+    With `flush`, wait until the content is on the disk, so that even a crash of the machine leaves a whole file.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f".{file.name}.part")
@@ -57,12 +46,7 @@ def write_json_lines(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
 def new_folder(dest: str | Path, replaces: str | None = None) -> Iterator[Path]:
     """Yield a temporary folder that becomes `dest` when the block ends, and is removed if it raises.
 
-    Args:
-        dest: A path that does not exist; its parents are created.
-        replaces: A file name: a folder at `dest` that contains it is replaced.
-
-    Raises:
-        MPTError: If something else is at `dest`.
+    Raise if `dest` exists, unless it is a folder that contains the file `replaces`: such a folder is replaced.
     """
     dest = Path(dest).expanduser()
     if os.path.lexists(dest) and not (replaces and (dest / replaces).is_file()):
@@ -96,40 +80,23 @@ def can_be_path(name: str) -> bool:
     return all(part == part.strip() and part.strip(".") for part in name.split("/"))
 
 
-def read_text(file: Path | Traversable) -> str:
-    """Read a UTF-8 text file, with or without a byte order mark.
-
-    Raises:
-        MPTError: If the file is not UTF-8.
-        OSError: If the file cannot be read.
-    """
+def read_text(file: Path) -> str:
+    """Read a UTF-8 text file, with or without a byte order mark."""
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise MPTError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8.") from None
 
 
-def parse_yaml(text: str, name: str) -> Any:
-    """Parse YAML into plain values; tags for anything else are errors.
-
-    Args:
-        text: The YAML.
-        name: What to call it in the message.
-
-    Raises:
-        MPTError: If the text is not valid YAML.
-    """
+def read_yaml(file: Path) -> Any:
+    """Read a YAML file of plain values; tags for anything else are errors."""
+    text = read_text(file)
     try:
         return yaml.safe_load(text)
     except Exception as error:  # PyYAML also raises KeyError, ValueError and RecursionError
         raise MPTError(
-            f"{name} cannot be read as YAML ({type(error).__name__}: {one_line(error)}). Correct the file."
+            f"{file} cannot be read as YAML ({type(error).__name__}: {one_line(error)}). Correct the file."
         ) from None
-
-
-def read_yaml(file: Path | Traversable) -> Any:
-    """Read a YAML file; see `read_text` and `parse_yaml`."""
-    return parse_yaml(read_text(file), str(file))
 
 
 def one_line(error: object) -> str:

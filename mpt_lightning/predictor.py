@@ -17,9 +17,9 @@ from mpt_lightning.data.tokenize import Encoder
 from mpt_lightning.data.vocabulary import check_choices
 from mpt_lightning.errors import MPTError
 from mpt_lightning.io import one_line, read_text, write_json_lines
-from mpt_lightning.modules import evaluation
 from mpt_lightning.modules.base import PromptModule
 from mpt_lightning.modules.checkpointing import read_cards
+from mpt_lightning.modules.evaluation import generated_texts
 from mpt_lightning.objectives import IGNORE
 from mpt_lightning.prompts import Prompt
 
@@ -100,7 +100,7 @@ class Predictor:
             batch_size: Rows per batch.
 
         Raises:
-            MPTError: If the file does not exist or is damaged, or the backbone is another one.
+            MPTError: If the file cannot be read, or the backbone is another one.
         """
         found = read_checkpoint(path, "the checkpoint", folder=True)
         model, prompt = _build(found, backbone or found.backbone, dtype)
@@ -137,8 +137,7 @@ class Predictor:
                 mapping is one row. A task without a card has no template: its strings are read as they are.
             tasks: B names, or one for all; required if the checkpoint has several.
             max_new_tokens: Longest generated answer, in tokens.
-            raw: Read strings as they are, without the card's template and the answer prefix; `Prediction.text` is such
-                a string.
+            raw: Read strings as they are, without the card's template and the answer prefix, like `Prediction.text`.
 
         Returns:
             B predictions, in the order of `texts`.
@@ -150,7 +149,7 @@ class Predictor:
         given = [texts] if isinstance(texts, str | Mapping) else list(texts)
         names = self._names(tasks, len(given))
         rows = encode_rows(self.encoder, self.cards, given, names, raw)
-        answers: list[Prediction | None] = [None] * len(rows)
+        answers: dict[int, Prediction] = {}
         # Ranking and generation are different passes; rows of similar length need little padding.
         for ranked in (True, False):
             chosen = [number for number, row in enumerate(rows) if bool(row.choices) == ranked]
@@ -158,9 +157,8 @@ class Predictor:
             for start in range(0, len(chosen), self.batch_size):
                 batch = chosen[start : start + self.batch_size]
                 made = self._answer([rows[number] for number in batch], ranked, max_new_tokens)
-                for number, prediction in zip(batch, made, strict=True):
-                    answers[number] = prediction
-        return [answer for answer in answers if answer is not None]
+                answers.update(zip(batch, made, strict=True))
+        return [answers[number] for number in range(len(rows))]
 
     def _names(self, tasks: str | Sequence[str] | None, size: int) -> list[str]:
         if tasks is None and len(self.tasks) > 1:
@@ -179,8 +177,7 @@ class Predictor:
         of_row = torch.tensor([self.prompt.index(row.task) for row in rows])
         inputs = (self._encoded, of_row.to(self.device), ids.to(self.device), mask.to(self.device))
         if not ranked:
-            options = {"max_new_tokens": max_new_tokens, "num_beams": 1}
-            texts = evaluation.generated_texts(self.backbone, inputs, **options)
+            texts = generated_texts(self.backbone, inputs, max_new_tokens=max_new_tokens, num_beams=1)
             return [Prediction(row.task, row.text, text) for row, text in zip(rows, texts, strict=True)]
         most = max(len(row.choices) for row in rows)
         # Rows with fewer choices are filled up with choices of padding alone.
@@ -260,8 +257,8 @@ def _build(found: PromptCheckpoint, name: str, dtype: Any) -> tuple[Backbone, Pr
                 "use another checkpoint."
             )
         module = method.load_from_checkpoint(found.path, map_location="cpu", backbone=name, backbone_dtype=dtype)
-        backbone, prompt = module.parts()
-        return backbone, prompt
+        parts: tuple[Backbone, Prompt] = module.parts()
+        return parts
     model = load_backbone(name, dtype, check=found.hyper_parameters.get("backbone_check", True))
     if found.fingerprint:
         found.check_backbone(name, model.fingerprint, "the checkpoint")

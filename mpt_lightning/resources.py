@@ -16,26 +16,14 @@ LLAMA = f"{EMBEDDED}/llama"
 
 
 def packaged(kind: Kind, name: str) -> Path | None:
-    """Find a shipped YAML file by name.
-
-    Args:
-        kind: "tasks" for cards, "configs" for recipes.
-        name: "glue/sst2", "mpt/source"; with or without ".yaml".
-
-    Returns:
-        The file, or None if it does not exist.
-    """
+    """Return a shipped task card or recipe by name, with or without ".yaml", or None if it does not exist."""
     root = Path(str(resources.files(f"mpt_lightning.{kind}")))
     file = (root / (name if name.endswith(".yaml") else f"{name}.yaml")).resolve()
     return file if file.is_file() and root.resolve() in file.parents else None
 
 
 def find_packaged(kind: Kind, name: str) -> Path:
-    """Return a shipped YAML file; see `packaged`.
-
-    Raises:
-        MPTError: If none of this name is shipped; the message lists similar names.
-    """
+    """Return a shipped task card or recipe by name; raise with similar names if it does not exist."""
     file = packaged(kind, name)
     if file is None:
         known, what = packaged_names(kind), "recipe" if kind == "configs" else "task"

@@ -27,11 +27,7 @@ LOCAL = "<local files>"
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
-
-    Raises:
-        MPTError: If it is missing or damaged.
-    """
+    """Read a safetensors file."""
     try:
         return load_file(file)
     except Exception as error:  # safetensors raises its own errors, and Python's for a type unknown to torch
@@ -41,11 +37,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        MPTError: If the file is missing or not a JSON object.
-    """
+    """Read a JSON object."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
@@ -87,14 +79,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def read_description(folder: Path) -> tuple[PromptCheckpoint, list[str]]:
-    """Read an export's description.
-
-    Returns:
-        The checkpoint without its tensors, and the files that contain these.
-
-    Raises:
-        MPTError: If it is of a later format, or a file is not what was exported.
-    """
+    """Return an export's checkpoint without its tensors, and the names of the files that contain these."""
     content = read_json(folder / DESCRIPTION)
     if content.get("format") != FORMAT:
         raise MPTError(
@@ -112,11 +97,7 @@ def read_description(folder: Path) -> tuple[PromptCheckpoint, list[str]]:
 
 
 def for_backbone(checkpoint: PromptCheckpoint, backbone: Backbone) -> PromptCheckpoint:
-    """Check that a checkpoint is for a backbone; one from PEFT, without a fingerprint, takes the backbone's.
-
-    Raises:
-        MPTError: If it is for another backbone.
-    """
+    """Raise if a checkpoint is for another backbone; one from PEFT, without a fingerprint, takes the backbone's."""
     if checkpoint.fingerprint:
         checkpoint.check_backbone(backbone.name, backbone.fingerprint, "The checkpoint")
         return checkpoint

@@ -64,11 +64,7 @@ class PromptCheckpoint:
         return Prompt.classes[self.prompt_class](**self.prompt_config)
 
     def check_tensors(self) -> None:
-        """Check the trained tensors.
-
-        Raises:
-            MPTError: If one is missing, of another shape than described, or not finite.
-        """
+        """Raise if a trained tensor is missing, of another shape than described, or not finite."""
         check_finite(self.state_dict, self.path)
         with torch.device("meta"):  # shapes without memory
             described = nn.ModuleDict({"prompt": self.empty_prompt()})
@@ -76,10 +72,7 @@ class PromptCheckpoint:
         check_state(described, prompts, self.path)
 
     def prompt(self, embeddings: Tensor | None = None) -> Prompt:
-        """Build the trained prompt.
-
-        Args:
-            embeddings: The backbone's embeddings `[V, H]`, for prompts that depend on them (CPT).
+        """Build the trained prompt; one that depends on the backbone's embeddings `[V, H]` (CPT) needs these.
 
         Raises:
             MPTError: If the method trains the backbone's weights instead of a prompt.
@@ -96,14 +89,7 @@ class PromptCheckpoint:
         return prompt
 
     def check_embeddings(self, argument: str) -> None:
-        """Raise if the prompts are not embeddings alone, as an initialization, a teacher and an export need.
-
-        Args:
-            argument: The argument that named this checkpoint.
-
-        Raises:
-            MPTError: If they are not.
-        """
+        """Raise if the prompts are not embeddings alone; `argument` is the one that named this checkpoint."""
         content = Prompt.classes[self.prompt_class].content
         if content != Prompt.content:
             raise MPTError(
@@ -112,24 +98,15 @@ class PromptCheckpoint:
             )
 
     def check_backbone(self, name: str, fingerprint: str, argument: str) -> None:
-        """Raise if the backbone is another one.
+        """Raise if the backbone in use is another one, or this checkpoint's fingerprint is of an earlier version.
 
         Between a quantized and a full-precision backbone the weights of linear layers are not compared, so that a
-        prompt of either may be used on the other.
-
-        Args:
-            name: The backbone in use.
-            fingerprint: Its fingerprint.
-            argument: The argument that named this checkpoint.
-
-        Raises:
-            MPTError: If it is another model, or the checkpoint has a fingerprint of an earlier version.
+        prompt of either may be used on the other. `argument` is the one that named this checkpoint.
         """
         if "-" not in self.fingerprint:
             raise MPTError(
                 f"{argument} {self.path} was saved by an earlier version, whose fingerprint {self.fingerprint} covers "
-                f"the embeddings of {self.backbone!r} alone, so that a model with other layers or another head would "
-                "pass. Train the prompt again with this version."
+                f"the embeddings of {self.backbone!r} alone. Train the prompt again with this version."
             )
         (rest, _, linear), (of_rest, _, of_linear) = fingerprint.partition("-"), self.fingerprint.partition("-")
         if rest != of_rest or (linear != of_linear and "quantized" not in (linear, of_linear)):

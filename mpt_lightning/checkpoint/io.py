@@ -20,11 +20,7 @@ class CheckedCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write a file whole or not at all; an existing one is replaced.
-
-        Raises:
-            MPTError: If it cannot be written, for lack of space or permission.
-        """
+        """Write a file whole or not at all; an existing one is replaced."""
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -39,28 +35,15 @@ class CheckedCheckpointIO(TorchCheckpointIO):
                 "ModelCheckpoint, --trainer.default_root_dir), and resume with --ckpt_path last."
             ) from error
 
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a file; nothing in it is executed, whatever `weights_only` is.
-
-        Raises:
-            MPTError: If it cannot be read or is damaged.
-        """
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
+        """Read a file; nothing in it is executed, whatever `weights_only` is."""
         if "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only=True)
-        content: dict[str, Any] = load_plain(Path(path), str(path))
-        return content
+        return load_plain(Path(path), str(path))
 
 
 def load_plain(file: Path, name: str) -> Any:
-    """Read tensors and plain values from a file that `torch.save` wrote.
-
-    Args:
-        file: The file.
-        name: What to call it in the message.
-
-    Raises:
-        MPTError: If it cannot be read, is damaged, or contains anything else.
-    """
+    """Read tensors and plain values from a file that `torch.save` wrote; `name` is for the error message."""
     try:
         # torch does not compare the checksums: a flipped bit would be another weight.
         with zipfile.ZipFile(file) as archive:

@@ -28,23 +28,18 @@ TYPES = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
 def import_peft(folder: str | Path, backbone: Backbone | None = None) -> PromptCheckpoint:
     """Read a PEFT folder as a checkpoint: an initialization, a source or teachers for this package's modules.
 
-    `export_peft`'s own folders are read bit for bit. Of PEFT's own, PROMPT_TUNING, MULTITASK_PROMPT_TUNING and CPT are
-    read, from safetensors or .bin (`weights_only=True`). These name their model and do not identify it, so with
-    `backbone` their width and family must agree with it, and another name is a warning: the same model often has two.
-    Without `backbone` neither is checked, and the checkpoint's fingerprint is empty.
+    `export_peft`'s folders are read bit for bit. Of PEFT's own, PROMPT_TUNING, MULTITASK_PROMPT_TUNING and CPT are
+    read, from safetensors or .bin (`weights_only=True`). These name their model and do not identify it, so only their
+    width and family are compared with `backbone`, and another name is a warning. Their tasks are "0", "1", ... unless
+    `tasks.json` names them, and their stage is "PEFT".
 
     Args:
         folder: The folder with `adapter_config.json`, or one with a folder per task that `export_peft` wrote.
-        backbone: The model that it is used with. A CPT folder of PEFT's needs one; by default the one it names is
-            loaded.
-
-    Returns:
-        The checkpoint. Tasks of a foreign folder are "0", "1", ... unless its `tasks.json` names them. Its stage is
-        "PEFT".
+        backbone: The model that it is used with. Without it, no model is compared, the fingerprint of PEFT's own
+            folders is empty, and a CPT folder loads the model it names.
 
     Raises:
-        MPTError: If it is not a PEFT folder, has a type without a prompt, has missing or extra tensors, is damaged, or
-            is for another backbone.
+        MPTError: If it is not a folder of these types, is damaged, or is for another backbone.
     """
     path = Path(folder).expanduser()
     if not path.is_dir():

@@ -19,12 +19,11 @@ def read_checkpoint(
     Args:
         path: The file.
         argument: The argument that named it, for messages.
-        folder: Also accept a PEFT folder: an export of this package, or PEFT's own (`interop.import_peft`). Training
-            can start from one, and cannot be resumed from one.
-        backbone: The model that a folder is used with, for PEFT's folders, which have no fingerprint.
+        folder: Also accept a PEFT folder (see `import_peft`), from which training can start but not resume.
+        backbone: The model that a folder of PEFT's own is used with; such a folder has no fingerprint.
 
     Raises:
-        MPTError: If the file does not exist, is damaged, or is not a checkpoint of this package.
+        MPTError: If the file does not exist, is damaged, or is not a checkpoint of this version.
     """
     file = Path(path).expanduser()
     if file.is_dir() and folder:
@@ -40,11 +39,7 @@ def read_checkpoint(
 
 
 def parse_checkpoint(content: Any, path: str) -> PromptCheckpoint:
-    """Return a loaded file's content as a checkpoint.
-
-    Raises:
-        MPTError: If it is not one of this package's, is of a later format, or its tensors are not as described.
-    """
+    """Return a loaded file's content as a checkpoint."""
     found = content.get(KEY) if isinstance(content, Mapping) else None
     if not isinstance(found, Mapping) or not isinstance(content.get("state_dict"), Mapping):
         raise MPTError(f"{path} is not a checkpoint of mpt_lightning. Use one that its modules saved.")

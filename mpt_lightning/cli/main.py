@@ -21,11 +21,7 @@ TRAINER_COMMANDS = {
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line.
-
-    Args:
-        args: The arguments; those of the process by default.
-    """
+    """Run the command line, with the process's arguments by default."""
     argv = list(sys.argv[1:] if args is None else args)
     # With --input, `mpt predict` needs neither a DataModule nor a Trainer.
     own_texts = argv[:1] == ["predict"] and any(word.partition("=")[0] == "--input" for word in argv)

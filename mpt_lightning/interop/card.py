@@ -38,15 +38,16 @@ def model_card(checkpoint: PromptCheckpoint, layout: Layout | None = None, *, fa
         MPTError: If the backbone's configuration is needed and cannot be reached.
     """
     if layout is None:
-        layout = "folders" if len(checkpoint.tasks) > 1 else "task"
-        if checkpoint.prompt_class == "MultitaskPrompt":
-            layout = "group"
+        is_group = checkpoint.prompt_class == "MultitaskPrompt"
+        layout = "group" if is_group else "folders" if len(checkpoint.tasks) > 1 else "task"
     method = PromptModule.classes.get(checkpoint.stage, PromptModule)
     summary = f"{method.summary[:1].upper()}{method.summary[1:]}"
     prompt = checkpoint.empty_prompt()
-    is_context = isinstance(prompt, ContextPrompt)
     parameters = sum(value.numel() for value in checkpoint.state_dict.values())
-    note = "The prompt is made of training examples. Their token ids are in this folder, so their text can be read."
+    note = ""
+    if isinstance(prompt, ContextPrompt):
+        parameters = int(prompt.moves.sum()) * prompt.dim
+        note = "The prompt is made of training examples. Their token ids are in this folder, so their text can be read."
     arxiv = f"[arXiv:{method.paper}](https://arxiv.org/abs/{method.paper})"
     text = _fill(
         "card",
@@ -57,8 +58,8 @@ def model_card(checkpoint: PromptCheckpoint, layout: Layout | None = None, *, fa
         fingerprint=f" (fingerprint `{checkpoint.fingerprint}`)" if checkpoint.fingerprint else "",
         prompt=f"{checkpoint.prompt_class}, {prompt.length} tokens of width {prompt.dim}",
         num_tasks=prompt.num_tasks,
-        parameters=f"{int(prompt.moves.sum()) * prompt.dim if isinstance(prompt, ContextPrompt) else parameters:,}",
-        note=note if is_context else "",
+        parameters=f"{parameters:,}",
+        note=note,
         tasks="\n".join(_task(checkpoint, task) for task in checkpoint.tasks),
         settings=_settings(checkpoint),
         scores=_scores(checkpoint),

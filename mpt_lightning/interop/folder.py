@@ -22,11 +22,7 @@ OWN_SUFFIXES = (".safetensors", ".json", ".md")
 
 
 def task_paths(tasks: Iterable[str]) -> dict[str, str]:
-    """Return each task's path in an export: its name, if that stays inside the folder.
-
-    Raises:
-        MPTError: If a name cannot be a path, or two are equal on file systems that ignore case or normalise letters.
-    """
+    """Return each task's path in an export: its name, if that is safe and unique on every file system."""
     paths = {task: task for task in tasks}
     for task in paths:
         if not can_be_path(task) or any(part.casefold().endswith(OWN_SUFFIXES) for part in task.split("/")):
@@ -50,20 +46,9 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
 def load_trained(
     checkpoint: PromptCheckpoint | str | Path, task: str | None, backbone: Backbone | None
 ) -> tuple[PromptCheckpoint, Prompt, Any]:
-    """Load what is exported.
+    """Return a checkpoint and its prompt, of one task if `task` is given, and the backbone's configuration.
 
-    Args:
-        checkpoint: A checkpoint, its path, or the path of an exported folder.
-        task: The one task that is exported; by default all.
-        backbone: The checkpoint's backbone. By default it is loaded by its name, if the prompt depends on the
-            backbone's embeddings (CPT).
-
-    Returns:
-        The checkpoint and its prompt, of one task if `task` is given, and the backbone's configuration.
-
-    Raises:
-        MPTError: If there is no prompt of embeddings, the task is unknown, or the backbone is another one or cannot be
-            loaded.
+    The backbone itself is loaded by its name if it is not given and the prompt depends on its embeddings (CPT).
     """
     if not isinstance(checkpoint, PromptCheckpoint):
         checkpoint = read_checkpoint(str(checkpoint), "checkpoint", folder=True)
@@ -82,12 +67,8 @@ def load_trained(
 
 
 def only(checkpoint: PromptCheckpoint, prompt: Prompt, task: str) -> PromptCheckpoint:
-    """Return the checkpoint of one task, and remove the others from its prompt.
-
-    Raises:
-        MPTError: If the task is unknown.
-    """
-    prompt.index(task)
+    """Return the checkpoint of one task, and remove the others from its prompt."""
+    prompt.index(task)  # raises if the task is unknown
     for other in [name for name in prompt.tasks if name != task]:
         prompt.remove_task(other)
     return replace(

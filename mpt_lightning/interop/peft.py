@@ -40,9 +40,6 @@ def export_peft(
             the model itself only for prompts that depend on its embeddings (CPT).
         replace: Replace an earlier export at `dest`.
 
-    Returns:
-        The folder.
-
     Raises:
         MPTError: If `dest` exists, the checkpoint cannot be read, or the task or backbone is unknown.
     """

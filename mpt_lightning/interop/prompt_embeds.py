@@ -27,17 +27,7 @@ def export_prompt_embeds(
     answer prefix, and the special tokens of its inputs: "all" that the tokenizer adds, "first" without an end of
     sequence, "none". `README.md` has code that uses them.
 
-    Args:
-        checkpoint: A checkpoint, or its path.
-        dest: A path that does not exist. The folder appears there whole or not at all.
-        task: Export this task alone.
-        backbone: The checkpoint's backbone, if it is loaded already.
-
-    Returns:
-        The folder.
-
-    Raises:
-        MPTError: If `dest` exists, the checkpoint cannot be read, or the task or backbone is unknown.
+    See `export_peft` for the arguments and errors.
     """
     found, prompt, config = load_trained(checkpoint, task, backbone)
     special = "all" if family_of(config) == "seq2seq" else "none" if found.prompt_class == "ContextPrompt" else "first"
