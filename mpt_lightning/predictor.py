@@ -11,7 +11,7 @@ import torch
 from mpt_lightning.backbones import Backbone, load_backbone
 from mpt_lightning.checkpoint import PromptCheckpoint, read_checkpoint
 from mpt_lightning.data.card import TaskCard
-from mpt_lightning.data.collate import pad
+from mpt_lightning.data.loader import pad
 from mpt_lightning.data.prediction import Row, Text, encode_rows, plain_text
 from mpt_lightning.data.tokenize import Encoder
 from mpt_lightning.data.vocabulary import check_choices

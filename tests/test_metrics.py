@@ -227,7 +227,7 @@ def test_two_ranks_equal_one(tmp_path):
 
 def test_the_average_is_the_mean_over_tasks():
     cards = {"one": card("accuracy"), "two": card("accuracy", "f1")}
-    evaluator = Evaluator(["one", "two", "three"], cards)
+    evaluator = Evaluator(["one", "two", "three"], cards, None, torch.device("cpu"))
     evaluator.update("one", ["yes", "yes", "no", "no"], {"references": [["yes"], ["no"], ["yes"], ["yes"]]})
     evaluator.update("two", ["yes", "no"], {"references": [["yes"], ["yes"]]})
     evaluator.update("two", ["no"], {"references": [["no"]]})

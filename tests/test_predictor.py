@@ -201,7 +201,7 @@ def test_mistakes_are_told(texts: Any, tasks: object, message: str, trained: dic
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["a", " "], r"Text 1 \(task demo/voice\) is empty"),
+        (["a", " "], r"Text 1 \(task demo/voice\) has nothing in text"),
         (["word " * 300], "has 300 tokens, expected 1 to 256; change the text, or give its columns"),
         ([{"sentence": "a"}], "got dict, expected a string; change `texts`"),
     ],

@@ -11,9 +11,9 @@ _HOMES = {
     name: f"{__name__}.{home}"
     for home, names in {
         "card": "TaskCard card_names list_cards load_card",
-        "collate": "PromptCollator",
         "context": "Context build_context",
         "datamodule": "PromptDataModule",
+        "loader": "PromptCollator",
         "task": "TaskDataModule load_task",
         "multitask": "MultitaskDataModule",
     }.items()
@@ -26,10 +26,10 @@ if TYPE_CHECKING:  # `as` marks a re-export for type checkers
     from mpt_lightning.data.card import card_names as card_names
     from mpt_lightning.data.card import list_cards as list_cards
     from mpt_lightning.data.card import load_card as load_card
-    from mpt_lightning.data.collate import PromptCollator as PromptCollator
     from mpt_lightning.data.context import Context as Context
     from mpt_lightning.data.context import build_context as build_context
     from mpt_lightning.data.datamodule import PromptDataModule as PromptDataModule
+    from mpt_lightning.data.loader import PromptCollator as PromptCollator
     from mpt_lightning.data.multitask import MultitaskDataModule as MultitaskDataModule
     from mpt_lightning.data.task import TaskDataModule as TaskDataModule
     from mpt_lightning.data.task import load_task as load_task

@@ -36,26 +36,16 @@ _ENCODED = Features(
 
 @dataclass(frozen=True)
 class RowCache:
-    """The drawn rows of tasks' splits, made once and then read from files.
+    """The drawn rows of tasks' splits, made once and then read from files; see `load_raw` for the arguments.
 
-    Args:
-        data_root: Folder to read instead of the Hub; see `load_raw`.
-        cache_dir: Folder for cached data. Unset: the `datasets` default.
-
-    Raises (both methods):
-        MPTError: If the data or the card does not fit; nothing is left in the cache then. If there is no data.
+    If the data or the card does not fit, nothing is left in the cache.
     """
 
     data_root: str | None = None
     cache_dir: str | None = None
 
     def encoded(self, card: TaskCard, split: Split, draw: Draw, encoder: Encoder) -> Dataset:
-        """Return the encoded rows of a split.
-
-        Returns:
-            Rows with `input_ids`, `labels`, `choices` (token ids of each of the task's if they depend on the input,
-            as for decoder-only models; else empty), `text`, `references`, `group`, `row_id` and `cut`.
-        """
+        """Return the encoded rows of a split; `choices` is empty if the choices' ids do not depend on the input."""
         return self._read(
             card, split, draw, lambda drawn: encoder.encode(card, drawn, split), _ENCODED, encoder.identity
         )

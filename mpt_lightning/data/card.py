@@ -5,20 +5,19 @@ This module is light (no torch, no datasets): `mpt tasks` lists every card in a 
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from mpt_lightning.arguments import PositiveInt, check_arguments
 from mpt_lightning.data.template import Pattern, apply_pattern, parse_template, read_patterns
 from mpt_lightning.errors import MPTError
 from mpt_lightning.io import LONGEST_NAME, can_be_path, read_yaml
 from mpt_lightning.metrics.registry import METRICS
-from mpt_lightning.resources import packaged, packaged_names
+from mpt_lightning.resources import find_packaged, packaged_names
 
 _SPLITS = ("train", "validation", "test")
 
@@ -95,14 +94,13 @@ class TaskCard:
             raise MPTError(f"Task card '{self.name}': {error} Change this field.") from None
         for item in fields(self):
             value = getattr(self, item.name)
-            if isinstance(value, str) and value != item.default and (not value.strip() or "\0" in value):
-                self._fail(item.name, value, "a text")
-        if not self.columns:
-            self._fail("input", self.input, "a template that names at least one column, like 'text: {sentence}'")
-        if self.truncate is not None and self.truncate not in self.columns:
-            self._fail("truncate", self.truncate, f"a column of the template ({', '.join(self.columns)})")
-        if self.preprocess is not None and not re.fullmatch(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+", self.preprocess, re.ASCII):
-            self._fail("preprocess", self.preprocess, "a dotted path 'package.module.function'")
+            good = not isinstance(value, str) or value == item.default or (value.strip() and "\0" not in value)
+            self._require(item.name, good, "a text")
+        self._require("input", self.columns, "a template that names at least one column, like 'text: {sentence}'")
+        known = f"a column of the template ({', '.join(self.columns)})"
+        self._require("truncate", self.truncate is None or self.truncate in self.columns, known)
+        dotted = self.preprocess is None or re.fullmatch(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+", self.preprocess, re.ASCII)
+        self._require("preprocess", dotted, "a dotted path 'package.module.function'")
         self._check_splits()
         self._check_labels()
         self._check_metrics()
@@ -116,62 +114,64 @@ class TaskCard:
         try:
             return parse_template(self.input)
         except ValueError as error:
-            self._fail("input", self.input, str(error))
+            raise self._error("input", str(error)) from None
 
     @property
     def columns(self) -> list[str]:
         """Columns of the template, in order, each once."""
         return list(dict.fromkeys(column for _, column in self.parts if column is not None))
 
-    def _fail(self, option: str, got: object, expected: str) -> NoReturn:
-        raise MPTError(f"Task card '{self.name}': got {option}={got!r}, expected {expected}; change `{option}`.")
+    def _error(self, option: str, expected: str) -> MPTError:
+        got = getattr(self, option)
+        return MPTError(f"Task card '{self.name}': got {option}={got!r}, expected {expected}; change `{option}`.")
+
+    def _require(self, option: str, condition: object, expected: str) -> None:
+        if not condition:
+            raise self._error(option, expected)
 
     def _check_splits(self) -> None:
-        if not isinstance(self.splits, Mapping) or set(self.splits) - set(_SPLITS) or "train" not in self.splits:
-            self._fail("splits", self.splits, "a mapping of train, validation and test (train is needed)")
-        for option, names in (("subset", [self.subset or "-"]), ("splits", self.splits.values())):
-            # They are parts of a local file's path.
-            if not all(map(_is_inside, names)):
-                self._fail(option, getattr(self, option), "names on the Hub, without '..' and without a leading '/'")
-        if self.split_rule == "halved" and "validation" not in self.splits:
-            self._fail("splits", self.splits, "a `validation` split to halve (split_rule: halved)")
-        if self.split_rule == "held_out" and not {"validation", "test"} & set(self.splits):
-            self._fail("splits", self.splits, "a `validation` split that becomes test (split_rule: held_out)")
+        known = isinstance(self.splits, Mapping) and {"train"} <= set(self.splits) <= set(_SPLITS)
+        self._require("splits", known, "a mapping of train, validation and test (train is needed)")
+        inside = "names on the Hub, without '..' and without a leading '/'"  # they are parts of a local file's path
+        self._require("subset", self.subset is None or _is_inside(self.subset), inside)
+        self._require("splits", all(map(_is_inside, self.splits.values())), inside)
+        if self.split_rule == "halved":
+            self._require("splits", "validation" in self.splits, "a `validation` split to halve (split_rule: halved)")
+        if self.split_rule == "held_out":
+            becomes_test = "a `validation` split that becomes test (split_rule: held_out)"
+            self._require("splits", {"validation", "test"} & set(self.splits), becomes_test)
 
     def _check_labels(self) -> None:
         if self.choices is not None:
-            if any(not isinstance(word, str) for word in self.choices):
-                self._fail("choices", self.choices, "a list of texts (in YAML, quote words such as 'yes' and '1')")
-            words = [word.strip().casefold() for word in self.choices]
-            if len(words) < 2 or len(set(words)) < len(words) or not all(words):
-                self._fail("choices", self.choices, "two or more non-empty words that differ by more than case")
-            if self.value_range is not None:
-                self._fail("value_range", self.value_range, "either `choices` or `value_range`, not both")
+            texts = all(isinstance(word, str) for word in self.choices)
+            self._require("choices", texts, "a list of texts (in YAML, quote words such as 'yes' and '1')")
+            words = {word.strip().casefold() for word in self.choices}
+            differ = len(words) == len(self.choices) > 1 and all(words)
+            self._require("choices", differ, "two or more non-empty words that differ by more than case")
+            self._require("value_range", self.value_range is None, "either `choices` or `value_range`, not both")
         if self.value_range is not None:
             pair = self.value_range
-            numbers = isinstance(pair, list | tuple) and all(map(_is_number, pair))
-            if not numbers or len(pair) != 2 or not pair[0] < pair[1]:
-                self._fail("value_range", self.value_range, "[lowest, highest] with lowest < highest")
+            numbers = isinstance(pair, list | tuple) and len(pair) == 2 and all(map(_is_number, pair))
+            self._require("value_range", numbers and pair[0] < pair[1], "[lowest, highest] with lowest < highest")
             self.value_range = (float(pair[0]), float(pair[1]))
-            tenths = round(self.value_step * 10) if _is_number(self.value_step) else 0
-            if tenths == 0 or abs(tenths - self.value_step * 10) > 1e-6 or not 0 < tenths <= (pair[1] - pair[0]) * 10:
-                self._fail("value_step", self.value_step, "a multiple of 0.1, no wider than `value_range`")
+            tenths = self.value_step * 10 if _is_number(self.value_step) else 0
+            on_grid = abs(round(tenths) - tenths) < 1e-6 and 0 < round(tenths) <= (pair[1] - pair[0]) * 10
+            self._require("value_step", on_grid, "a multiple of 0.1, no wider than `value_range`")
 
     def _check_metrics(self) -> None:
-        if not self.metrics:
-            self._fail("metrics", self.metrics, f"a list of metric names out of {', '.join(METRICS)}")
+        known = {metric for metric in self.metrics if isinstance(metric, str) and metric in METRICS}
+        distinct = known and len(known) == len(self.metrics)
+        self._require("metrics", distinct, f"one or more different names out of {', '.join(METRICS)}")
         for metric in self.metrics:
-            if not isinstance(metric, str) or metric not in METRICS:
-                self._fail("metrics", metric, f"names out of {', '.join(METRICS)}")
-            if self.metrics.count(metric) > 1:
-                self._fail("metrics", self.metrics, f"'{metric}' once")
             entry = METRICS[metric]
-            if entry.needs != "text" and getattr(self, entry.needs) is None:
-                self._fail(entry.needs, None, f"a value, because the metric '{metric}' needs it")
-            if entry.classes not in (None, len(self.choices or [])):
-                self._fail("choices", self.choices, f"{entry.classes} words, because the metric '{metric}' needs them")
-            if entry.grouped and self.group is None:
-                self._fail("group", None, f"the column of the question id, because the metric '{metric}' needs it")
+            needed = f"because the metric '{metric}' needs"
+            if entry.needs != "text":
+                self._require(entry.needs, getattr(self, entry.needs) is not None, f"a value, {needed} it")
+            if entry.classes is not None:
+                words = f"{entry.classes} words, {needed} them"
+                self._require("choices", len(self.choices or []) == entry.classes, words)
+            if entry.grouped:
+                self._require("group", self.group is not None, f"the column of the question id, {needed} it")
 
 
 def card_names() -> list[str]:
@@ -221,29 +221,17 @@ def read_card_file(card: str | Path) -> dict[str, Any]:
     Raises:
         MPTError: If there is no such card or file, or if it is not a YAML mapping.
     """
-    content = read_yaml(_find(card))
+    file = Path(card)
+    # The system cannot even look up longer names and those with zero bytes.
+    if len(file.name) >= 256 or "\0" in str(card) or not file.is_file():
+        if file.suffix in (".yaml", ".yml"):
+            raise MPTError(f"Task card: got the path '{card}', which does not exist; change the path.")
+        _check_name(str(card))
+        file = find_packaged("tasks", str(card))
+    content = read_yaml(file)
     if not isinstance(content, dict):
         raise MPTError(f"Task card '{card}': got {type(content).__name__}, expected a YAML mapping; change the file.")
     return content
-
-
-def _find(card: str | Path) -> Path:
-    path = Path(card)
-    # The system cannot even look up longer names and those with zero bytes.
-    if len(path.name) < 256 and "\0" not in str(card) and path.is_file():
-        return path
-    if path.suffix in (".yaml", ".yml"):
-        raise MPTError(f"Task card: got the path '{card}', which does not exist; change the path.")
-    _check_name(str(card))
-    file = packaged("tasks", str(card))
-    if file is None:
-        near = difflib.get_close_matches(str(card), card_names(), n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise MPTError(
-            f"Unknown task: got '{card}', expected the name of a shipped card or the path of a YAML file; "
-            f"{hint}`mpt tasks` lists the names."
-        )
-    return file
 
 
 def _check_name(name: object) -> None:

@@ -52,9 +52,18 @@ def build_context(
 
     Raises:
         MPTError: If the backbone cannot have a context, if its tokenizer cannot write the separator, the answer
-            prefix or a choice, if an input cannot be cut to fit, or if there are more tokens than `max_length`.
+            prefix or a choice, or if there are more tokens than `max_length`.
     """
-    _check_backbone(encoder)
+    if not encoder.format.continues:
+        raise MPTError(
+            f"Got a {encoder.family} backbone, expected a decoder-only one, because context-aware prompt tuning trains "
+            "on predicting the answers in the context; change `backbone`, or leave `context_shots` unset."
+        )
+    if not encoder.tokenizer.is_fast:
+        raise MPTError(
+            f"Tokenizer '{encoder.tokenizer.name_or_path}': got a slow tokenizer, expected a fast one, which reports "
+            "each token's place in the text; change `backbone`, or leave `context_shots` unset."
+        )
     if count_slots(card.input + encoder.answer_prefix):
         raise MPTError(
             f"Task '{card.name}': got slots for a prompt's tokens ([prompt*N]) in a context, expected none; change "
@@ -80,19 +89,6 @@ def build_context(
             "`max_input_length`, or raise `max_context_length`."
         )
     return Context(card.name, ids, types, [example.row_id for example in examples])
-
-
-def _check_backbone(encoder: Encoder) -> None:
-    if not encoder.format.continues:
-        raise MPTError(
-            f"Got a {encoder.family} backbone, expected a decoder-only one, because context-aware prompt tuning trains "
-            "on predicting the answers in the context; change `backbone`, or leave `context_shots` unset."
-        )
-    if not encoder.tokenizer.is_fast:
-        raise MPTError(
-            f"Tokenizer '{encoder.tokenizer.name_or_path}': got a slow tokenizer, expected a fast one, which reports "
-            "each token's place in the text; change `backbone`, or leave `context_shots` unset."
-        )
 
 
 def _tokenize(encoder: Encoder, text: str, where: str, change: str) -> list[int]:

@@ -19,9 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from mpt_lightning.arguments import NonNegativeInt, PositiveInt, check_arguments
 from mpt_lightning.data.cache import RowCache
 from mpt_lightning.data.card import TaskCard
-from mpt_lightning.data.collate import PromptCollator
 from mpt_lightning.data.context import Context
-from mpt_lightning.data.loader import ResumableLoader
+from mpt_lightning.data.loader import PromptCollator, ResumableLoader
 from mpt_lightning.data.rows import SPLIT_SEED, Draw, ShotsPer, Split
 from mpt_lightning.data.sampling import EvalSampler, GlobalBatchSampler
 from mpt_lightning.data.template import apply_pattern, count_slots
@@ -162,22 +161,19 @@ class PromptDataModule(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Download and tokenise, once per node."""
-        for split in self._needed(None):
-            self._load(split)
+        self.setup()
 
     def setup(self, stage: str | None = None) -> None:
         """Read the tokenised rows of a stage (`fit`, `validate`, `test`, `predict`; unset: `fit`) from the cache."""
-        for split in self._needed(stage):
-            self._load(split)
-
-    def _needed(self, stage: str | None) -> list[Split]:
-        trainer = self.trainer
-        if stage is None and trainer is not None and trainer.state.fn is not None:
-            stage = trainer.state.fn.value
+        if stage is None and self.trainer is not None and self.trainer.state.fn is not None:
+            stage = self.trainer.state.fn.value
         evaluated: dict[Any, Split] = {"validate": "validation", "test": "test", "predict": self.predict_split}
         if stage in evaluated:
-            return [evaluated[stage]]
-        return ["train"] if trainer is not None and trainer.limit_val_batches == 0 else ["train", "validation"]
+            self._load(evaluated[stage])
+            return
+        self._load("train")
+        if self.trainer is None or self.trainer.limit_val_batches != 0:
+            self._load("validation")
 
     def _load(self, split: Split) -> None:
         if split in self._splits:

@@ -34,11 +34,7 @@ class Example:
 
 
 def read_examples(card: TaskCard, rows: Dataset) -> Iterator[Example | None]:
-    """Yield one example per row, None for a row that the card drops.
-
-    Raises:
-        MPTError: If a text is empty or a label is missing or out of range, and the card does not drop such rows.
-    """
+    """Yield one example per row, None for a row that the card drops."""
     needed = [*card.columns, card.label.split(".")[0], ROW, *([card.group.split(".")[0]] if card.group else [])]
     # By batches, since reading single rows costs several times as much.
     for batch in rows.select_columns(list(dict.fromkeys(needed))).iter(batch_size=1000):

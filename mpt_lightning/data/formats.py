@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from tokenizers import models
 from transformers import PreTrainedTokenizerBase
@@ -35,14 +35,9 @@ class EncodedInput:
 
 
 class Format(ABC):
-    """How a family of models reads inputs and writes answers. By default, an answer does not depend on its input.
+    """How a family of models reads inputs and writes answers; see `Encoder` for the arguments.
 
-    Args:
-        tokenizer: The backbone's tokenizer.
-        with_bos: Whether inputs begin with the tokenizer's opening tokens. Decoder-only models.
-
-    Raises:
-        MPTError: If the tokenizer has no end of sequence.
+    By default, an answer does not depend on its input.
     """
 
     # Whether an answer continues its input in one sequence, so that its ids depend on the input.
@@ -65,9 +60,10 @@ class Format(ABC):
         ids, special = list(encoded["input_ids"]), [*encoded["special_tokens_mask"]]
         return ids[: [*special, 0].index(0)], ids[len(ids) - [*special[::-1], 0].index(0) :]
 
-    def plain(self, texts: list[str]) -> list[list[int]]:
-        """Return the token ids of B texts without special tokens around them."""
-        return self._ids(texts, add_special_tokens=False)
+    def plain(self, texts: list[str], special: bool = False) -> list[list[int]]:
+        """Return the token ids of B texts, with or without the tokenizer's special tokens around them."""
+        encoded = self.tokenizer(texts, return_attention_mask=False, verbose=False, add_special_tokens=special)
+        return [list(row) for row in encoded["input_ids"]]
 
     def inputs(self, texts: list[str]) -> list[list[int]]:
         """Return the token ids of B input texts, of any length; -1, -2, ... in slots for a prompt's tokens."""
@@ -88,24 +84,15 @@ class Format(ABC):
         columns = [self.answers(inputs, [choice] * len(inputs)) for choice in choices or []]
         return [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in inputs]
 
-    @property
-    def num_closing(self) -> int:
-        """Number of tokens that close a target."""
-        return len(self.targets([""])[0]) - len(self.plain([self.gap])[0])
-
     @abstractmethod
     def targets(self, answers: list[str]) -> list[list[int]]:
         """Return the label ids of B answers on their own, closed by the end of sequence."""
 
-    @abstractmethod
-    def _inputs(self, texts: list[str]) -> list[list[int]]: ...
+    def _inputs(self, texts: list[str]) -> list[list[int]]:
+        return self.plain(texts, special=True)
 
-    @abstractmethod
-    def _enclose(self, ids: list[int]) -> list[int]: ...
-
-    def _ids(self, texts: list[str], **options: Any) -> list[list[int]]:
-        encoded = self.tokenizer(texts, return_attention_mask=False, verbose=False, **options)["input_ids"]
-        return [list(row) for row in encoded]
+    def _enclose(self, ids: list[int]) -> list[int]:
+        return [*self.special[0], *ids, *self.special[1]]
 
 
 class Seq2SeqFormat(Format):
@@ -115,12 +102,6 @@ class Seq2SeqFormat(Format):
         """See the base class."""
         encoded = self.tokenizer(text_target=answers, verbose=False)["input_ids"] if answers else []
         return [list(row) for row in encoded]
-
-    def _inputs(self, texts: list[str]) -> list[list[int]]:
-        return self._ids(texts)
-
-    def _enclose(self, ids: list[int]) -> list[int]:
-        return [*self.special[0], *ids, *self.special[1]]
 
 
 class CausalFormat(Format):
@@ -155,13 +136,8 @@ class CausalFormat(Format):
     def encode_inputs(self, texts: list[str], choices: list[str] | None) -> list[EncodedInput]:
         """Tokenise B texts up to their answers.
 
-        Args:
-            texts: B texts. One space at the end is the one before the answer; other whitespace there replaces it.
-            choices: The task's choices, if any.
-
-        Returns:
-            B inputs. The space before the answer is tokenised with the answer, unless only the ids of the text with
-            the space are a prefix for each of the choices.
+        One space at a text's end is the one before the answer; other whitespace there replaces it. The space is
+        tokenised with the answer, unless only the ids of the text with the space are a prefix for each of the choices.
         """
         stems = [text.removesuffix(" ") for text in texts]
         encoded = [
@@ -200,8 +176,7 @@ class CausalFormat(Format):
 
     def _inputs(self, texts: list[str]) -> list[list[int]]:
         eos = self.tokenizer.eos_token_id
-        ids = self._ids(texts, add_special_tokens=self.with_bos)
-        return [row[:-1] if row[-1:] == [eos] else row for row in ids]
+        return [row[:-1] if row[-1:] == [eos] else row for row in self.plain(texts, special=self.with_bos)]
 
     def _enclose(self, ids: list[int]) -> list[int]:
         return [*self.special[0], *ids] if self.with_bos else ids

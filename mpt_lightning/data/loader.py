@@ -1,14 +1,62 @@
-"""A DataLoader that resumes in the middle of an epoch."""
+"""What the DataLoaders of all stages have in common: collation, and resuming in the middle of an epoch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from mpt_lightning.data.sampling import GlobalBatchSampler
 from mpt_lightning.errors import MPTError
+
+
+class PromptCollator:
+    """Turns B rows into a batch, padded on the right to the longest.
+
+    Rows have `input_ids`, `labels` and `task_ids`, and may have `row_id`, `context_examples` (training), `text`,
+    `references`, `group` and `choices` (evaluation). A batch has the tensors `input_ids [B, L]`, `attention_mask
+    [B, L]` (1 is a token), `labels [B, M]` (-100 is padding), `task_ids [B]`, `context_examples [B]` and `choices
+    [B, C, M']` (-100 is padding), and the lists `row_ids`, `texts`, `references` and `groups`.
+
+    Args:
+        pad_id: Id that pads inputs.
+        choices: Token ids of the task's C choices, for evaluation. Unset: the rows' own, if any.
+    """
+
+    def __init__(self, pad_id: int, choices: Sequence[Sequence[int]] | None = None) -> None:
+        self.pad_id = pad_id
+        self.choices = None if choices is None else pad(choices, -100)
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return a batch of B rows; see the class."""
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        batch: dict[str, Any] = {
+            "input_ids": pad([row["input_ids"] for row in rows], self.pad_id),
+            "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
+            "labels": pad([row["labels"] for row in rows], -100),
+            "task_ids": torch.tensor([row["task_ids"] for row in rows]),
+        }
+        if "context_examples" in rows[0]:
+            batch["context_examples"] = torch.tensor([row["context_examples"] for row in rows])
+        if "row_id" in rows[0]:
+            batch["row_ids"] = [row["row_id"] for row in rows]
+        if "text" in rows[0]:
+            names = {"references": "references", "texts": "text", "groups": "group"}
+            batch |= {name: [row[column] for row in rows] for name, column in names.items()}
+            if self.choices is not None:
+                batch["choices"] = self.choices.expand(len(rows), -1, -1).clone()
+            elif own := [choice for row in rows for choice in row.get("choices", [])]:
+                batch["choices"] = pad(own, -100).unflatten(0, (len(rows), -1))
+        return batch
+
+
+def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Pad lists of ids on the right, `[B, longest]`."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
 
 
 class ResumableLoader(DataLoader[Any]):
@@ -32,14 +80,7 @@ class ResumableLoader(DataLoader[Any]):
         return {"epoch": self.sampler.epoch, "batches": self._batches, "rows": self.sampler.global_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Resume where a checkpoint stopped.
-
-        Args:
-            state: What `state_dict` returned.
-
-        Raises:
-            MPTError: If the state is damaged, or the checkpoint stopped in mid-epoch with batches of another size.
-        """
+        """Resume where a checkpoint stopped; raise MPTError if it stopped in mid-epoch with other batches."""
         counts = [state.get(name) for name in ("epoch", "batches", "rows")] if isinstance(state, dict) else [None]
         if any(type(count) is not int or count < 0 for count in counts):
             raise MPTError(f"Got the loader's state {state!r}, expected three counts; the checkpoint is damaged.")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from torch.utils.data import DataLoader
 
-from mpt_lightning.arguments import PositiveFloat, PositiveInt, check_arguments
+from mpt_lightning.arguments import PositiveFloat, PositiveInt, Range, check_arguments
 from mpt_lightning.data.card import TaskCard, load_card
 from mpt_lightning.data.datamodule import PromptDataModule
-from mpt_lightning.data.sampling import Kappa, Sampling, TaskMixSampler, check_kappa
+from mpt_lightning.data.sampling import Sampling, TaskMixSampler
 from mpt_lightning.errors import MPTError
 
 
@@ -22,7 +22,8 @@ class MultitaskDataModule(PromptDataModule):
             rows, the batch split evenly over them. `proportional`, `uniform`, `temperature`: the task of each row is
             drawn. `all`: every task in each batch.
         kappa: Most tasks in a batch with `stochastic`. Unset: all.
-        temperature: With `temperature`, probabilities are proportional to rows ** (1 / temperature).
+        temperature: With `temperature`, probabilities are proportional to rows ** (1 / temperature); 1 is
+            proportional, large is uniform.
         size_limit: A task counts as at most so many rows in these probabilities.
         replace: Whether `stochastic` may draw one task twice, which leaves fewer distinct tasks in the batch.
         options: See `PromptDataModule`.
@@ -36,7 +37,7 @@ class MultitaskDataModule(PromptDataModule):
         tasks: list[str | TaskCard],
         *,
         sampling: Sampling = "stochastic",
-        kappa: Kappa = None,
+        kappa: Annotated[int, Range(2)] | None = None,
         temperature: PositiveFloat = 2.0,
         size_limit: PositiveInt = 2**18,
         replace: bool = True,
@@ -50,7 +51,10 @@ class MultitaskDataModule(PromptDataModule):
             "replace": replace,
         }
         check_arguments(MultitaskDataModule, {"tasks": tasks, **self.mixing})
-        check_kappa(len(tasks), kappa, replace)
+        if kappa is not None and kappa > len(tasks) and not replace:
+            raise MPTError(
+                f"Got kappa={kappa}, expected at most {len(tasks)}, the number of tasks; change `kappa` or `replace`."
+            )
         super().__init__([load_card(task) for task in tasks], **options)
         if self.group_by_length:
             raise MPTError(

@@ -16,14 +16,7 @@ Text = str | Mapping[str, str]
 
 @dataclass
 class Row:
-    """A row as token ids.
-
-    Attributes:
-        task: Name of its task.
-        text: The input as the model reads it.
-        ids: Token ids of the text.
-        choices: Token ids of each of the task's choices; empty for tasks without choices.
-    """
+    """A row as token ids: the input as the model reads it, its ids, and those of each of the task's choices."""
 
     task: str
     text: str
@@ -34,32 +27,19 @@ class Row:
 def encode_rows(
     encoder: Encoder, cards: Mapping[str, TaskCard], given: Sequence[Any], tasks: Sequence[str], raw: bool
 ) -> list[Row]:
-    """Tokenise B rows, those of a task together.
-
-    Args:
-        encoder: How the backbone reads text.
-        cards: The tasks' cards by name.
-        given: Strings or mappings of columns [B].
-        tasks: Name of each row's task [B].
-        raw: Read strings as they are, without the card's template.
-
-    Raises:
-        MPTError: If a row cannot be read; the message names it.
-    """
+    """Tokenise B rows, strings or mappings of columns; with `raw`, strings are read without the card's template."""
     rows: dict[int, Row] = {}
-    read = [_read(number, given[number], task, None if raw else cards.get(task)) for number, task in enumerate(tasks)]
     for task in dict.fromkeys(tasks):
         numbers, card = [number for number, name in enumerate(tasks) if name == task], cards.get(task)
         choices = card.choices if card is not None else None
-        values: list[Any] = [read[number] for number in numbers]
+        values: list[Any] = [_read(number, given[number], task, None if raw else card) for number in numbers]
         if card is None or raw:
             inputs, texts = encoder.format.encode_inputs(values, choices), values
             for number, encoded in zip(numbers, inputs, strict=True):
                 if not 0 < len(encoded.ids) <= encoder.max_input_length:
                     raise MPTError(
                         f"Text {number} (task {task}) has {len(encoded.ids)} tokens, expected 1 to "
-                        f"{encoder.max_input_length}; change the text, or give its columns, one of which "
-                        "may be cut."
+                        f"{encoder.max_input_length}; change the text, or give its columns, one of which may be cut."
                     )
         else:
             fitted = encoder.fit(card, values)
@@ -73,20 +53,7 @@ def encode_rows(
 def _read(row: int, given: Any, task: str, card: TaskCard | None) -> str | Example:
     """Check a row; return its text if there is no template to fill, else its columns."""
     where = f"Text {row} (task {task})"
-    if card is None:
-        if not isinstance(given, str):
-            raise MPTError(
-                f"{where}: got {type(given).__name__}, expected a string; change `texts`, since raw text, and a task "
-                "without a card, has no template to fill."
-            )
-        if not given.strip():
-            raise MPTError(f"{where} is empty, expected some text; change `texts`.")
-        return plain_text(given, "text", where)
-    if not isinstance(given, str | Mapping):
-        raise MPTError(
-            f"{where}: got {type(given).__name__}, expected a string or a mapping of columns; change `texts`."
-        )
-    columns = card.columns
+    columns = ["text"] if card is None else card.columns
     if isinstance(given, str):
         if len(columns) > 1:
             raise MPTError(
@@ -94,12 +61,16 @@ def _read(row: int, given: Any, task: str, card: TaskCard | None) -> str | Examp
                 "raw=True (--raw) with the text as the model reads it."
             )
         given = {columns[0]: given}
+    elif card is None or not isinstance(given, Mapping):
+        expected = "a string" if card is None else "a string or a mapping of columns"
+        raise MPTError(f"{where}: got {type(given).__name__}, expected {expected}; change `texts`.")
     if missing := [column for column in columns if column not in given]:
         raise MPTError(f"{where} has no {', '.join(missing)}; the card reads {', '.join(columns)}.")
     values = {column: plain_text(given[column], column, where) for column in columns}
-    if card.empty_text != "keep" and (empty := [column for column, text in values.items() if not text.strip()]):
+    may_be_empty = card is not None and card.empty_text == "keep"
+    if not may_be_empty and (empty := [column for column, text in values.items() if not text.strip()]):
         raise MPTError(f"{where} has nothing in {', '.join(empty)}, expected some text; change `texts`.")
-    return Example(row, values, "", [], "")
+    return values["text"] if card is None else Example(row, values, "", [], "")
 
 
 def plain_text(value: Any, field: str, where: str) -> str:

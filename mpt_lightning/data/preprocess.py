@@ -25,16 +25,9 @@ _COPA_QUESTIONS = {"cause": "What was the cause?", "effect": "What was the effec
 
 
 def multirc(row: Row, split: str) -> list[Row]:
-    """Remove the markup of a MultiRC row and name its question.
+    """Remove the markup of a MultiRC row, and add `group`, the id of the question, such as `3-17`.
 
-    Args:
-        row: `paragraph`, `question`, `answer` (texts), `label` (0 or 1) and `idx` (a mapping with `paragraph`
-            and `question`).
-        split: Not used.
-
-    Returns:
-        One row with the texts and `group`, the id of the question, such as `3-17`: rows of one question stay in one
-        half when a split is halved, and are scored together.
+    Rows of one question stay in one half when a split is halved, and are scored together.
     """
     _need(row, "MultiRC", "paragraph", "question", "answer", "idx")
     idx = row["idx"]
@@ -47,10 +40,6 @@ def multirc(row: Row, split: str) -> list[Row]:
 def record(row: Row, split: str) -> list[Row]:
     """Turn a ReCoRD row into one row per answer (training) or one row with all answers (evaluation).
 
-    Args:
-        row: `passage`, `query` (with `@placeholder`), `entities` and `answers` (lists of texts), `idx`.
-        split: `train` or another name.
-
     Returns:
         Rows with `query`, `entities` (one text, comma separated), `passage` (the highlights as sentences),
         `label` (a text in training, a list of texts otherwise) and `group`, the id of the query.
@@ -58,10 +47,7 @@ def record(row: Row, split: str) -> list[Row]:
     _need(row, "ReCoRD", "passage", "query", "entities", "answers")
     answers = _unique(row["answers"])
     if not answers:
-        raise MPTError(
-            "ReCoRD row: got no answers, expected at least one; change the card's `splits` not to use the Hub's test "
-            "split, which has none."
-        )
+        raise MPTError("ReCoRD row: got no answers, expected some; change `splits`: the Hub's test split has none.")
     idx = row.get("idx")
     clean = {
         "query": _plain(row["query"]),
@@ -75,14 +61,8 @@ def record(row: Row, split: str) -> list[Row]:
 def wsc(row: Row, split: str) -> list[Row]:
     """Mark the two spans of a Winograd schema in its text: `* the noun *` and `# the pronoun #`.
 
-    Args:
-        row: `text`, `span1_text`, `span1_index`, `span2_text`, `span2_index` (index of the span's first word,
-            words being separated by white space) and `label`.
-        split: Not used.
-
-    Returns:
-        One row, `text` with the marks. Case is ignored when a span is looked up; if an index is slightly wrong (the
-        data set has some), the nearest occurrence of the span is marked.
+    `span1_index` and `span2_index` count words separated by white space. Case is ignored when a span is looked up; if
+    an index is slightly wrong (the data set has some), the nearest occurrence of the span is marked.
     """
     _need(row, "WSC", "text", "span1_text", "span1_index", "span2_text", "span2_index")
     text: str = row["text"]
@@ -94,15 +74,7 @@ def wsc(row: Row, split: str) -> list[Row]:
 
 
 def squad_answers(row: Row, split: str) -> list[Row]:
-    """Extract the answer texts of SQuAD's `answers` mapping.
-
-    Args:
-        row: `question`, `context` and `answers` (`{"text": [...], "answer_start": [...]}` or a list).
-        split: `train` or another name.
-
-    Returns:
-        One row with `label`: the first answer in training, otherwise all different answers.
-    """
+    """Turn SQuAD's `answers`, `{"text": [...]}` or a list, into `label`: the first in training, else all different."""
     _need(row, "SQuAD", "question", "context", "answers")
     answers = row["answers"]
     texts = answers.get("text") if isinstance(answers, Mapping) else answers
@@ -131,16 +103,9 @@ def copa(row: Row, split: str) -> list[Row]:
 
 
 def webnlg(row: Row, split: str) -> list[Row]:
-    """Write the triples of a WebNLG row as one text.
+    """Write the triples of a WebNLG row as one text, `triples`: `subject | relation | object && ...`.
 
-    Args:
-        row: `input` (list of `subject | relation | object`), `target` (a text), `references` (a list of
-            texts, empty in training).
-        split: `train` or another name.
-
-    Returns:
-        One row with `triples` (`subject | relation | object && ...`, without underscores and quotes) and
-        `label`: the target in training, otherwise all references.
+    Its `label` is the target in training, otherwise all references.
     """
     _need(row, "WebNLG", "input", "target")
     triples = []

@@ -22,12 +22,11 @@ HELD_OUT_ROWS = 1000
 
 @dataclass(frozen=True)
 class Draw:
-    """Which of a split's rows are used.
+    """Which of a split's rows are used; see `PromptDataModule` for `k_shot` and `shots_per`.
 
     Args:
-        k_shot: Rows per class or per task. Unset: all.
-        shots_per: Whether `k_shot` counts per `class` or per `task`; `balanced` is per task, evenly over its classes.
-            A task without classes counts per task.
+        k_shot: Number of rows. Unset: all.
+        shots_per: What `k_shot` counts.
         max_rows: Most rows to use. Unset: all.
         seed: Seed of the draw; a larger draw with the same seed contains the smaller one.
         beside: Another draw, whose rows are removed before this one. Training rows only.
@@ -47,9 +46,6 @@ def source_rows(card: TaskCard, split: Split, data_root: str | None, cache_dir: 
 
     With `split_rule: held_out`, validation is min(1,000, a tenth) of the training rows, at least one;
     rows of one group stay together.
-
-    Raises:
-        MPTError: If the card has no such split, or if the data cannot be read.
     """
     hub = dict(card.splits)
     if card.split_rule == "halved":
@@ -72,17 +68,7 @@ def source_rows(card: TaskCard, split: Split, data_root: str | None, cache_dir: 
 
 
 def select_rows(card: TaskCard, raw: Dataset, split: Split, draw: Draw) -> Dataset:
-    """Return the drawn rows of a split, in the order of the source; labels and texts of all its rows are checked.
-
-    Args:
-        card: The task.
-        raw: The rows of `source_rows`.
-        split: Our name of the split.
-        draw: Which rows to use.
-
-    Raises:
-        MPTError: If a column is missing, a label or text is unusable, or there are fewer rows than drawn.
-    """
+    """Return the drawn rows of those of `source_rows`, in their order; labels and texts of all rows are checked."""
     rows = preprocess(card, raw, split)
     check_columns(card, rows)
     examples = enumerate(read_examples(card, rows))
@@ -117,10 +103,7 @@ def select_rows(card: TaskCard, raw: Dataset, split: Split, draw: Draw) -> Datas
 
 
 def _cut(positions: np.ndarray, groups: np.ndarray | None, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cut positions [N] at random into a part of `size`, at most `size` with groups, and the rest, both sorted.
-
-    Rows of one group stay together; `groups` has each position's group id, "" for none.
-    """
+    """Cut positions [N] at random into `size` of them (or less, so that groups stay whole) and the rest, sorted."""
     order = np.random.default_rng(seed).permutation(positions)
     if groups is None or not any(groups[order]):
         return np.sort(order[:size]), np.sort(order[size:])

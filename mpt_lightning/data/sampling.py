@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence, Sized
-from typing import Annotated, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 from torch.utils.data import DistributedSampler
 
-from mpt_lightning.arguments import PositiveFloat, PositiveInt, Range, check_arguments
 from mpt_lightning.errors import MPTError
 
 Sampling = Literal["stochastic", "proportional", "uniform", "temperature", "all"]
-Kappa = Annotated[int, Range(2)] | None
 
 
 class GlobalBatchSampler(DistributedSampler[int]):
@@ -22,13 +20,6 @@ class GlobalBatchSampler(DistributedSampler[int]):
     A `DistributedSampler`, because Lightning does not replace those and sets their epoch. All ranks draw the same
     global batches of `batch_size * num_replicas` rows from (seed, epoch) and take every `num_replicas`-th row of each,
     so no two ranks share a row. For `DataLoader(batch_size=batch_size)`.
-
-    Args:
-        size: Rows of the data set.
-        batch_size: Rows per rank and batch.
-        num_replicas: Number of ranks.
-        rank: This rank.
-        seed: Seed of the order.
     """
 
     def __init__(self, size: int, batch_size: int, num_replicas: int = 1, rank: int = 0, seed: int = 42) -> None:
@@ -41,11 +32,7 @@ class GlobalBatchSampler(DistributedSampler[int]):
 
     @abstractmethod
     def global_batches(self, rng: np.random.Generator) -> Iterator[Sequence[int]]:
-        """Yield the row numbers of each global batch of an epoch, each a multiple of `num_replicas` long.
-
-        Args:
-            rng: Random numbers of this epoch, the same on every rank.
-        """
+        """Yield the row numbers of each global batch of an epoch, each a multiple of `num_replicas` long."""
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, from 0; any but a resumed one starts at its first batch."""
@@ -73,14 +60,7 @@ class GlobalBatchSampler(DistributedSampler[int]):
 class ShuffleSampler(GlobalBatchSampler):
     """Yields every row of one task once an epoch; a few twice if the rows do not divide over the ranks.
 
-    Args:
-        size: Rows of the data set.
-        batch_size: Rows per rank and batch; the last batch may be smaller.
-        num_replicas, rank, seed: See the base class.
-        lengths: Length of each row in tokens [N], to put rows of similar length into one batch. Unset: plain shuffle.
-
-    Raises:
-        MPTError: If there are fewer rows than ranks.
+    With the rows' `lengths` in tokens [N], rows of similar length are in one batch. The last batch may be smaller.
     """
 
     # Rows are sorted by length within so many batches: enough for little padding, few enough to stay random.
@@ -126,7 +106,8 @@ class ShuffleSampler(GlobalBatchSampler):
 class TaskMixSampler(GlobalBatchSampler):
     """Yields rows of several tasks, which are stored one task after the other, mixed in each batch.
 
-    A task's probability is p ~ min(rows, size_limit), its 1/temperature-th power with `temperature`, or equal.
+    A task's probability is p ~ min(rows, size_limit), its 1/temperature-th power with `temperature`, or equal. See
+    `MultitaskDataModule` for the options.
 
     - `stochastic`: K ~ U{2..kappa} tasks are drawn with p; each gets batch/K rows and one of them the remainder. With
       fewer rows than K, as many tasks as rows get one row each.
@@ -134,20 +115,7 @@ class TaskMixSampler(GlobalBatchSampler):
     - `all`: every task gets batch/T rows, and one drawn task the remainder.
 
     Each task is read in a shuffled order that starts again when it ends. An epoch has as many batches as all rows
-    together fill, at least one.
-
-    Args:
-        sizes: Rows of each task [T].
-        batch_size: Rows per rank and batch. The draw is for the batch of all ranks together.
-        sampling: How tasks are drawn.
-        kappa: Most tasks in a batch, for `stochastic`. Unset: all.
-        temperature: Inverse of the exponent, for `temperature`; 1 is proportional, large is uniform.
-        size_limit: A task counts as at most so many rows.
-        replace: Whether `stochastic` may draw a task twice into one batch.
-        num_replicas, rank, seed: See the base class.
-
-    Raises:
-        MPTError: If an option has an impossible value.
+    together fill, at least one. The draw is for the batch of all ranks together.
     """
 
     def __init__(
@@ -155,16 +123,14 @@ class TaskMixSampler(GlobalBatchSampler):
         sizes: Sequence[int],
         batch_size: int,
         sampling: Sampling = "stochastic",
-        kappa: Kappa = None,
-        temperature: PositiveFloat = 2.0,
-        size_limit: PositiveInt = 2**18,
+        kappa: int | None = None,
+        temperature: float = 2.0,
+        size_limit: int = 2**18,
         replace: bool = True,
         num_replicas: int = 1,
         rank: int = 0,
         seed: int = 42,
     ) -> None:
-        check_arguments(TaskMixSampler, locals())
-        check_kappa(len(sizes), kappa, replace)
         super().__init__(sum(sizes), batch_size, num_replicas, rank, seed)
         if sampling == "all" and self.global_size < len(sizes):
             raise MPTError(
@@ -172,6 +138,7 @@ class TaskMixSampler(GlobalBatchSampler):
                 "or more of each; raise `batch_size` or change `sampling`."
             )
         self.sizes = list(sizes)
+        self.num_batches = max(1, self.size // self.global_size)  # of an epoch
         self.offsets = np.cumsum([0, *sizes[:-1]])
         self.sampling = sampling
         self.kappa = kappa or len(sizes)
@@ -182,11 +149,6 @@ class TaskMixSampler(GlobalBatchSampler):
         elif sampling == "temperature":
             weights = weights ** (1 / temperature)
         self.probabilities = weights / weights.sum()
-
-    @property
-    def num_batches(self) -> int:
-        """Batches of an epoch."""
-        return max(1, self.size // self.global_size)
 
     def __len__(self) -> int:
         return self.num_batches * self.global_size // self.num_replicas
@@ -219,25 +181,11 @@ def _endless(size: int, rng: np.random.Generator) -> Iterator[int]:
         yield from rng.permutation(size).tolist()
 
 
-def check_kappa(num_tasks: int, kappa: int | None, replace: bool) -> None:
-    """Raise MPTError if more tasks are to be drawn without replacement than there are."""
-    if kappa is not None and not replace and kappa > num_tasks:
-        raise MPTError(
-            f"Got kappa={kappa}, expected at most {num_tasks}, the number of tasks; change `kappa` or `replace`."
-        )
-
-
 class EvalSampler(DistributedSampler[int]):
     """Yields every row exactly once over all ranks, in order.
 
-    Args:
-        dataset: The rows.
-        num_replicas: Number of ranks.
-        rank: This rank.
-        even: Repeat the last row on ranks that are a row short.
-
-    Attributes:
-        filling: Number of repeated rows at the end, which must not be counted.
+    With `even`, ranks that are a row short repeat the last row; `filling` is the number of such rows at the end, which
+    must not be counted.
     """
 
     def __init__(self, dataset: Sized, num_replicas: int = 1, rank: int = 0, even: bool = False) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import codecs
 import inspect
-import json
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -19,7 +19,7 @@ from datasets.load import load_dataset
 
 from mpt_lightning.data.card import TaskCard
 from mpt_lightning.errors import MPTError
-from mpt_lightning.io import one_line, read_text
+from mpt_lightning.io import one_line
 from mpt_lightning.resources import embedded_data
 
 # Column with the row's number in the Hub's split, for error messages and predictions.
@@ -47,9 +47,6 @@ def load_raw(card: TaskCard, hub_split: str, data_root: str | None = None, cache
         data_root: Folder to read instead of the Hub: `<data_root>/<last part of path>[/<subset>]/<split>.parquet`
             (or .jsonl, .json, .csv). Unset: the environment variable MPT_DATA_ROOT, else the Hub.
         cache_dir: Folder for cached data. Unset: the `datasets` default.
-
-    Raises:
-        MPTError: If `data_root` has no file for the split, or if the data cannot be read or has no rows.
     """
     root = embedded_data(card.path) or data_root or os.environ.get("MPT_DATA_ROOT")
     where = f"'{card.path}'" + (f" ({card.subset})" if card.subset else "") + f", split '{hub_split}'"
@@ -84,27 +81,12 @@ def _read(card: TaskCard, file: Path, cache_dir: str | None) -> Dataset:
         # Texts as they are written: otherwise "NA" becomes nothing and "007" becomes 7.
         options = {"converters": dict.fromkeys(card.columns, str), "keep_default_na": False, "na_values": [""]}
     elif file.suffix != ".parquet":
-        _check_json(file)
+        with file.open("rb") as stream:
+            start = stream.read(1024).removeprefix(codecs.BOM_UTF8).lstrip()
+        # Arrow's reader crashes if the first row is `null`.
+        if start and not re.match(rb"\{|\[\s*\{" if file.suffix == ".json" else rb"\{", start):
+            raise MPTError(f"it begins with {start[:20]!r}, expected a JSON object")
     return _READERS[file.suffix](str(file), cache_dir=cache_dir, **options)
-
-
-def _check_json(file: Path) -> None:
-    """Raise if a value is not an object; Arrow's reader accepts `null`, and crashes if it is the first one."""
-    with file.open("rb") as stream:
-        lines = ((number, line.removeprefix(codecs.BOM_UTF8).strip()) for number, line in enumerate(stream, start=1))
-        rows = ((number, line) for number, line in lines if line)
-        number, line = next(rows, (0, b"{"))
-        if file.suffix == ".json" and line.startswith(b"["):
-            elements = enumerate(json.loads(read_text(file)))
-            wrong = next((f"element {place}" for place, row in elements if not isinstance(row, dict)), None)
-        else:
-            # A `.json` file may also be one object over many lines.
-            each_a_row = file.suffix == ".jsonl"
-            bad = (n for n, text in rows if text == b"null" or (each_a_row and not text.startswith(b"{")))
-            place = next(bad, None) if line.startswith(b"{") else number
-            wrong = None if place is None else f"line {place}"
-    if wrong:
-        raise MPTError(f"{wrong} is not a JSON object")
 
 
 def _from_hub(card: TaskCard, split: str, cache_dir: str | None) -> Dataset:
@@ -127,11 +109,7 @@ def _local_file(card: TaskCard, hub_split: str, root: Path) -> Path:
 
 
 def preprocess(card: TaskCard, raw: Dataset, split: str) -> Dataset:
-    """Return what the card's preprocess function, if any, makes of every row, with the raw row's `__row__`.
-
-    Raises:
-        MPTError: If the function cannot be imported, does not return a list of mappings, or leaves no row.
-    """
+    """Return what the card's preprocess function, if any, makes of every row, with the raw row's `__row__`."""
     if card.preprocess is None:
         return raw
     function = import_preprocess(card)
@@ -173,9 +151,6 @@ def import_preprocess(card: TaskCard) -> Preprocess:
     A card may come from somebody else. So the function must be written for cards: outside of Python's standard library,
     defined in the module that the path names (not a method, a lambda or something that the module imports), with
     parameters named `row` and `split`.
-
-    Raises:
-        MPTError: If there is no such module or function, or if a card may not name it.
     """
     module, _, name = str(card.preprocess).rpartition(".")
     where = f"Task '{card.name}': got preprocess={card.preprocess!r}"
@@ -195,11 +170,5 @@ def import_preprocess(card: TaskCard) -> Preprocess:
 
 
 def preprocess_source(card: TaskCard) -> str:
-    """Return the source code of the module of the card's preprocess function, or "".
-
-    It is part of every cache key: an edited function makes new rows.
-    """
-    if card.preprocess is None:
-        return ""
-    function = import_preprocess(card)
-    return inspect.getsource(inspect.getmodule(function) or function)
+    """Return the source code of the module of the card's preprocess function, or ""; it is part of cache keys."""
+    return "" if card.preprocess is None else inspect.getsource(sys.modules[import_preprocess(card).__module__])

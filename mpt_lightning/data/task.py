@@ -19,8 +19,6 @@ from mpt_lightning.data.rows import Draw, ShotsPer, Split
 from mpt_lightning.data.sampling import ShuffleSampler
 from mpt_lightning.errors import MPTError
 
-ContextRows = Literal["train", "apart"]
-
 
 class TaskDataModule(PromptDataModule):
     """One task, optionally with some of its examples as a context.
@@ -28,8 +26,7 @@ class TaskDataModule(PromptDataModule):
     Args:
         card: The task: a card's fields, the name of a shipped card (`glue/sst2`) or the path of a card's YAML file.
         context_shots: Training rows in the context, drawn and shuffled with `seed`. Unset: no context.
-        context_per: Count `context_shots` per `class` or per `task`; `balanced` is per task, evenly over its classes. A
-            task without classes counts per task.
+        context_per: What `context_shots` counts, like `shots_per`.
         context_rows: Train on the rows of the context (`train`), or draw the training rows from the others (`apart`).
         max_context_length: Most tokens of the context. Unset: as many as its examples have.
         separator: Text after each example of the context, a line break by default. Empty: none.
@@ -45,7 +42,7 @@ class TaskDataModule(PromptDataModule):
         *,
         context_shots: PositiveInt | None = None,
         context_per: ShotsPer = "class",
-        context_rows: ContextRows = "train",
+        context_rows: Literal["train", "apart"] = "train",
         max_context_length: PositiveInt | None = None,
         separator: str = "\n",
         **options: Any,
@@ -79,11 +76,7 @@ class TaskDataModule(PromptDataModule):
 
     @property
     def context(self) -> Context | None:
-        """The context, which begins with BOS if the tokenizer adds one; None without `context_shots`.
-
-        Raises:
-            MPTError: If `setup` has not run.
-        """
+        """The context, which begins with BOS if the tokenizer adds one; None without `context_shots`."""
         if self._has_context and self._context is None:
             raise MPTError("Got no context yet, expected it to be built; call `setup` first.")
         return self._context
@@ -111,10 +104,7 @@ class TaskDataModule(PromptDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Return shuffled training batches; the last of an epoch may be smaller."""
         (rows,) = self._rows("train")
-        lengths = None
-        if self.group_by_length:
-            chunks = rows.data.column("input_ids").chunks
-            lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks])
+        lengths = rows.data.column("input_ids").combine_chunks().value_lengths() if self.group_by_length else None
         sampler = ShuffleSampler(len(rows), self.batch_size, *self._ranks(), seed=self.seed, lengths=lengths)
         return self._train_loader(sampler)
 

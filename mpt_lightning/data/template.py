@@ -19,11 +19,7 @@ _SLOTS = re.compile(r"\[prompt\*(\d+)\]")
 
 @lru_cache
 def parse_template(template: str) -> tuple[tuple[str, str | None], ...]:
-    """Return a template's (literal text, column that follows it or None) pairs.
-
-    Raises:
-        ValueError: If it is not a template; the message is what was expected.
-    """
+    """Return a template's (literal text, column that follows it or None) pairs; an error is what was expected."""
     try:
         parsed = list(Formatter().parse(template))
     except (ValueError, TypeError) as error:
@@ -94,11 +90,7 @@ def read_patterns(card: TaskCard, given: list[Any]) -> list[Pattern]:
 
 
 def apply_pattern(card: TaskCard, number: int) -> TaskCard:
-    """Return the card with pattern `number`, from 0, in place of its input, and without further patterns.
-
-    Raises:
-        MPTError: If there is no such pattern, or if it does not fit the card.
-    """
+    """Return the card with pattern `number`, from 0, in place of its input, and without further patterns."""
     if not 0 <= number < len(card.patterns):
         expected = f"0 to {len(card.patterns) - 1}" if card.patterns else "none, since the card has no `patterns`"
         raise MPTError(

@@ -27,7 +27,7 @@ _CHUNK = 1000
 
 @dataclass
 class Encoder:
-    """How a backbone reads a task's examples.
+    """How a backbone reads a task's examples; `format` is how its family writes inputs and answers.
 
     Args:
         tokenizer: The backbone's tokenizer.
@@ -36,12 +36,6 @@ class Encoder:
         answer_prefix: Words at the end of every input, joined with one space unless there is whitespace.
         with_bos: Whether inputs begin with what the tokenizer puts before a text. False if a context comes before
             them, which begins with it. Decoder-only models.
-
-    Attributes:
-        format: How the family reads inputs and writes answers.
-
-    Raises:
-        MPTError: If an option, which may come from a checkpoint, is invalid, or the tokenizer cannot close a target.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -51,7 +45,7 @@ class Encoder:
     with_bos: bool = True
 
     def __post_init__(self) -> None:
-        check_arguments(Encoder, vars(self))
+        check_arguments(Encoder, vars(self))  # they may come from a checkpoint
         self.format = FORMATS[self.family](self.tokenizer, self.with_bos)
 
     @classmethod
@@ -85,9 +79,6 @@ class Encoder:
 
         Returns:
             Each example as it fits (the same object if nothing was cut) and its input [B].
-
-        Raises:
-            MPTError: If an input has no tokens, or if the rest of a row leaves no room for any of that column.
         """
         return [
             (example, encoded) if 0 < len(encoded.ids) <= self.max_input_length else self._cut(card, example, encoded)
@@ -103,7 +94,10 @@ class Encoder:
             raise MPTError(f"{where}: got an input without tokens, expected some; change the data.")
         column = card.truncate or max(card.columns, key=lambda name: len(example.values[name]))
         whole = example.values[column]
-        ends = self._token_ends(whole)
+        ends = list(range(1, len(whole) + 1))
+        if self.tokenizer.is_fast:
+            offsets = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            ends = [end for _, end in offsets["offset_mapping"]]
         kept, fitted = len(ends), example
         # Tokens merge at the borders, so the whole input is measured after each cut; one cut is mostly enough.
         while len(encoded.ids) > self.max_input_length and kept:
@@ -119,18 +113,8 @@ class Encoder:
             )
         return fitted, encoded
 
-    def _token_ends(self, text: str) -> list[int]:
-        if not self.tokenizer.is_fast:
-            return list(range(1, len(text) + 1))
-        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return [end for _, end in offsets["offset_mapping"]]
-
     def encode(self, card: TaskCard, rows: Iterator[Example], split: Split) -> Iterator[dict[str, Any]]:
-        """Yield one mapping per example, as it is cached; only training targets have a length limit.
-
-        Raises:
-            MPTError: If an input has no tokens or cannot be cut to fit, or a training target is too long.
-        """
+        """Yield one mapping per example, as it is cached; only training targets have a length limit."""
         while chunk := list(islice(rows, _CHUNK)):
             fitted = self.fit(card, chunk)
             inputs = [encoded for _, encoded in fitted]

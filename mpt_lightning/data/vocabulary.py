@@ -45,19 +45,13 @@ def check_choices(card: TaskCard, tokenizer: PreTrainedTokenizerBase, family: Fa
 
 
 def check_targets(card: TaskCard, rows: Dataset, split: Split, encoder: Encoder) -> None:
-    """Check that the tokenizer can write the free-text targets of a split's encoded rows.
-
-    Raises:
-        MPTError: If a training target has no tokens, or unknown ones only.
-
-    Warns:
-        If other targets have unknown tokens or none.
-    """
+    """Raise MPTError if a free-text training target has no known token; warn if other targets have unknown ones."""
     if card.choices is not None:
         return
     tokenizer = encoder.tokenizer
     lengths, unknown = _counts(rows, "labels", unknown_id(tokenizer))
-    empty = unknown >= lengths - encoder.format.num_closing
+    closing = len(encoder.format.targets([""])[0]) - len(encoder.format.plain([encoder.format.gap])[0])
+    empty = unknown >= lengths - closing
     if split == "train" and empty.any():
         row = rows[int(empty.argmax())]
         raise MPTError(
@@ -89,11 +83,8 @@ def warn_of_unknown_inputs(card: TaskCard, rows: Dataset, split: Split, encoder:
 
 def _counts(rows: Dataset, column: str, unknown: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Return the length of each row's tokens and how many of them are unknown, [N] each."""
-    chunks = [chunk for chunk in rows.data.column(column).chunks if len(chunk)]
-    if not chunks:
-        return np.zeros(0, dtype=int), np.zeros(0, dtype=int)
-    lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks])
-    ids = np.concatenate([chunk.flatten().to_numpy() for chunk in chunks])
-    of_token = np.concatenate([[0], np.cumsum(ids == (-1 if unknown is None else unknown))])
+    lists = rows.data.column(column).combine_chunks()
+    lengths, ids = lists.value_lengths().to_numpy(), lists.flatten().to_numpy()
+    before = np.concatenate([[0], np.cumsum(ids == (-1 if unknown is None else unknown))])
     ends = np.cumsum(lengths)
-    return lengths, of_token[ends] - of_token[ends - lengths]
+    return lengths, before[ends] - before[ends - lengths]

@@ -120,12 +120,7 @@ class TaskMetrics(nn.Module):
         self.invalid = SumMetric()
 
     def update(self, predictions: Sequence[str], references: Sequence[Sequence[str]], groups: Sequence[str]) -> None:
-        """Add a batch of B rows.
-
-        Args:
-            predictions: Predicted text of each row [B].
-            references: Accepted texts of each row [B].
-            groups: Group id of each row [B], "" for none.
+        """Add B rows: predicted texts [B], accepted texts of each row [B], and group ids [B], "" for none.
 
         Raises:
             MPTError: If the lengths differ, or a reference is not a label of the task.
@@ -168,11 +163,10 @@ class TaskMetrics(nn.Module):
         return [torch.tensor(column, device=self.invalid.device) for column in (filled, gold)]
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the scores over all rows of all ranks, by name.
+        """Return the scores over all rows of all ranks, by name, and for classes and values `invalid`.
 
-        Returns:
-            Scores from 0 to 1 (matthews, pearson, spearman: -1 to 1; 0 where they are undefined, as for constant
-            predictions), and for classes and values `invalid`, the number of predictions that are not a label.
+        Scores are from 0 to 1 (matthews, pearson, spearman: -1 to 1; 0 where they are undefined, as for constant
+        predictions).
         """
         scores: dict[str, Tensor] = {}
         with warnings.catch_warnings():

@@ -112,7 +112,7 @@ def test_a_fingerprint_changes_with_all_that_changes_a_run(
     [
         ("baselines/lora", "baselines/lore", "unknown recipe 'baselines/lore'"),
         ("recipe: demo/source", "recipe: []", "recipe of prepare/source: got []"),
-        ("demo/voice", "demo/voices", "Unknown task: got 'demo/voices'"),
+        ("demo/voice", "demo/voices", "unknown task 'demo/voices'"),
         ("[demo/topic, demo/voice]", "[]", "tasks: got [], expected one or more different values"),
         ("seeds: [0, 1, 2]", "seeds: [0, 0]", "seeds of lora: got [0, 0], expected one or more different values"),
         ("shots: [16]", "shots: []", "shots of mpt: got []"),

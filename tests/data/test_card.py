@@ -21,8 +21,8 @@ FIELDS = {"name": "a", "path": "b", "input": "x: {x}", "metrics": ["accuracy"], 
         ({"input": "{}"}, r"expected plain column names"),
         ({"input": "{a.b}"}, r"expected plain column names"),
         ({"input": "{a:>3}"}, r"expected column names without a format"),
-        ({"metrics": ["acc"]}, r"got metrics='acc', expected names out of accuracy, f1"),
-        ({"metrics": []}, r"got metrics=\[\], expected a list"),
+        ({"metrics": ["acc"]}, r"got metrics=\['acc'\], expected one or more different names out of accuracy, f1"),
+        ({"metrics": []}, r"got metrics=\[\], expected one or more different names"),
         ({"choices": None}, r"got choices=None, expected a value, because the metric 'accuracy' needs it"),
         ({"choices": [False, True]}, r"expected a list of texts \(in YAML, quote words"),
         ({"choices": ["yes", "Yes"]}, r"expected two or more non-empty words"),
@@ -73,7 +73,7 @@ def test_load_from_file_mapping_and_card(tmp_path):
 
 
 def test_unknown_name_suggests_near_ones():
-    with pytest.raises(ValueError, match=r"Unknown task: got 'glue/sst', .*did you mean glue/sst2.*`mpt tasks` lists"):
+    with pytest.raises(ValueError, match=r"unknown task 'glue/sst'. Expected .*glue/sst2.*`mpt tasks` lists"):
         load_card("glue/sst")
 
 

@@ -3,6 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from mpt_lightning.data import MultitaskDataModule
 from mpt_lightning.data.sampling import EvalSampler, ShuffleSampler, TaskMixSampler
 
 SIZES = [600, 300, 100]
@@ -135,12 +136,16 @@ def test_one_task_and_tiny_data_still_give_a_batch():
         ({"kappa": 4, "replace": False}, "at most 3, the number of tasks"),
         ({"temperature": 0.0}, "temperature: got 0.0, expected a number above 0"),
         ({"size_limit": 0}, "size_limit: got 0"),
-        ({"sampling": "all", "batch_size": 2}, "Got batches of 2 rows for 3 tasks"),
     ],
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
-        TaskMixSampler(**{"sizes": SIZES, "batch_size": 8, **options})
+        MultitaskDataModule(["demo/topic", "demo/voice", "demo/advice"], **options)
+
+
+def test_fewer_rows_than_tasks_cannot_hold_all():
+    with pytest.raises(ValueError, match="Got batches of 2 rows for 3 tasks"):
+        TaskMixSampler(SIZES, 2, "all")
 
 
 @pytest.mark.parametrize("make", [lambda **k: TaskMixSampler(SIZES, 8, **k), lambda **k: ShuffleSampler(1003, 8, **k)])
