@@ -24,10 +24,9 @@ def compare(options: Namespace) -> bool:
     store = Store(output, comparison.name)
     if not options.report:
         # Imported here, since torch takes seconds and a report does not need it.
-        from mpt_lightning.compare.run import default_jobs, pending, run_all
+        from mpt_lightning.compare.run import run_all
 
-        if runs := pending(comparison, store):
-            run_all(comparison, store, runs, options.jobs or default_jobs(), console)
+        run_all(comparison, store, console, options.jobs)
     report = Report(comparison, store)
     report.print(console)
     console.print(f"wrote {', '.join(map(str, report.write(output)))}", highlight=False)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -21,12 +22,10 @@ def draw(scores: pd.DataFrame, shots: Sequence[int | None], metric: str, path: P
     figure = Figure(figsize=(14, 6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     shots = sorted(shots, key=lambda k: math.inf if k is None else k)
-    colours = dict(zip(scores.index.unique("method"), range(len(scores)), strict=False))
-    for place, k in enumerate(shots):
-        mark = MARKS[place % len(MARKS)]
+    colours = dict(zip(scores.index.unique("method"), cycle(COLOURS), strict=False))
+    for k, mark in zip(shots, cycle(MARKS), strict=False):
         for method, score in scores.xs((k_name(k), AVERAGE), level=("k", "task")).iterrows():
-            colour = COLOURS[colours[method] % len(COLOURS)]
-            left.plot(score["trained_parameters"], 100 * score["mean"], mark, color=colour, markersize=7)
+            left.plot(score["trained_parameters"], 100 * score["mean"], mark, color=colours[method], markersize=7)
         left.plot([], [], mark, color="gray", label=k_title(k))
     left.set_xscale("symlog", linthresh=100)
     left.set_xlim(-10, 3 * max(100, scores["trained_parameters"].max()))

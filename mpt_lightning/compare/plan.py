@@ -23,7 +23,7 @@ from mpt_lightning.resources import find_packaged, packaged, packaged_names
 PREPARED = "prepare"
 # The mean over tasks in tables, where others have a task's name.
 AVERAGE = "average"
-PLACEHOLDERS = ("k", "seed", "task")
+PLACEHOLDERS = ("seed", "task", "k")
 if TYPE_CHECKING:
     Arguments = dict[str, Any]
 else:  # without types, since jsonargparse would parse strings such as `label :` as mappings
@@ -56,16 +56,12 @@ class Recipe:
 
 @dataclass
 class Method(Recipe):
-    """A method that is compared.
+    """A method that is compared; its shots, seeds and arguments by shots, if any, replace the comparison's.
 
     Args:
         recipe: See `Recipe`.
-        arguments: Arguments of `mpt fit` and `mpt test`; they override the comparison's.
-        shots: Every k of this method, instead of the comparison's.
-        seeds: The seeds of this method, instead of the comparison's.
+        arguments: Arguments of `mpt fit` and `mpt test`; they are added to the comparison's and override them.
         fit: False for a method without training, which is only tested.
-        few_shot_arguments: The arguments of a run with k rows, instead of the comparison's.
-        full_data_arguments: The arguments of a run with the full data (null), instead of the comparison's.
     """
 
     shots: list[int | None] | None = None
@@ -127,7 +123,7 @@ class Comparison:
         """Return the runs that others start from, in order."""
         runs: list[Run] = []
         for name, recipe in self.prepare.items():
-            runs.append(self._run(recipe, recipe.arguments, {}, runs, method=PREPARED, name=name))
+            runs.append(self._run(recipe, recipe.arguments, runs, method=PREPARED, name=name))
         return runs
 
     def runs(self) -> list["Run"]:
@@ -145,29 +141,19 @@ class Comparison:
             _check_list(f"seeds of {key}", seeds)
             for k, (given, task, card), seed in product(shots, cards, seeds):
                 options = {"data": given, "seed_everything": seed, **self.arguments, **method.arguments}
-                values = {"seed": str(seed), "task": task}
-                if k is None:
-                    options |= full
-                else:
-                    options |= few if k else {}
-                    values["k"] = str(k)
+                if k != 0:
+                    options |= full if k is None else few
                 names = {"method": key, "name": f"{task}/{k_name(k)}/{seed}", "task": task, "k": k, "seed": seed}
-                runs.append(self._run(method, options, values, prepared, card=card, **names))
+                runs.append(self._run(method, options, prepared, card, **names))
         return runs
 
     def _run(
-        self,
-        recipe: Recipe,
-        options: Mapping[str, Any],
-        values: dict[str, str],
-        prepared: Sequence["Run"],
-        *,
-        card: Any = None,
-        **names: Any,
+        self, recipe: Recipe, options: Mapping[str, Any], prepared: Sequence["Run"], card: Any = None, **names: Any
     ) -> "Run":
         place = f"{names['method']}/{names['name']}"
         _check_list(f"recipe of {place}", recipe.recipes)
-        known = values | {run.name: f"${{{run.name}}}" for run in prepared}
+        known = {name: str(names[name]) for name in PLACEHOLDERS if names.get(name) is not None}
+        known |= {run.name: f"${{{run.name}}}" for run in prepared}
         words = [word for name in recipe.recipes for word in ("--config", name)]
         words += [word for option, value in options.items() for word in _option(option, value)]
         words = [_fill(word, known, place) for word in words]

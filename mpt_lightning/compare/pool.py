@@ -27,7 +27,6 @@ class WorkerPool:
 
     def __init__(self, jobs: int) -> None:
         self.jobs = jobs
-        self._others = set(multiprocessing.active_children())
         self._executor = self._start()
 
     def _start(self) -> Executor:
@@ -46,7 +45,7 @@ class WorkerPool:
 
     def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
         if error is not None:
-            for process in set(multiprocessing.active_children()) - self._others:
+            for process in multiprocessing.active_children():
                 process.kill()
         self._executor.shutdown(wait=True, cancel_futures=True)
 

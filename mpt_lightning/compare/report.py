@@ -1,6 +1,7 @@
 """Scores over seeds and costs of methods, as tables in the terminal, CSV and Markdown."""
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from mpt_lightning.compare.picture import draw
 from mpt_lightning.compare.plan import AVERAGE, Comparison, k_name, k_title
-from mpt_lightning.compare.results import Outcome, Result, Store
+from mpt_lightning.compare.results import Result, Store
 
 CAPTION = (
     "Mean ± standard deviation (n - 1) over seeds, times 100. `average`: of each seed's mean over tasks. (2/3): two of "
@@ -106,7 +107,7 @@ class Report:
     """The results of a comparison, whether or not all runs are done.
 
     Attributes:
-        results: The compared runs, each with its result; None without one for the current arguments.
+        results: The compared runs, each with its result.
         prepared: The prepared runs, likewise.
         scores: See `summarize`.
         shots: Every k, in the order of the runs.
@@ -117,19 +118,18 @@ class Report:
         self.comparison = comparison
         self.results = [(run, store.read(run)) for run in comparison.runs()]
         self.prepared = [(run, store.read(run)) for run in comparison.prepared_runs()]
-        self.scores = summarize(result or Result.of(run, Outcome()) for run, result in self.results)
+        self.scores = summarize(result for _, result in self.results)
         self.shots = list(dict.fromkeys(run.k for run, _ in self.results))
-        self.failures = [(run, r.error) for run, r in [*self.prepared, *self.results] if r and r.error]
+        self.failures = [(run, result.error) for run, result in [*self.prepared, *self.results] if result.error]
 
     @property
     def progress(self) -> str:
         """How many runs are done, failed and missing, in one line."""
-        missing = sum(result is None for _, result in self.results)
-        done = sum(result is not None and not result.error for _, result in self.results)
-        seconds = [f"{run.name} in {r.seconds:.0f} s" for run, r in self.prepared if r and not r.error]
-        parts = [f"{done} of {len(self.results)} runs done"]
+        counts = Counter(result.status for _, result in self.results)
+        seconds = [f"{run.name} in {done.seconds:.0f} s" for run, done in self.prepared if done.status == "done"]
+        parts = [f"{counts['done']} of {len(self.results)} runs done"]
         parts += [f"{len(self.failures)} failed"] if self.failures else []
-        parts += [f"{missing} missing"] if missing else []
+        parts += [f"{counts['missing']} missing"] if counts["missing"] else []
         parts += [f"prepared: {', '.join(seconds)}"] if seconds else []
         return "; ".join(parts) + "."
 

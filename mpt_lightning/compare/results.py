@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -20,14 +19,11 @@ class Outcome:
 
     Attributes:
         error: The error message, in one line; None if the run did not fail.
-        commands: The commands that were run, as a user would type them.
         metrics: All test metrics by name.
         checkpoint_bytes: The size of the best checkpoint; 0 without training.
-        steps: Optimizer steps.
         seconds_per_step: Median time of a training step, without loading data, validating and saving.
         peak_memory_bytes: The GPU's peak memory, or else the memory that the process took beyond what it had before the
             run; None if the system does not report it.
-        seconds: Time of the whole run.
         checkpoint: The path of the best checkpoint if it was kept.
     """
 
@@ -71,8 +67,10 @@ class Result(Outcome):
 
     @property
     def status(self) -> str:
-        """Either "done" or "failed"."""
-        return "failed" if self.error else "done"
+        """Either "done", "failed" or "missing"."""
+        if self.error:
+            return "failed"
+        return "done" if self.metrics or self.checkpoint else "missing"
 
 
 class Store:
@@ -82,7 +80,7 @@ class Store:
         self.output = output
         mark = output / "comparison.json"
         if mark.is_file():
-            found = _read(mark).get("name")
+            found = json.loads(mark.read_text(encoding="utf-8"))["name"]
             if found != name:
                 raise MPTError(f"--output {output} has the results of the comparison {found!r}, and this is {name!r}.")
         elif output.exists() and any(output.iterdir()):
@@ -99,16 +97,17 @@ class Store:
         except Timeout:
             raise MPTError(f"Another `mpt compare` is running in {self.output}; wait for it.") from None
 
-    def read(self, run: Run) -> Result | None:
-        """Return a run's result; None if it is missing or outdated, or if the checkpoint of a prepared run is."""
-        values = _read(self._file(run))
-        values.pop("status", None)
+    def read(self, run: Run) -> Result:
+        """Return a run's result; it is missing if outdated, or if the checkpoint of a prepared run was removed."""
+        missing = Result.of(run, Outcome())
         try:
+            values = json.loads(self._file(run).read_text(encoding="utf-8"))
+            values.pop("status", None)
             result = Result(**values)
-        except TypeError:  # missing, incomplete, or written by another version
-            return None
+        except (OSError, ValueError, TypeError):  # missing, incomplete, or written by another version
+            return missing
         removed = run.task is None and result.checkpoint is not None and not Path(result.checkpoint).is_file()
-        return None if removed or result.fingerprint != run.fingerprint else result
+        return missing if removed or result.fingerprint != run.fingerprint else result
 
     def write(self, run: Run, result: Result) -> None:
         """Write a result atomically."""
@@ -116,14 +115,6 @@ class Store:
 
     def _file(self, run: Run) -> Path:
         return self.output / "results" / f"{run.place}.json"
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _write(file: Path, content: object) -> None:

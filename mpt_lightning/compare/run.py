@@ -1,7 +1,6 @@
 """Run a comparison's runs that have no result yet."""
 
 import os
-from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 
@@ -16,28 +15,12 @@ from mpt_lightning.compare.worker import work
 DIED = "the process of this run died: out of memory, or killed. With fewer --jobs, each has more memory."
 
 
-def default_jobs() -> int:
-    """Return 1 on a machine with a GPU, else the number of cores, at most 8."""
-    return 1 if torch.accelerator.is_available() else min(os.cpu_count() or 1, 8)
-
-
-def pending(comparison: Comparison, store: Store) -> list[Run]:
-    """Return the runs that have no result, failed or have changed, after the prepared runs that they need."""
-    runs = [run for run in comparison.runs() if not _done(store, run)]
-    for prepared in reversed(comparison.prepared_runs()):
-        if not _done(store, prepared) and any(prepared in run.needs for run in runs):
-            runs.insert(0, prepared)
-    return runs
-
-
-def _done(store: Store, run: Run) -> bool:
-    result = store.read(run)
-    return result is not None and not result.error
-
-
-def run_all(comparison: Comparison, store: Store, runs: Iterable[Run], jobs: int, console: Console) -> None:
-    """Run in worker processes, each run after those that it needs, and write each result as soon as it is known."""
-    waiting, running = list(runs), dict[Future[Outcome], Run]()
+def run_all(comparison: Comparison, store: Store, console: Console, jobs: int | None = None) -> None:
+    """Run what has no result in `jobs` processes, and write each result as soon as it is known."""
+    waiting, running = _pending(comparison, store), dict[Future[Outcome], Run]()
+    if not waiting:
+        return
+    jobs = jobs or (1 if torch.accelerator.is_available() else min(os.cpu_count() or 1, 8))
     with store.locked(), progress_bar(console) as bar, WorkerPool(jobs) as pool:
         progress = bar.add_task("runs", total=len(waiting))
         while waiting or running:
@@ -56,14 +39,23 @@ def run_all(comparison: Comparison, store: Store, runs: Iterable[Run], jobs: int
                 bar.update(progress, advance=1, description=", ".join(run.place for run in running.values()))
 
 
+def _pending(comparison: Comparison, store: Store) -> list[Run]:
+    """Return the runs that have no result, failed or have changed, after the prepared runs that they need."""
+    runs = [run for run in comparison.runs() if store.read(run).status != "done"]
+    for prepared in reversed(comparison.prepared_runs()):
+        if store.read(prepared).status != "done" and any(prepared in run.needs for run in runs):
+            runs.insert(0, prepared)
+    return runs
+
+
 def _submit(comparison: Comparison, store: Store, run: Run, pool: WorkerPool) -> Future[Outcome]:
     checkpoints: dict[str, str] = {}
     for need in run.needs:
         result = store.read(need)
-        if result is None or result.error:
-            reason = "its checkpoint was removed." if result is None else f"failed: {result.error}"
+        if result.status != "done":
+            reason = result.error or "its checkpoint was removed."
             failed = Future[Outcome]()
-            failed.set_result(Outcome(error=f"{need.name}, which it starts from, {reason}"))
+            failed.set_result(Outcome(error=f"{need.name}, which it starts from, failed: {reason}"))
             return failed
         checkpoints[need.name] = str(result.checkpoint)
     compared = run.task is not None

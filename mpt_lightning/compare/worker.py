@@ -24,15 +24,7 @@ from mpt_lightning.recipes import MPTCLI
 
 
 def work(words: Sequence[str], folder: Path, *, fit: bool = True, test: bool = True, keep: bool = False) -> Outcome:
-    """Run `mpt fit`, and `mpt test` with the best checkpoint if any; exceptions become the outcome's error.
-
-    Args:
-        words: The arguments of both commands.
-        folder: The folder for checkpoints, logs and all output; emptied first.
-        fit: Whether to train.
-        test: Whether to test.
-        keep: Whether to keep the checkpoints.
-    """
+    """Run `mpt fit`, and `mpt test` with the best checkpoint, in a folder that is emptied; return errors as well."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     outcome, before, begin = Outcome(), _reset_peak_memory(), time.perf_counter()
@@ -44,11 +36,7 @@ def work(words: Sequence[str], folder: Path, *, fit: bool = True, test: bool = T
                 checkpoint = ["--ckpt_path", outcome.checkpoint] if outcome.checkpoint else []
                 outcome.commands.append(shlex.join(["mpt", "test", *words, *checkpoint]))
                 metrics = RunCLI(["test", *words, *checkpoint], folder).trainer.callback_metrics
-                outcome.metrics = {
-                    name.removeprefix("test/"): float(value)
-                    for name, value in metrics.items()
-                    if name.startswith("test/")
-                }
+                outcome.metrics = {name.removeprefix("test/"): float(value) for name, value in metrics.items()}
         except Exception as error:
             traceback.print_exc()
             cause = find_error(error) or f"{type(error).__name__}: {error}"

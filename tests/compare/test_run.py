@@ -14,7 +14,7 @@ from mpt_lightning.compare import run as running
 from mpt_lightning.compare.plan import Comparison, Method, Recipe
 from mpt_lightning.compare.pool import WorkerPool
 from mpt_lightning.compare.results import Outcome, Store
-from mpt_lightning.compare.run import DIED, pending, run_all
+from mpt_lightning.compare.run import DIED, run_all
 
 Answer = Callable[[str], Outcome]
 
@@ -60,7 +60,7 @@ def answer(place: str, given: Callable[[Outcome], Outcome]) -> None:
 
 def go(comparison: Comparison, output: Path, jobs: int = 1) -> Store:
     store = Store(output, comparison.name)
-    run_all(comparison, store, pending(comparison, store), jobs, Console(quiet=True))
+    run_all(comparison, store, Console(quiet=True), jobs)
     return store
 
 
