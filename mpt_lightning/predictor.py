@@ -193,16 +193,10 @@ class Predictor:
 
 
 def predict_file(predictor: Predictor, source: str, dest: str, raw: bool = False) -> int:
-    """Answer a JSONL file: one object per line, with `task` (if there are several) and `text` or the columns.
+    """Answer a JSONL file with another one, in the same order, and return the number of lines.
 
-    Args:
-        predictor: The predictor.
-        source: The file to read.
-        dest: The file to write, one object per line in the same order.
-        raw: Read each line's `text` as it is, see `Predictor.predict`; otherwise it is the card's one column.
-
-    Returns:
-        The number of lines written.
+    Each line is an object with `task` (if there are several), and the card's columns or, for a card of one column,
+    `text`. With `raw`, `text` is read as it is; see `Predictor.predict`.
 
     Raises:
         MPTError: If `dest` exists, `source` does not, or a line is not as described; the message names the line.

@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -138,14 +139,12 @@ KINDS: dict[str, Kind] = {"--config": "configs", "-c": "configs", "--data": "tas
 def resolve_names(words: Sequence[str]) -> list[str]:
     """Replace the names of shipped files that follow `--config` and `--data` by their paths."""
     resolved: list[str] = []
-    option = ""
-    for word in words:
+    for option, word in pairwise(["", *words]):
         name, equals, value = word.partition("=")
         if equals and name in KINDS:
             resolved.append(f"{name}={_find(KINDS[name], value)}")
         else:
             resolved.append(_find(KINDS[option], word) if option in KINDS else word)
-        option = word
     return resolved
 
 
