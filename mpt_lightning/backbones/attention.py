@@ -19,15 +19,6 @@ from mpt_lightning.backbones.packed import LAYOUT, packed_attention
 NAME = "mpt_shared_prefix"
 
 
-def put_before(keys: Tensor, prefix: tuple[Tensor, Tensor]) -> Tensor:
-    """Attach to keys `[B, heads, S, D]` the prefix before them: keys and values `[1, heads, P, D]`.
-
-    Models pass keys from the cache to the attention function unchanged, and offer no other way to pass more.
-    """
-    keys.shared_prefix = prefix  # type: ignore[attr-defined]
-    return keys
-
-
 def shared_prefix_attention(
     module: Any,
     query: Tensor,
@@ -40,9 +31,9 @@ def shared_prefix_attention(
 ) -> tuple[Tensor, None]:
     """Attend to a shared prefix and to own tokens; plain attention without a prefix or a packed pass.
 
-    The arguments are those of transformers' attention functions: queries `[B, heads, S, D]`; keys, with a prefix from
-    `put_before`, and values `[B, key heads, S, D]`; a mask `[B, 1, S, P + S]`, True where attended or 0 where attended.
-    All of the prefix is attended. `scaling` of the scores is D^-0.5 by default.
+    The arguments are those of transformers' attention functions: queries `[B, heads, S, D]`; keys and values
+    `[B, key heads, S, D]`; a mask `[B, 1, S, P + S]`, True where attended or 0 where attended. All of the prefix is
+    attended; it is an attribute of the keys (see `PrefixLayer`). `scaling` of the scores is D^-0.5 by default.
 
     Returns:
         [B, S, heads, D], and None for the weights.

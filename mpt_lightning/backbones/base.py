@@ -16,7 +16,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from mpt_lightning.backbones.compilation import compile_parts
 from mpt_lightning.backbones.fingerprint import fingerprint
 from mpt_lightning.backbones.pretrained import load_tokenizer
-from mpt_lightning.errors import MPTError
 from mpt_lightning.objectives import IGNORE, Segment, log_likelihood
 from mpt_lightning.prompts import PromptOutput
 
@@ -80,7 +79,7 @@ class Backbone(nn.Module, ABC):
         compiled: Compile feed-forward networks and norms; see `compilation`.
 
     Raises:
-        MPTError: If the model cannot checkpoint gradients, or has nothing to compile.
+        ValueError: If the model cannot checkpoint gradients, or has nothing to compile.
     """
 
     family: ClassVar[Family]
@@ -109,10 +108,6 @@ class Backbone(nn.Module, ABC):
         # Trained modules inside the model (adapters): in training mode independently of `dropout`.
         self.parts: list[nn.Module] = []
         if gradient_checkpointing:
-            if not model.supports_gradient_checkpointing:
-                raise MPTError(
-                    f"{type(model).__name__} ({name}) cannot checkpoint gradients. Set gradient_checkpointing=False."
-                )
             model.activation_checkpointing_enable({"use_reentrant": False})
         if compiled:
             compile_parts(model, name)

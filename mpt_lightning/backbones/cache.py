@@ -1,16 +1,46 @@
-"""A key/value cache that rows share as their prefix, with gradients through it."""
+"""A key/value cache that rows share as their prefix, or that has each row's prompt, with gradients through it."""
 
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers.cache_utils import Cache, CacheLayerMixin
-
-from mpt_lightning.backbones.attention import put_before
 
 # Keys and values of one layer.
 Pair: TypeAlias = tuple[Tensor, Tensor]
+
+
+class _Gather(torch.autograd.Function):
+    """`states[rows]` whose gradient is one small matrix product.
+
+    PyTorch's gradient adds row by row, which is slow on CPUs and has no fixed order on GPUs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.count = len(states)
+        return states.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (rows,), (gradient,) = ctx.saved_tensors, gradients
+        members = functional.one_hot(rows, ctx.count).to(gradient.dtype)  # [B, U]
+        return (members.T @ gradient.flatten(1)).view(ctx.count, *gradient.shape[1:]), None
+
+
+def gather_rows(states: Tensor, rows: Tensor) -> Tensor:
+    """Return `states[rows]` `[B, ...]` of `states` `[U, ...]` and `rows` `[B]`; a view if U is 1."""
+    if len(states) == 1:
+        return states.expand(len(rows), *states.shape[1:])
+    return _Gather.apply(states, rows)
+
+
+def gather_layers(layers: Sequence[Pair], rows: Tensor) -> tuple[Pair, ...]:
+    """Return each row's keys and values `[B, heads, P, D]` per layer, from those of the prompts `[U, heads, P, D]`."""
+    return tuple((gather_rows(keys, rows), gather_rows(values, rows)) for keys, values in layers)
 
 
 class PrefixLayer(CacheLayerMixin):
@@ -36,7 +66,10 @@ class PrefixLayer(CacheLayerMixin):
             key_states = torch.cat([self.prefix[0].to(key_states.dtype), key_states], dim=2)
             value_states = torch.cat([self.prefix[1].to(value_states.dtype), value_states], dim=2)
         self.keys, self.values = key_states, value_states
-        return (key_states if self.shared is None else put_before(key_states, self.shared)), value_states
+        if self.shared is not None:
+            # Models pass keys to the attention function unchanged, and offer no other way to pass more.
+            key_states.shared_prefix = self.shared  # type: ignore[attr-defined]
+        return key_states, value_states
 
     def get_seq_length(self) -> int:
         """Return the number of tokens before a pass."""

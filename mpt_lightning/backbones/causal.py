@@ -18,8 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from mpt_lightning.backbones.attention import NAME
 from mpt_lightning.backbones.base import Backbone, BackboneOutput, EncodedPrompts, Inputs, align
-from mpt_lightning.backbones.cache import PrefixCache
-from mpt_lightning.backbones.gather import gather_layers
+from mpt_lightning.backbones.cache import PrefixCache, gather_layers
 from mpt_lightning.backbones.limits import attention_windows, length_limit
 from mpt_lightning.backbones.packed import packed_forward
 from mpt_lightning.backbones.sharding import tie

@@ -58,9 +58,6 @@ def load_backbone(
         compiled: Compile feed-forward networks and norms (`torch.compile`): a slow first step, faster ones after it.
         check: Compare the results with the bare model's on a few tokens (see `probe`).
 
-    Returns:
-        A `Seq2SeqBackbone` or a `CausalBackbone`.
-
     Raises:
         MPTError: If the model cannot be found, belongs to neither family, gives wrong results with prompts, or cannot
             be quantized or compiled here.
@@ -89,11 +86,7 @@ def load_backbone(
 
 
 def wrap_model(model: PreTrainedModel, name: str, *, check: bool = True, **options: bool) -> Backbone:
-    """Freeze a model that is already in memory, and prepare it for prompts; see `load_backbone` and `Backbone`.
-
-    Raises:
-        MPTError: If the model belongs to neither family, or gives wrong results with prompts.
-    """
+    """Freeze a model that is already in memory, and prepare it for prompts; see `load_backbone` and `Backbone`."""
     backbone = backbone_class(model.config, name)(model, name, **options)
     if check:
         check_backbone(backbone)

@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from mpt_lightning.backbones.base import Backbone, BackboneOutput
-from mpt_lightning.backbones.gather import gather_rows
+from mpt_lightning.backbones.cache import gather_rows
 from mpt_lightning.objectives import Segment
 
 

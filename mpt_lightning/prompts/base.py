@@ -1,16 +1,64 @@
-"""The base class of all prompts: named tasks, one row each."""
+"""The base class of all prompts, named tasks with one row each, and what they return."""
 
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from mpt_lightning.errors import MPTError
-from mpt_lightning.prompts.output import PromptOutput
+
+
+@dataclass
+class PromptOutput:
+    """The prompts of U tasks.
+
+    Attributes:
+        embeddings: `[U, P, H]`, which precede the text's embeddings; None if the prompts are keys and values.
+        layers: Per layer the keys and values `[U, heads, P, D]`, which precede the text's; empty if the prompts
+            are embeddings.
+        shift: `[U, S, H]`, added to the embeddings of the text's first S tokens, or None.
+    """
+
+    embeddings: Tensor | None = None
+    layers: tuple[tuple[Tensor, Tensor], ...] = ()
+    shift: Tensor | None = None
+
+    @classmethod
+    def of(cls, prompts: "Tensor | PromptOutput") -> "PromptOutput":
+        """Return prompts unchanged, and plain embeddings `[U, P, H]` as an output without anything else."""
+        return PromptOutput(prompts) if isinstance(prompts, Tensor) else prompts
+
+    @property
+    def length(self) -> int:
+        """P, tokens per prompt."""
+        if self.layers:
+            return self.layers[0][0].shape[2]
+        return 0 if self.embeddings is None else self.embeddings.shape[1]
+
+    def __getitem__(self, rows: Tensor) -> "PromptOutput":
+        """Return some of the prompts, in the order of `rows` `[N]` in 0..U-1."""
+        return PromptOutput(
+            None if self.embeddings is None else self.embeddings[rows],
+            tuple((keys[rows], values[rows]) for keys, values in self.layers),
+            None if self.shift is None else self.shift[rows],
+        )
+
+    def embeddings_alone(self) -> Tensor:
+        """Return the embeddings `[U, P, H]`.
+
+        Raises:
+            MPTError: If they are not all of the output.
+        """
+        if self.embeddings is None:
+            raise MPTError("Expected a prompt of embeddings alone, got keys and values.")
+        if self.shift is not None:
+            raise MPTError("Expected a prompt of embeddings alone, got one that shifts the text's embeddings too.")
+        return self.embeddings
 
 
 class Prompt(nn.Module, ABC):
@@ -75,36 +123,23 @@ class Prompt(nn.Module, ABC):
         return {name: deepcopy(getattr(self, name)) for name in arguments if hasattr(self, name)}
 
     def index(self, task: str) -> int:
-        """Return the row of a task.
-
-        Raises:
-            MPTError: If the task is unknown.
-        """
+        """Return the row of a task; raise an `MPTError` if it is unknown, as all methods that take a name."""
         if task not in self.tasks:
             raise MPTError(f"Unknown task {task!r}. This prompt has: {', '.join(self.tasks)}.")
         return self.tasks.index(task)
 
     @torch.no_grad()
     def fold(self, task: str) -> Tensor:
-        """Return one task's prompt as a detached `[P, H]` matrix.
-
-        Raises:
-            MPTError: If the task is unknown, or its prompt is not of embeddings alone.
-        """
+        """Return one task's prompt, which must be of embeddings alone, as a detached `[P, H]` matrix."""
         row = torch.tensor([self.index(task)], device=next(self.parameters(), torch.empty(0)).device)
         return self(row).embeddings_alone()[0]
 
     @torch.no_grad()
     def add_task(self, task: str, like: str | None = None) -> None:
-        """Add a task to a trained prompt; create optimizers afterwards, since parameters are replaced.
+        """Add a task with an unused name to a trained prompt; create optimizers afterwards, as parameters are replaced.
 
-        Args:
-            task: The new name.
-            like: The task whose row is copied. By default the new row is the mean of all rows, and its network, if any,
-                a copy of the first task's.
-
-        Raises:
-            MPTError: If the name is taken, or `like` is unknown.
+        The row of the task `like` is copied. By default the new row is the mean of all rows, and its network, if any, a
+        copy of the first task's.
         """
         if task in self.tasks:
             raise MPTError(f"The task {task!r} exists already. Choose another name, or rename_task() first.")
@@ -120,11 +155,7 @@ class Prompt(nn.Module, ABC):
 
     @torch.no_grad()
     def remove_task(self, task: str) -> None:
-        """Remove a task from a trained prompt; create optimizers afterwards.
-
-        Raises:
-            MPTError: If the task is unknown, or the last one.
-        """
+        """Remove a task that is not the only one from a trained prompt; create optimizers afterwards."""
         row = self.index(task)
         if self.num_tasks == 1:
             raise MPTError(f"{task!r} is the only task; a prompt needs at least one.")
@@ -137,11 +168,7 @@ class Prompt(nn.Module, ABC):
         del self.tasks[row]
 
     def rename_task(self, task: str, new: str) -> None:
-        """Rename a task.
-
-        Raises:
-            MPTError: If the task is unknown, or the new name is taken.
-        """
+        """Rename a task to an unused name."""
         row = self.index(task)
         if new in self.tasks and new != task:
             raise MPTError(f"Cannot rename {task!r} to {new!r}: that name is taken.")
@@ -152,17 +179,31 @@ class Prompt(nn.Module, ABC):
         setattr(self, name, nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value)
 
 
-def token_embeddings(table: Tensor, token_ids: Sequence[Any], dim: int) -> Tensor:
-    """Return the detached embeddings `[..., H]` of a prompt's token ids `[...]`, for `Prompt.attach`.
+class TokenPrompt(Prompt):
+    """Base class of prompts made of the backbone's embeddings of their `token_ids`; `attach` them before `forward`."""
 
-    Raises:
-        MPTError: If the backbone's table `[V, H]` has another width, or too few rows.
-    """
-    ids = torch.tensor(token_ids, device=table.device)
-    low, high = int(ids.min()), int(ids.max())
-    if table.shape[1] != dim or not 0 <= low <= high < len(table):
-        raise MPTError(
-            f"The prompt has token ids from {low} to {high} and the width {dim}; the backbone's embeddings are "
-            f"{list(table.shape)}. Use the backbone that the prompt was trained with."
-        )
-    return table.detach()[ids]
+    token_ids: list[Any]
+    embeddings: Tensor
+    _attached = False
+
+    def attach(self, embeddings: Tensor) -> None:
+        """Copy the embeddings `[..., H]` of the token ids `[...]` from the backbone's table `[V, H]`.
+
+        Raises:
+            MPTError: If the table has another width, or too few rows.
+        """
+        ids = torch.tensor(self.token_ids, device=embeddings.device)
+        low, high = int(ids.min()), int(ids.max())
+        if embeddings.shape[1] != self.dim or not 0 <= low <= high < len(embeddings):
+            raise MPTError(
+                f"The prompt has token ids from {low} to {high} and the width {self.dim}; the backbone's embeddings "
+                f"are {list(embeddings.shape)}. Use the backbone that the prompt was trained with."
+            )
+        self.embeddings.copy_(embeddings.detach()[ids])
+        self._attached = True
+
+    def attached(self) -> Tensor:
+        """Return the attached embeddings `[..., H]`."""
+        if not self._attached:
+            raise RuntimeError("The prompt has no embeddings yet: call attach(backbone.embeddings) first.")
+        return self.embeddings

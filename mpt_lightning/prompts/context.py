@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mpt_lightning.errors import MPTError
-from mpt_lightning.prompts.base import Prompt, token_embeddings
-from mpt_lightning.prompts.output import PromptOutput
+from mpt_lightning.prompts.base import PromptOutput, TokenPrompt
 
 Trained = Literal["inputs", "all", "instruction", "nothing"]
 EpsilonScale = Literal["width", "embedding"]
@@ -19,7 +18,7 @@ INSTRUCTION = -1
 REFERENCE_WIDTH = 2048
 
 
-class ContextPrompt(Prompt):
+class ContextPrompt(TokenPrompt):
     r"""A context of training examples: its frozen embeddings plus a trained, bounded perturbation `[P, H]`.
 
     Token types are PEFT's. For the example k, counted from 0: 4k+1 is its input template, 4k+2 its input, 4k+3 its
@@ -53,7 +52,6 @@ class ContextPrompt(Prompt):
         torch.Size([1, 4, 8])
     """
 
-    embeddings: Tensor
     moves: Tensor
     radius: Tensor
     label_positions: Tensor
@@ -100,7 +98,6 @@ class ContextPrompt(Prompt):
         self._hold("label_positions", is_label.nonzero()[:, 0])
         self._hold("label_ids", ids[is_label])
         self._hold("label_distances", (examples.max() + 1 - examples)[is_label])
-        self._attached = False
 
     def _hold(self, name: str, value: Tensor) -> None:
         self.register_buffer(name, value.to(self.delta_embedding.device), persistent=False)
@@ -111,13 +108,9 @@ class ContextPrompt(Prompt):
         return int(self.examples.max()) + 1
 
     def attach(self, embeddings: Tensor) -> None:
-        """Copy the context's embeddings, the centres of the balls, from the backbone's table `[V, H]`.
-
-        Raises:
-            MPTError: If the table has another width, or too few rows.
-        """
-        centre = token_embeddings(embeddings, self.token_ids, self.dim).to(self.delta_embedding)
-        self.embeddings.copy_(centre)
+        """Copy the context's embeddings, the centres of the balls, from the backbone's table `[V, H]`."""
+        super().attach(embeddings)
+        centre = self.embeddings
         kinds = torch.tensor([kind > 0 and kind % 4 in (0, 2) for kind in self.token_types], device=centre.device)
         input_bound, template_bound = (
             torch.tensor(float("inf") if bound is None else bound).to(centre)
@@ -126,17 +119,10 @@ class ContextPrompt(Prompt):
         radius = torch.where(kinds, input_bound, template_bound)[:, None]
         scale = (self.dim / REFERENCE_WIDTH) ** 0.5
         self.radius.copy_(radius * (scale if self.epsilon_scale == "width" else centre.norm(dim=1, keepdim=True)))
-        self._attached = True
 
     def forward(self, task_ids: Tensor) -> PromptOutput:
-        """Return the context `[U, P, H]`, U times the same one.
-
-        Raises:
-            RuntimeError: If `attach` has not been called.
-        """
-        if not self._attached:
-            raise RuntimeError("The context has no embeddings yet: call attach(backbone.embeddings) first.")
-        return PromptOutput((self.embeddings + self.delta_embedding * self.moves).expand(len(task_ids), -1, -1))
+        """Return the context `[U, P, H]`, U times the same one."""
+        return PromptOutput((self.attached() + self.delta_embedding * self.moves).expand(len(task_ids), -1, -1))
 
     @torch.no_grad()
     def project(self) -> None:

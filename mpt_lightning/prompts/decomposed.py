@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mpt_lightning.errors import MPTError
-from mpt_lightning.prompts.output import PromptOutput
+from mpt_lightning.prompts.base import PromptOutput
 from mpt_lightning.prompts.soft import FreePrompt
 
 

@@ -19,26 +19,14 @@ def random_uniform(*shape: int) -> Tensor:
 
 
 def sampled_vocabulary(embeddings: Tensor, length: int, top: int = 5000, exclude: Iterable[int] = ()) -> Tensor:
-    """Return the embeddings of distinct tokens drawn from the backbone's table `[V, H]`; see `vocabulary_ids`.
-
-    Example:
-        >>> sampled_vocabulary(torch.eye(6), length=3, exclude=[0]).shape
-        torch.Size([3, 6])
-    """
+    """Return the embeddings of distinct tokens drawn from the backbone's table `[V, H]`; see `vocabulary_ids`."""
     return _rows(embeddings, vocabulary_ids(len(embeddings), length, top, exclude))
 
 
 def vocabulary_ids(size: int, length: int, top: int = 5000, exclude: Iterable[int] = ()) -> list[int]:
-    """Draw distinct ids from the most frequent tokens of a vocabulary, without special tokens.
+    """Draw `length` distinct ids from the `top` most frequent of V tokens, but none of `exclude`: special tokens.
 
-    Args:
-        size: V. Vocabularies are sorted by frequency, so the first ids are the most frequent.
-        length: P.
-        top: Number of first ids to draw from.
-        exclude: Ids that are never drawn.
-
-    Raises:
-        MPTError: If there are fewer than `length` tokens to draw from.
+    Vocabularies are sorted by frequency, so the first ids are the most frequent.
     """
     banned = set(exclude)
     ids = [token for token in range(min(top, size)) if token not in banned]

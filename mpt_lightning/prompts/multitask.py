@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from mpt_lightning.errors import MPTError
-from mpt_lightning.prompts.base import Prompt
+from mpt_lightning.prompts.base import Prompt, PromptOutput
 from mpt_lightning.prompts.init import random_uniform
-from mpt_lightning.prompts.output import PromptOutput
 
 
 class MultitaskPrompt(Prompt):

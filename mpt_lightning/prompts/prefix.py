@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from mpt_lightning.errors import MPTError
-from mpt_lightning.prompts.base import Prompt
-from mpt_lightning.prompts.networks import through_networks
-from mpt_lightning.prompts.output import PromptOutput
+from mpt_lightning.prompts.base import Prompt, PromptOutput
+from mpt_lightning.prompts.encoded import through_networks
 
 
 class PrefixPrompt(Prompt):

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from mpt_lightning.errors import MPTError
-from mpt_lightning.prompts.base import Prompt, token_embeddings
-from mpt_lightning.prompts.output import PromptOutput
+from mpt_lightning.prompts.base import PromptOutput, TokenPrompt
 
 
-class SuperposedPrompt(Prompt):
+class SuperposedPrompt(TokenPrompt):
     """Each prompt token is a weighted sum of the frozen embeddings of N vocabulary tokens (128 in the paper).
 
     A task's prompt tokens share the vocabulary tokens; only the weights `[T, P, N]` are trained. See `Prompt`
@@ -23,7 +22,6 @@ class SuperposedPrompt(Prompt):
         MPTError: If `token_ids` is not one list per task, or the lists differ in length.
     """
 
-    embeddings: Tensor
     per_task = ("weights", "embeddings", "token_ids")
 
     def __init__(
@@ -42,26 +40,10 @@ class SuperposedPrompt(Prompt):
         # With this scale a token's norm is at first that of an embedding.
         self.weights = nn.Parameter(torch.randn(num_tasks, length, count) / count**0.5)
         self.register_buffer("embeddings", torch.zeros(num_tasks, count, dim), persistent=False)
-        self._attached = False
-
-    def attach(self, embeddings: Tensor) -> None:
-        """Copy the tokens' embeddings from the backbone's table `[V, H]`.
-
-        Raises:
-            MPTError: If the table has another width, or too few rows.
-        """
-        self.embeddings.copy_(token_embeddings(embeddings, self.token_ids, self.dim))
-        self._attached = True
 
     def forward(self, task_ids: Tensor) -> PromptOutput:
-        """Return the prompts `[U, P, H]` of the tasks `[U]`.
-
-        Raises:
-            RuntimeError: If `attach` has not been called.
-        """
-        if not self._attached:
-            raise RuntimeError("The prompt has no embeddings yet: call attach(backbone.embeddings) first.")
-        return PromptOutput(self.weights[task_ids] @ self.embeddings[task_ids])
+        """Return the prompts `[U, P, H]` of the tasks `[U]`."""
+        return PromptOutput(self.weights[task_ids] @ self.attached()[task_ids])
 
     def add_task(self, task: str, like: str | None = None) -> None:
         """Add a task over the tokens of `like`, by default of the first task; see `Prompt.add_task`."""

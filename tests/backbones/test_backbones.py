@@ -9,7 +9,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from mpt_lightning import load_backbone
 from mpt_lightning.backbones import Backbone, CausalBackbone, Seq2SeqBackbone
-from mpt_lightning.backbones.attention import put_before, shared_prefix_attention
+from mpt_lightning.backbones.attention import shared_prefix_attention
 from mpt_lightning.backbones.base import align
 from mpt_lightning.backbones.packed import group_size
 from mpt_lightning.objectives import IGNORE, log_likelihood
@@ -341,7 +341,8 @@ def test_shared_attention_is_plain_attention_over_prefix_and_own(kind_of_mask: s
     expected = torch.nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=seen)
     additive = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
     mask = {"bool": seen, "float": additive, "none": None}[kind_of_mask]
-    got, _ = shared_prefix_attention(None, query, put_before(key, prefix), value, mask)
+    key.shared_prefix = prefix
+    got, _ = shared_prefix_attention(None, query, key, value, mask)
     torch.testing.assert_close(got, expected.transpose(1, 2))
 
 
