@@ -97,13 +97,7 @@ def assert_results(kind: str, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.usefixtures("quick")
 def test_every_length_equals_eager_without_recompiling(kind: str) -> None:
-    assert_results(kind)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_machine_code_equals_eager(kind: str) -> None:
     assert_results(kind)
 
 
