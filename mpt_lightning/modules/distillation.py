@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,35 +22,25 @@ States = dict[str, tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
-class HiddenChoice:
-    """The hidden states that are compared; see `objectives.hidden_distillation`."""
-
-    layers: objectives.Layers = "last"
-    positions: objectives.Positions = "text"
-    stacks: objectives.Stacks = "both"
-
-
-@dataclass(frozen=True)
 class Distillation:
-    """What is distilled.
-
-    Attributes:
-        logits_weight: Weight of the KL term; 0 leaves it out.
-        hidden_weight: Weight of the hidden-state term; 0 leaves it out.
-        temperature: Temperature of the KL term.
-        hidden: The hidden states that are compared.
-        top_k: Likeliest tokens that a cache keeps of each distribution.
-    """
+    """What is distilled; see `MPTSource`'s arguments of the same names."""
 
     logits_weight: float
     hidden_weight: float
     temperature: float = 1.0
-    hidden: HiddenChoice = HiddenChoice()
+    layers: objectives.Layers = "last"
+    positions: objectives.Positions = "text"
+    stacks: objectives.Stacks = "both"
     top_k: int = 64
+
+    @property
+    def hidden(self) -> dict[str, Any]:
+        """The hidden states that are compared, as arguments of `objectives.hidden_distillation`."""
+        return {"layers": self.layers, "positions": self.positions, "stacks": self.stacks}
 
     def chosen(self, states: Mapping[str, Segment]) -> States:
         """Return the hidden states that are compared."""
-        return objectives.chosen_states(states, **asdict(self.hidden))
+        return objectives.chosen_states(states, **self.hidden)
 
 
 @dataclass
@@ -87,10 +77,10 @@ class Targets:
                 student.logits, ids, log_probs, labels, options.temperature
             )
         if options.hidden_weight > 0:
-            weights = objectives.label_weights(student.hidden, rows, labels, options.hidden.positions)
+            weights = objectives.label_weights(student.hidden, rows, labels, options.positions)
             ours = {key: Segment(student.hidden[key].layers, weight) for key, weight in weights.items()}
             theirs = {key: Segment(self._layers(key, found), found.weight) for key, found in student.hidden.items()}
-            terms["hidden_loss"] = objectives.hidden_distillation(ours, theirs, **asdict(options.hidden))
+            terms["hidden_loss"] = objectives.hidden_distillation(ours, theirs, **options.hidden)
         return terms
 
     def _layers(self, key: str, student: Segment) -> tuple[Tensor, ...]:
@@ -202,7 +192,7 @@ class Teachers:
             "autocast": autocast,
             "quantization": self._quantization,
             "logits": {"top_k": top_k, "temperature": options.temperature} if options.logits_weight > 0 else None,
-            "hidden": asdict(options.hidden) if options.hidden_weight > 0 else None,
+            "hidden": options.hidden if options.hidden_weight > 0 else None,
         }
 
     def _keys(self, tasks: Sequence[int], batch: Batch) -> list[bytes]:
@@ -236,7 +226,7 @@ class Teachers:
 
     def _of_prompts(self, backbone: Backbone, distinct: Tensor) -> States:
         """Return the states that belong to no row: computed once per run, they stay in memory."""
-        if self.options.hidden.positions == "text":
+        if self.options.positions == "text":
             return {}
         layers = getattr(self._encode(backbone, distinct.device), "hidden", ())
         states = {objectives.OF_PROMPTS: Segment(tuple(states[distinct] for states in layers), distinct)}

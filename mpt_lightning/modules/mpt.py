@@ -1,5 +1,6 @@
 """Multitask prompt tuning (Wang et al., ICLR 2023): source training with teachers, and target adaptation."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +14,7 @@ from mpt_lightning.checkpoint import PromptCheckpoint, read_checkpoint
 from mpt_lightning.errors import MPTError
 from mpt_lightning.modules.base import PromptModule
 from mpt_lightning.modules.batch import Batch
-from mpt_lightning.modules.distillation import Distillation, HiddenChoice, Teachers, read_teachers
+from mpt_lightning.modules.distillation import Distillation, Teachers, read_teachers
 from mpt_lightning.modules.initialization import (
     PromptInit,
     check_length,
@@ -117,8 +118,9 @@ class MPTSource(_MultitaskModule):
         self.prompt_init, self.init_text, self.init_checkpoint = prompt_init, init_text, init_checkpoint
         self.factor_init: Literal["ones", "normal"] = factor_init
         self.shared_lr, self.task_lr = shared_lr, task_lr
-        hidden = HiddenChoice(hidden_layers, hidden_positions, hidden_stacks)
-        self.distillation = Distillation(logits_weight, hidden_weight, temperature, hidden, teacher_top_k)
+        self.distillation = Distillation(
+            logits_weight, hidden_weight, temperature, hidden_layers, hidden_positions, hidden_stacks, teacher_top_k
+        )
         self.distils = logits_weight > 0 or hidden_weight > 0
         self.teacher_every, self.teacher_cache = teacher_every, teacher_cache
         if teacher_cache is not None and self.backbone_dropout:
@@ -167,12 +169,6 @@ class MPTSource(_MultitaskModule):
             folder = folder / f"node{self.trainer.node_rank}"
         self.teachers = Teachers(prompts, self.distillation, folder, self.backbone_dropout, self.backbone_quantization)
 
-    def on_fit_start(self) -> None:
-        """Match the data's tasks with the prompt's, and drop what the teachers kept of another run."""
-        super().on_fit_start()
-        if self.teachers is not None:
-            self.teachers.forget()
-
     def release(self) -> None:
         """Free the device's memory, and close the teachers' cache."""
         super().release()
@@ -210,7 +206,8 @@ class MPTSource(_MultitaskModule):
         backbone, prompt = self.parts()
         distinct, rows = self.task_rows(batch).unique(return_inverse=True)
         # The teachers go first: the memory of their pass is free again before the student's is kept for its gradients.
-        targets = self.teachers.targets(backbone, distinct, rows, batch, self._any_rank if backbone.sharded else bool)
+        any_rank = partial(self.trainer.strategy.reduce_boolean_decision, all=False) if backbone.sharded else bool
+        targets = self.teachers.targets(backbone, distinct, rows, batch, any_rank)
         inputs = (rows, batch["input_ids"], batch["attention_mask"], batch["labels"])
         student = backbone(prompt(distinct), *inputs, hidden_states=options.hidden_weight > 0)
         terms = {"task_loss": objectives.token_cross_entropy(student.logits, batch["labels"])}
@@ -220,9 +217,6 @@ class MPTSource(_MultitaskModule):
             if weight > 0:
                 loss = loss + self.teacher_every * weight * terms[name]
         return {"loss": loss, **terms}
-
-    def _any_rank(self, decision: bool) -> bool:
-        return self.trainer.strategy.reduce_boolean_decision(decision, all=False)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch, and log each of its terms."""
