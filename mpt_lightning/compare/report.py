@@ -151,8 +151,7 @@ class Report:
     def write(self, output: Path) -> list[Path]:
         """Write report.csv, report.md and report.png, and return their paths."""
         files = [output / f"report.{kind}" for kind in ("csv", "md", "png")]
-        columns = self.scores.drop(columns="seconds")
-        columns.reorder_levels(["method", "k", "task"]).to_csv(files[0])
+        self.scores.drop(columns="seconds").reorder_levels(["method", "k", "task"]).to_csv(files[0])
         files[1].write_text(self.markdown(), encoding="utf-8")
         draw(self.scores, self.shots, f"test/{self.comparison.metric}", files[2])
         return files

@@ -23,7 +23,7 @@ from mpt_lightning.errors import MPTError, find_error
 from mpt_lightning.recipes import MPTCLI
 
 
-def work(words: Sequence[str], folder: Path, *, fit: bool = True, test: bool = True, keep: bool = False) -> Outcome:
+def work(words: Sequence[str], folder: Path, *, fit: bool, test: bool, keep: bool) -> Outcome:
     """Run `mpt fit`, and `mpt test` with the best checkpoint, in a folder that is emptied; return errors as well."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

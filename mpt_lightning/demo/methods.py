@@ -73,16 +73,11 @@ def run(
     checkpoint: Path | None = None,
     **options: Any,
 ) -> list[Result]:
-    """Train a method of `METHODS` and return the result of each task on its whole test split.
+    """Train a method of `METHODS`, and return the result of each task on its whole test split.
 
-    Args:
-        method: The method's name.
-        tasks: The source tasks, or one target task.
-        k: The training rows of a target task, or the examples per class in the context; None for all rows.
-        seed: The seed.
-        output: The folder of the cache and of what Lightning writes.
-        checkpoint: Where to save the module.
-        **options: Further arguments of the module.
+    Without k, it is trained on all source tasks; with k, on one target task with k training rows, or with k examples
+    per class in its context. `output` is the folder of the cache, `checkpoint` the file where the module is saved, and
+    `options` are further arguments of the module.
     """
     spec = METHODS[method]
     data_options = {**spec.data, "eval_batch_size": 100, "cache_dir": str(output / "cache")}

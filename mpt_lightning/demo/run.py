@@ -97,7 +97,6 @@ def _draw(source: Path, summary: pd.DataFrame, path: Path) -> None:
     for colour, method in zip(COLOURS, summary.index.unique("method"), strict=False):
         means = summary.xs(method, level="method")["mean"].unstack("task")
         right.plot(100 * means.drop(columns=AVERAGE).to_numpy(), color=colour, alpha=0.3)
-    right.set_ylabel("test score, times 100")
-    right.set_title("Held-out tasks (pale) and their mean")
+    right.set(ylabel="test score, times 100", title="Held-out tasks (pale) and their mean")
     right.legend()
     figure.savefig(path, dpi=150)
