@@ -94,11 +94,9 @@ def draws_what_is_frozen(plain: Config) -> bool:
 
 
 def needs_weights_on_cpu(plain: Config) -> bool:
-    """Return whether PEFT must find the frozen weights on the CPU to start equally on every device.
-
-    It computes or draws the starts of some types where the weights are. It would move AdaLoRA's layers there, and PEFT
-    0.21 makes the frozen parameters among them trainable when it moves them.
-    """
+    """Return whether PEFT must find the frozen weights on the CPU to start equally on every device."""
+    # PEFT draws the starts of some types where the weights are. It moves AdaLoRA's layers there, and PEFT 0.21 makes
+    # the frozen parameters among them trainable when it moves them.
     return plain["class_path"] == "peft.AdaLoraConfig" or draws_what_is_frozen(plain)
 
 
@@ -153,12 +151,10 @@ def _default(item: Any) -> Any:
 
 def _plain(value: Any, name: str) -> Any:
     """Return a value as what a checkpoint and a YAML file can hold."""
-    if value is MISSING or value is None or isinstance(value, bool | int | float):
-        return value
     if isinstance(value, Enum):
         return value.value
-    if isinstance(value, str):
-        return str(value)
+    if value is MISSING or value is None or isinstance(value, bool | int | float | str):
+        return value
     if is_dataclass(value) and not isinstance(value, type):
         return _plain(asdict(value), name)
     if isinstance(value, set | frozenset):

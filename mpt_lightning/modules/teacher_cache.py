@@ -21,7 +21,6 @@ from mpt_lightning.errors import MPTError
 # Part of a file's name: raise it when the same row would be stored in another way.
 FORMAT = 1
 
-_APPLICATION = 0x4D505443  # "MPTC", SQLite's field for the program that a file belongs to
 _WAIT = 120.0  # seconds for another process that is writing
 
 # A row's tensors by name, without padding.
@@ -39,7 +38,7 @@ class TeacherCache:
         about: What all rows depend on, as plain values. Each `about` has a separate file.
 
     Raises:
-        MPTError: From all methods, if the file is damaged or another program's, or cannot be used.
+        MPTError: From all methods, if the file is damaged or cannot be used.
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
@@ -85,26 +84,16 @@ class TeacherCache:
             with FileLock(f"{self.path}.lock", timeout=_WAIT):
                 connection = sqlite3.connect(self.path, timeout=_WAIT, check_same_thread=False)
                 try:
-                    self._prepare(connection)
+                    # A log beside the file: readers do not wait for a writer, and a commit does not wait for the disk.
+                    connection.execute("PRAGMA journal_mode = WAL")
+                    connection.execute("PRAGMA synchronous = NORMAL")
+                    columns = "key BLOB PRIMARY KEY, checksum INTEGER, value BLOB NOT NULL"
+                    connection.execute(f"CREATE TABLE IF NOT EXISTS rows ({columns})")
                 except BaseException:
                     connection.close()
                     raise
             self._connection = connection
         return self._connection
-
-    def _prepare(self, connection: sqlite3.Connection) -> None:
-        """Create the table of a new file; raise if an old file is another program's."""
-        new = connection.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
-        if not new and connection.execute("PRAGMA application_id").fetchone() != (_APPLICATION,):
-            raise sqlite3.DatabaseError("another program wrote it")
-        # A log beside the file: readers do not wait for a writer, and a commit does not wait for the disk.
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")
-        if new:
-            with connection:
-                connection.execute("BEGIN IMMEDIATE")
-                connection.execute(f"PRAGMA application_id = {_APPLICATION}")
-                connection.execute("CREATE TABLE rows (key BLOB PRIMARY KEY, checksum INTEGER, value BLOB NOT NULL)")
 
     @contextmanager
     def _messages(self) -> Iterator[None]:

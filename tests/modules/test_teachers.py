@@ -467,11 +467,6 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-def of_another(file: Path) -> None:
-    with contextlib.closing(sqlite3.connect(file)) as connection, connection:
-        connection.execute("PRAGMA application_id = 7")
-
-
 @pytest.mark.parametrize(
     ("damage", "cause"),
     [
@@ -480,7 +475,6 @@ def of_another(file: Path) -> None:
         (lambda file: truncate(file, 0.0005), "malformed"),
         (lambda file: file.write_text("some text" * 3), "not a database"),
         (flip, "a row's checksum does not fit"),
-        (of_another, "another program wrote it"),
     ],
 )
 def test_a_damaged_or_foreign_file_is_told(damage: Callable[[Path], None], cause: str, file: Path) -> None:
