@@ -20,7 +20,8 @@ from mpt_lightning.objectives import IGNORE, Segment, log_likelihood
 from mpt_lightning.prompts import PromptOutput
 
 Family = Literal["seq2seq", "causal"]
-# A faster way to bring prompts to rows than copying their keys and values for every row.
+# Faster ways to bring prompts to rows than copying their keys and values for every row: with "packed", prompts and rows
+# run in one pass if gradients are needed; with "shared", rows of one prompt read it without copies if not.
 Way = Literal["packed", "shared"]
 # Prompts, rows, input ids and attention mask; see `Backbone`.
 Inputs: TypeAlias = tuple[Tensor | PromptOutput, Tensor, Tensor, Tensor]
@@ -182,9 +183,8 @@ class Backbone(nn.Module, ABC):
         embeddings: Tensor = self.model.get_input_embeddings()(input_ids)
         return embeddings if self.input_scale == 1 else embeddings * self.input_scale
 
-    def embed_shifted(self, shift: Tensor, rows: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the embeddings `[B, L, H]` of rows, with a shift `[U, S, H]` added to a text's first S tokens."""
-        text = self.embed(input_ids)
+    def add_shift(self, text: Tensor, shift: Tensor, rows: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the embeddings `[B, L, H]` of texts, with a shift `[U, S, H]` added to their first S tokens."""
         place = attention_mask.cumsum(dim=1) - 1
         shifted = ((place < shift.shape[1]) & (attention_mask == 1))[..., None]
         index = place.clamp(0, shift.shape[1] - 1)[..., None].expand(-1, -1, text.shape[2])

@@ -30,10 +30,6 @@ from mpt_lightning.prompts import PromptOutput
 class CausalBackbone(Backbone):
     """A frozen decoder-only model; see `Backbone` for the arguments.
 
-    Attributes:
-        ways: With "packed", prompts and rows run in one pass if gradients are needed; with "shared", rows of one prompt
-            read its keys and values without copies if gradients are not needed.
-
     Raises:
         MPTError: If the model has layers other than attention, whose state cannot be split at a prefix.
     """
@@ -139,7 +135,7 @@ class CausalBackbone(Backbone):
         `text` `[B, S]` is 1 at the text's tokens, and 0 at padding and the answer's tokens.
         """
         if encoded.shift is not None:
-            return encoded, self.embed_shifted(encoded.shift, rows, input_ids, text)
+            return encoded, self.add_shift(self.embed(input_ids), encoded.shift, rows, text)
         if encoded.embeddings is None or not (input_ids < 0).any():
             return encoded, input_ids
         return EncodedPrompts(), self.embed_among(encoded.embeddings, rows, input_ids)

@@ -68,9 +68,9 @@ class Seq2SeqBackbone(Backbone):
         if (input_ids < 0).any():  # the prompt's tokens are among the text's
             embeds, mask = self.embed_among(prompt, rows, input_ids), attention_mask
         else:
-            text = (
-                self.embed(input_ids) if shift is None else self.embed_shifted(shift, rows, input_ids, attention_mask)
-            )
+            text = self.embed(input_ids)
+            if shift is not None:
+                text = self.add_shift(text, shift, rows, attention_mask)
             embeds = torch.cat([prompt.to(text.dtype)[rows], text], dim=1)
             mask = torch.cat([attention_mask.new_ones(len(rows), prompt.shape[1]), attention_mask], dim=1)
         output = self.model.get_encoder()(
