@@ -35,24 +35,14 @@ class Example:
 
 def read_examples(card: TaskCard, rows: Dataset) -> Iterator[Example | None]:
     """Yield one example per row, None for a row that the card drops."""
-    needed = [*card.columns, card.label.split(".")[0], ROW, *([card.group.split(".")[0]] if card.group else [])]
+    needed = [column.split(".")[0] for column in (*card.columns, card.label, card.group or card.label)]
+    if missing := [column for column in needed if column not in rows.column_names]:
+        found = ", ".join(column for column in rows.column_names if column != ROW)
+        raise MPTError(f"Task '{card.name}': got no column '{missing[0]}', expected one of {found}; change the card.")
     # By batches, since reading single rows costs several times as much.
-    for batch in rows.select_columns(list(dict.fromkeys(needed))).iter(batch_size=1000):
+    for batch in rows.select_columns(list(dict.fromkeys([*needed, ROW]))).iter(batch_size=1000):
         for values in zip(*batch.values(), strict=True):
             yield _to_example(card, dict(zip(batch, values, strict=True)))
-
-
-def check_columns(card: TaskCard, rows: Dataset) -> None:
-    """Raise MPTError if a column that the card names does not exist."""
-    named = {"input": card.columns, "label": [card.label], "group": [card.group] if card.group else []}
-    found = [column for column in rows.column_names if column != ROW]
-    for option, columns in named.items():
-        for column in columns:
-            if column.split(".")[0] not in found:
-                raise MPTError(
-                    f"Task '{card.name}': got no column '{column}', expected one of {', '.join(found)}; change "
-                    f"`{option}` of the card."
-                )
 
 
 def _to_example(card: TaskCard, row: dict[str, Any]) -> Example | None:

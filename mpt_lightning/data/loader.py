@@ -42,15 +42,12 @@ class PromptCollator:
         }
         if "context_examples" in rows[0]:
             batch["context_examples"] = torch.tensor([row["context_examples"] for row in rows])
-        if "row_id" in rows[0]:
-            batch["row_ids"] = [row["row_id"] for row in rows]
-        if "text" in rows[0]:
-            names = {"references": "references", "texts": "text", "groups": "group"}
-            batch |= {name: [row[column] for row in rows] for name, column in names.items()}
-            if self.choices is not None:
-                batch["choices"] = self.choices.expand(len(rows), -1, -1).clone()
-            elif own := [choice for row in rows for choice in row.get("choices", [])]:
-                batch["choices"] = pad(own, -100).unflatten(0, (len(rows), -1))
+        lists = {"row_id": "row_ids", "text": "texts", "references": "references", "group": "groups"}
+        batch |= {name: [row[column] for row in rows] for column, name in lists.items() if column in rows[0]}
+        if self.choices is not None:
+            batch["choices"] = self.choices.expand(len(rows), -1, -1).clone()
+        elif own := [choice for row in rows for choice in row.get("choices", [])]:
+            batch["choices"] = pad(own, -100).unflatten(0, (len(rows), -1))
         return batch
 
 
@@ -84,15 +81,14 @@ class ResumableLoader(DataLoader[Any]):
         counts = [state.get(name) for name in ("epoch", "batches", "rows")] if isinstance(state, dict) else [None]
         if any(type(count) is not int or count < 0 for count in counts):
             raise MPTError(f"Got the loader's state {state!r}, expected three counts; the checkpoint is damaged.")
-        unfinished = 0 < state["batches"] < len(self)
-        if unfinished and state["rows"] != self.sampler.global_size:
+        if not 0 < state["batches"] < len(self):
+            self.sampler.set_epoch(state["epoch"])
+            self.sampler.start_batch = state["batches"]
+        elif state["rows"] == self.sampler.global_size:
+            self.sampler.resume(state["epoch"], state["batches"])
+        else:
             raise MPTError(
                 f"Got batches of {self.sampler.global_size} rows over all devices, expected {state['rows']} as in the "
                 "checkpoint, which stopped in mid-epoch; change `batch_size` or `devices` back, or resume from a "
                 "checkpoint of an epoch's end."
             )
-        if unfinished:
-            self.sampler.resume(state["epoch"], state["batches"])
-        else:
-            self.sampler.set_epoch(state["epoch"])
-            self.sampler.start_batch = state["batches"]

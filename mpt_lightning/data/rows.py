@@ -9,7 +9,7 @@ import numpy as np
 from datasets.arrow_dataset import Dataset
 
 from mpt_lightning.data.card import TaskCard
-from mpt_lightning.data.examples import check_columns, read_examples
+from mpt_lightning.data.examples import read_examples
 from mpt_lightning.data.source import load_raw, preprocess
 from mpt_lightning.errors import MPTError
 
@@ -70,7 +70,6 @@ def source_rows(card: TaskCard, split: Split, data_root: str | None, cache_dir: 
 def select_rows(card: TaskCard, raw: Dataset, split: Split, draw: Draw) -> Dataset:
     """Return the drawn rows of those of `source_rows`, in their order; labels and texts of all rows are checked."""
     rows = preprocess(card, raw, split)
-    check_columns(card, rows)
     examples = enumerate(read_examples(card, rows))
     found = [(number, example.group, example.target) for number, example in examples if example is not None]
     if not found:

@@ -78,8 +78,7 @@ class ShuffleSampler(GlobalBatchSampler):
         super().__init__(size, batch_size, num_replicas, rank, seed)
         if size < num_replicas:
             raise MPTError(
-                f"Got {size} training rows for {num_replicas} devices, expected one or more each; lower "
-                "`devices` or use more rows."
+                f"Got {size} training rows for {num_replicas} devices, expected one or more each; lower `devices`."
             )
         self.lengths = None if lengths is None else np.asarray(lengths)
 

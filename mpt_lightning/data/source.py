@@ -154,18 +154,16 @@ def import_preprocess(card: TaskCard) -> Preprocess:
     """
     module, _, name = str(card.preprocess).rpartition(".")
     where = f"Task '{card.name}': got preprocess={card.preprocess!r}"
+    expected = f"expected a function with the parameters `row` and `split` that is defined in the module {module}"
     if module.split(".")[0] in sys.stdlib_module_names:
         raise MPTError(f"{where}, expected a function outside of Python's standard library; change `preprocess`.")
     try:
         function = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise MPTError(
-            f"{where}, which cannot be imported ({error}), expected the dotted path of a function; change `preprocess`."
-        ) from error
-    if not inspect.isfunction(function) or (function.__module__, function.__qualname__) != (module, name):
-        raise MPTError(f"{where}, expected a function that is defined in the module {module}; change `preprocess`.")
-    if list(inspect.signature(function).parameters) != ["row", "split"]:
-        raise MPTError(f"{where}, expected a function with the parameters `row` and `split`; change `preprocess`.")
+        raise MPTError(f"{where}, which cannot be imported ({error}), {expected}; change `preprocess`.") from error
+    own = inspect.isfunction(function) and (function.__module__, function.__qualname__) == (module, name)
+    if not own or list(inspect.signature(function).parameters) != ["row", "split"]:
+        raise MPTError(f"{where}, {expected}; change `preprocess`.")
     return function
 
 

@@ -94,8 +94,7 @@ def apply_pattern(card: TaskCard, number: int) -> TaskCard:
     if not 0 <= number < len(card.patterns):
         expected = f"0 to {len(card.patterns) - 1}" if card.patterns else "none, since the card has no `patterns`"
         raise MPTError(
-            f"Task '{card.name}': got pattern={number}, expected {expected}; change `pattern`, or leave it unset for "
-            "the card's `input`."
+            f"Task '{card.name}': got pattern={number}, expected {expected}; change `pattern`, or leave it unset."
         )
     pattern, where = card.patterns[number], f"Task card '{card.name}', patterns[{number}]"
     try:
