@@ -83,7 +83,11 @@ def _read(card: TaskCard, file: Path, cache_dir: str | None) -> Dataset:
     elif file.suffix != ".parquet":
         with file.open("rb") as stream:
             start = stream.read(1024).removeprefix(codecs.BOM_UTF8).lstrip()
-        # Arrow's reader crashes if the first row is `null`.
+            stream.seek(0)
+            nulls = file.suffix == ".jsonl" and any(line.strip() == b"null" for line in stream)
+        # Arrow's reader crashes if the first row of a block is `null`, and reads any other as an empty row.
+        if nulls:
+            raise MPTError("a line is `null`, expected a JSON object")
         if start and not re.match(rb"\{|\[\s*\{" if file.suffix == ".json" else rb"\{", start):
             raise MPTError(f"it begins with {start[:20]!r}, expected a JSON object")
     return _READERS[file.suffix](str(file), cache_dir=cache_dir, **options)
