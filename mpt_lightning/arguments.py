@@ -7,6 +7,7 @@ hold that is loaded with `weights_only=True`. These are plain numbers to jsonarg
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
 
@@ -55,6 +56,7 @@ def check_arguments(cls: type, values: Mapping[str, Any]) -> None:
                     _check(name, values[name], kind)
 
 
+@cache
 def _types(cls: Any) -> dict[str, Any]:
     try:
         return get_type_hints(cls.__init__, include_extras=True)

@@ -131,7 +131,7 @@ def _raise(error: BaseException) -> Callable[..., None]:
 
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
-    """Make every write beyond `size` bytes of a file fail, as on a full disk."""
+    """Build every write beyond `size` bytes of a file fail, as on a full disk."""
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
     try:
