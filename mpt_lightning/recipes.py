@@ -56,12 +56,14 @@ class MPTCLI(LightningCLI):
     """
 
     def __init__(self, args: Sequence[str] | None = None, **kwargs: Any) -> None:
+        words = resolve_names(sys.argv[1:] if args is None else args)
+        self._command = next(iter(words), "")
         super().__init__(
             L.LightningModule,
             L.LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            args=resolve_names(sys.argv[1:] if args is None else args),
+            args=words,
             seed_everything_default=42,
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
@@ -69,6 +71,11 @@ class MPTCLI(LightningCLI):
             parser_kwargs={"prog": "mpt", "allow_abbrev": False},
             **kwargs,
         )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Return the requested command alone, since building the parsers of the others takes most of the time."""
+        known = LightningCLI.subcommands()
+        return {self._command: known[self._command]} if self._command in known else known
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, then check `--ckpt_path` against the model, since Lightning lets the checkpoint win."""
