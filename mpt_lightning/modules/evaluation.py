@@ -55,17 +55,17 @@ class EvaluatedModule(CheckpointedModule):
 
     on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
 
-    def _inputs(self, batch: Batch, rows: Tensor) -> tuple[Any, Tensor, Tensor, Tensor]:
-        """Return the backbone's arguments for a batch."""
+    def _running(self) -> Evaluator:
         if self.evaluator is None:
             raise RuntimeError("evaluation has not begun")
-        return self.evaluator.prompts, rows, batch["input_ids"], batch["attention_mask"]
+        return self.evaluator
+
+    def _inputs(self, batch: Batch, rows: Tensor) -> tuple[Any, Tensor, Tensor, Tensor]:
+        """Return the backbone's arguments for a batch."""
+        return self._running().prompts, rows, batch["input_ids"], batch["attention_mask"]
 
     def _evaluate(self, batch: Batch, loaders: Any, batch_idx: int, index: int) -> None:
-        backbone, _ = self.parts()
-        evaluator = self.evaluator
-        if evaluator is None:
-            raise RuntimeError("evaluation has not begun")
+        (backbone, _), evaluator = self.parts(), self._running()
         rows, task, labels = self.task_rows(batch), task_of_loader(evaluator.tasks, index), batch["labels"]
         counted = counted_rows(batch, loaders, batch_idx, index)
         inputs = self._inputs(batch, rows)
