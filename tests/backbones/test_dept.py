@@ -7,6 +7,7 @@ import torch
 from mpt_lightning import DePT, load_task
 from mpt_lightning.backbones import CausalBackbone, Seq2SeqBackbone
 from mpt_lightning.prompts import DecomposedPrompt
+from tests.backbones.by_hand import equals_its_bare_model
 from tests.conftest import KINDS, build_model
 
 T5, LLAMA = "mpt_lightning/demo/t5", "mpt_lightning/demo/llama"
@@ -22,31 +23,15 @@ def test_every_verb_equals_a_plain_model_on_shifted_embeddings(kind: str) -> Non
     ids = torch.tensor([[0, 0, 7, 8, 9], [5, 6, 10, 11, 12]])  # the second is longer than the shift
     mask, rows, labels = (ids > 0).long(), torch.tensor([1, 0]), torch.tensor([[20, 21], [22, 23]])
     given = prompt(torch.tensor([0, 1]))
-    logits = backbone(given, rows, ids, mask, labels).logits
-    embed, written = backbone.model.get_input_embeddings(), []
+    embed, wholes = backbone.model.get_input_embeddings(), []
     for row in range(2):
         text = embed(ids[row][mask[row] == 1])
         shifted = text.clone()
         shifted[:4] = text[:4] + given.shift[rows[row]][: len(text)]
-        whole = torch.cat([given.embeddings[rows[row]], shifted])[None]
-        if kind == "t5":
-            expected = backbone.model(inputs_embeds=whole, labels=labels[row : row + 1]).logits[0]
-            written.append(backbone.model.generate(inputs_embeds=whole, max_new_tokens=3)[0, 1:])
-        else:
-            both = torch.cat([whole, embed(labels[row])[None]], dim=1)
-            expected = backbone.model(inputs_embeds=both).logits[0, -3:-1]
-            written.append(backbone.model.generate(inputs_embeds=whole, max_new_tokens=3, eos_token_id=-1)[0])
-        torch.testing.assert_close(logits[row], expected, rtol=1e-9, atol=1e-9)
+        wholes.append(torch.cat([given.embeddings[rows[row]], shifted])[None])
+    logits = equals_its_bare_model(backbone, given, wholes, rows, ids, mask, labels)
     logits.square().sum().backward()
     assert prompt.shift_cols.grad.abs().max() > 0
-    with torch.no_grad():
-        encoded = backbone.encode_prompts(prompt(torch.tensor([0, 1])))
-        scores = backbone.score(encoded, rows, ids, mask, labels[:, None])
-        expected = -torch.nn.functional.cross_entropy(logits.mT, labels, reduction="none").sum(dim=1)
-        torch.testing.assert_close(scores[:, 0], expected.to(scores.dtype), rtol=1e-6, atol=1e-6)
-        options = {} if kind == "t5" else {"eos_token_id": -1}
-        made = backbone.generate(encoded, rows, ids, mask, max_new_tokens=3, do_sample=False, **options)
-    assert [row.tolist() for row in made] == [row.tolist() for row in written]
 
 
 @pytest.mark.parametrize("backbone", [T5, LLAMA])
