@@ -8,7 +8,7 @@ from mpt_lightning import PrefixTuning, PromptTuning, load_task
 from mpt_lightning.backbones import CausalBackbone, Seq2SeqBackbone
 from mpt_lightning.data.template import count_slots, with_slots
 from mpt_lightning.prompts import PrefixPrompt
-from tests.backbones.by_hand import equals_its_bare_model
+from tests.backbones.bare_model import assert_equals_bare_model
 from tests.conftest import KINDS, build_model
 
 T5, LLAMA = "mpt_lightning/demo/t5", "mpt_lightning/demo/llama"
@@ -27,7 +27,7 @@ def test_prompt_tokens_replace_their_ids(kind: str) -> None:
         torch.stack([prompts[rows[row], -1 - i] if i < 0 else embed(i) for i in ids[row][mask[row] == 1]])[None]
         for row in range(2)
     ]
-    logits = equals_its_bare_model(backbone, prompts, wholes, rows, ids, mask, labels)
+    logits = assert_equals_bare_model(backbone, prompts, wholes, rows, ids, mask, labels)
     logits.square().sum().backward()
     assert (prompts.grad.norm(dim=2) > 0).all()
 

@@ -12,7 +12,7 @@ from mpt_lightning import Adapters, load_backbone
 from mpt_lightning.backbones import CausalBackbone
 from mpt_lightning.backbones.bottleneck import Bottleneck, add_adapters
 from tests.conftest import KINDS
-from tests.modules.adapted import loads_equal, resumes_exactly
+from tests.modules.checks import assert_loads_equal, assert_resumes_exactly
 from tests.modules.conftest import AnyData
 
 Folder = Callable[[str], str]
@@ -63,7 +63,7 @@ def test_a_checkpoint_holds_the_adapters_alone(
     dropout = {n: m.training for n, m in module.backbone.named_modules() if isinstance(m, torch.nn.Dropout)}
     assert {on for name, on in dropout.items() if "adapter" in name} == {True}
     assert not any(on for name, on in dropout.items() if "adapter" not in name)
-    loads_equal(module, fitted, tmp_path / "last.ckpt")
+    assert_loads_equal(module, fitted, tmp_path / "last.ckpt")
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
     ends = {"down.weight": (3, 32), "down.bias": (3,), "up.weight": (32, 3), "up.bias": (32,)}
     for name, value in state.items():
@@ -77,7 +77,7 @@ def test_a_checkpoint_holds_the_adapters_alone(
 
 def test_resuming_is_exact(model_folder: Folder, trainer: MakeTrainer, tmp_path: Path) -> None:
     folder = model_folder("t5")
-    resumes_exactly(lambda: Adapters(folder, size=4, lr=0.01, gradient_checkpointing=True), trainer, tmp_path)
+    assert_resumes_exactly(lambda: Adapters(folder, size=4, lr=0.01, gradient_checkpointing=True), trainer, tmp_path)
 
 
 def test_gradient_checkpointing_changes_nothing(model_folder: Folder, data: AnyData, trainer: MakeTrainer) -> None:

@@ -10,7 +10,7 @@ import torch
 from mpt_lightning import FineTuning, HardPrompt, PromptTuning, load_backbone, load_task
 from mpt_lightning.checkpoint import KEY
 from tests.conftest import KINDS
-from tests.modules.adapted import loads_equal, resumes_exactly
+from tests.modules.checks import assert_loads_equal, assert_resumes_exactly
 from tests.modules.conftest import AnyData
 
 Folder = Callable[[str], str]
@@ -27,7 +27,7 @@ def test_it_trains_what_it_says_and_saves_no_more(
     module = FineTuning(model_folder(kind), train=train, lr=0.01)
     fitted = trainer(max_epochs=1)
     fitted.fit(module, datamodule=data)
-    loads_equal(module, fitted, tmp_path / "last.ckpt")
+    assert_loads_equal(module, fitted, tmp_path / "last.ckpt")
     content = torch.load(tmp_path / "last.ckpt", weights_only=True)
     names = {"lm_head.weight"} if train == "head" else {name for name, _ in before.model.named_parameters()}
     assert content["state_dict"].keys() == {f"backbone.model.{name}" for name in names}
@@ -53,7 +53,7 @@ def test_the_untied_head_starts_as_the_embeddings_copy(
 @pytest.mark.parametrize("train", ["all", "head"])
 def test_resuming_is_exact(train: str, model_folder: Folder, trainer: MakeTrainer, tmp_path: Path) -> None:
     folder = model_folder("t5")
-    resumes_exactly(lambda: FineTuning(folder, train=train, lr=0.01), trainer, tmp_path)
+    assert_resumes_exactly(lambda: FineTuning(folder, train=train, lr=0.01), trainer, tmp_path)
 
 
 def test_another_way_of_training_is_refused(

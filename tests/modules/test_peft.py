@@ -15,7 +15,7 @@ from mpt_lightning.checkpoint import read_checkpoint
 from mpt_lightning.modules.peft_config import build_config, build_tuner, plain_config
 from mpt_lightning.objectives import token_cross_entropy
 from tests.conftest import KINDS, build_model
-from tests.modules.adapted import loads_equal, resumes_exactly, weights
+from tests.modules.checks import assert_loads_equal, assert_resumes_exactly, weights
 from tests.modules.conftest import TASKS, AnyData
 
 Folder = Callable[[str], str]
@@ -76,7 +76,7 @@ def test_logits_and_gradients_are_pefts_own(kind: str, method: str, batch: dict[
 @pytest.mark.parametrize("method", METHODS)
 def test_resuming_is_exact(method: str, model_folder: Folder, trainer: MakeTrainer, tmp_path: Path) -> None:
     folder = model_folder("t5")  # made before a seed is set
-    module = resumes_exactly(lambda: PEFTModule(folder, METHODS[method], lr=0.05), trainer, tmp_path)
+    module = assert_resumes_exactly(lambda: PEFTModule(folder, METHODS[method], lr=0.05), trainer, tmp_path)
     if method == "adalora":
         assert module.adalora.peft_config["default"].total_step == 6
 
@@ -103,7 +103,7 @@ def test_a_checkpoint_holds_what_was_trained(
     module = PEFTModule(model_folder(kind), METHODS[method], lr=0.05)
     fitted = trainer(max_epochs=2)
     fitted.fit(module, datamodule=data)
-    loaded = loads_equal(module, fitted, tmp_path / "last.ckpt")
+    loaded = assert_loads_equal(module, fitted, tmp_path / "last.ckpt")
     assert loaded.tasks == TASKS
     content = torch.load(tmp_path / "last.ckpt", weights_only=True)
     trained = {f"backbone.model.{n}" for n, p in module.backbone.model.named_parameters() if p.requires_grad}
@@ -177,7 +177,7 @@ def test_untrained_random_tensors_are_the_same_after_loading(
     fitted = trainer(max_epochs=1)
     fitted.fit(module, datamodule=data)
     L.seed_everything(77)
-    loads_equal(module, fitted, tmp_path / "last.ckpt")
+    assert_loads_equal(module, fitted, tmp_path / "last.ckpt")
     again = PEFTModule(model_folder("t5"), config, lr=0.05)
     trainer(max_epochs=1).fit(again, datamodule=data, ckpt_path=str(tmp_path / "last.ckpt"))
     batch = next(iter(data.train_dataloader()))

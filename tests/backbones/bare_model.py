@@ -9,7 +9,7 @@ from torch import Tensor
 from mpt_lightning.backbones import Backbone
 
 
-def equals_its_bare_model(
+def assert_equals_bare_model(
     backbone: Backbone, prompts: Any, wholes: Sequence[Tensor], rows: Tensor, ids: Tensor, mask: Tensor, labels: Tensor
 ) -> Tensor:
     """Assert that forward, ranking and generation equal the bare model on `wholes`, each `[1, S, H]`; return logits."""

@@ -22,7 +22,9 @@ class StopAfter(L.Callback):
         trainer.should_stop = trainer.global_step >= self.step
 
 
-def resumes_exactly(make: Callable[[], PromptModule], trainer: Callable[..., L.Trainer], folder: Path) -> PromptModule:
+def assert_resumes_exactly(
+    make: Callable[[], PromptModule], trainer: Callable[..., L.Trainer], folder: Path
+) -> PromptModule:
     """Train two epochs of three steps, whole and in two parts, which must give the same bits; give the resumed one."""
 
     def module() -> PromptModule:
@@ -45,7 +47,7 @@ def resumes_exactly(make: Callable[[], PromptModule], trainer: Callable[..., L.T
     return resumed
 
 
-def loads_equal(module: PromptModule, trainer: L.Trainer, path: Path) -> PromptModule:
+def assert_loads_equal(module: PromptModule, trainer: L.Trainer, path: Path) -> PromptModule:
     """Save a trained module and load it: the same logits and the same generated tokens; give the loaded one."""
     trainer.save_checkpoint(path)
     loaded = type(module).load_from_checkpoint(str(path)).eval()

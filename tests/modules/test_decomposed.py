@@ -7,7 +7,7 @@ import torch
 from mpt_lightning import DePT, load_task
 from mpt_lightning.backbones import CausalBackbone, Seq2SeqBackbone
 from mpt_lightning.prompts import DecomposedPrompt
-from tests.backbones.by_hand import equals_its_bare_model
+from tests.backbones.bare_model import assert_equals_bare_model
 from tests.conftest import KINDS, build_model
 
 T5, LLAMA = "mpt_lightning/demo/t5", "mpt_lightning/demo/llama"
@@ -29,7 +29,7 @@ def test_every_verb_equals_a_plain_model_on_shifted_embeddings(kind: str) -> Non
         shifted = text.clone()
         shifted[:4] = text[:4] + given.shift[rows[row]][: len(text)]
         wholes.append(torch.cat([given.embeddings[rows[row]], shifted])[None])
-    logits = equals_its_bare_model(backbone, given, wholes, rows, ids, mask, labels)
+    logits = assert_equals_bare_model(backbone, given, wholes, rows, ids, mask, labels)
     logits.square().sum().backward()
     assert prompt.shift_cols.grad.abs().max() > 0
 
