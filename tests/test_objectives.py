@@ -43,7 +43,7 @@ def text(states: torch.Tensor) -> dict[str, Segment]:
     ],
     ids=["cross-entropy", "logits", "buckets", "hidden"],
 )
-def test_half_precision_is_lifted(loss: Callable) -> None:
+def test_half_precision_is_computed_in_fp32(loss: Callable) -> None:
     both = torch.randn(2, 2, 3, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert loss(*both).dtype == torch.float32
     torch.testing.assert_close(loss(*both), loss(*both.float()))
@@ -60,7 +60,7 @@ def test_logit_distillation_is_kl_of_teacher_from_student(temperature: float) ->
     torch.testing.assert_close(logit_distillation(student, teacher, LABELS, temperature), total * temperature**2 / 3)
 
 
-def test_the_teacher_gets_no_gradient() -> None:
+def test_the_teacher_receives_no_gradient() -> None:
     student, teacher = (torch.randn(2, 3, 4, requires_grad=True) for _ in range(2))
     in_buckets = bucketed_distillation(student, *top_buckets(teacher[LABELS != IGNORE], 2), LABELS)
     of_states = hidden_distillation(text(student), text(teacher))
@@ -92,7 +92,7 @@ def test_bucketed_distillation_is_kl_over_buckets(k: int, temperature: float) ->
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("k", [5, 64])
-def test_buckets_of_all_tokens_are_the_whole_divergence(k: int, temperature: float) -> None:
+def test_one_bucket_per_token_gives_the_exact_divergence(k: int, temperature: float) -> None:
     student, teacher = torch.randn(2, 2, 3, 5, dtype=torch.double)
     student.requires_grad_()
     buckets = top_buckets(teacher[LABELS != IGNORE], k, temperature)
@@ -117,7 +117,7 @@ def test_gradient_of_bucketed_distillation(k: int) -> None:
     assert student.grad[1, 1:].abs().sum() == 0  # padding does not count
 
 
-def test_tiny_remainders_keep_their_digits() -> None:
+def test_small_remainders_keep_their_precision() -> None:
     """One minus the sum of the kept ones would be 0 in fp32, and its logarithm -inf."""
     teacher, student = (torch.tensor([[[top, 0.0, 1.0, 0.5]]]) for top in (40.0, 60.0))
     labels = torch.zeros(1, 1, dtype=torch.long)
@@ -140,7 +140,7 @@ def test_extreme_logits_stay_finite(k: int) -> None:
     assert torch.isfinite(student.grad).all()
 
 
-def test_no_label_tokens_no_divergence() -> None:
+def test_without_label_tokens_the_divergence_is_zero() -> None:
     buckets = top_buckets(torch.randn(0, 5), 2)
     student, none = torch.randn(1, 2, 5), torch.full((1, 2), IGNORE)
     assert bucketed_distillation(student, *buckets, none) == logit_distillation(student, student, none) == 0
@@ -191,7 +191,7 @@ def test_hidden_distillation(states, layers, chosen, positions, stacks, groups) 
         assert hidden_distillation(student, teacher) == hidden_distillation(student, teacher, layers, positions, stacks)
 
 
-def test_only_the_chosen_states_are_needed_of_the_teacher(states) -> None:
+def test_the_teacher_needs_only_the_chosen_states(states) -> None:
     student, teacher = states
     for layers, positions, stacks in (("last", "text", "both"), ("all", "prompt", "encoder")):
         options = {"layers": layers, "positions": positions, "stacks": stacks}

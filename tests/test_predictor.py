@@ -78,7 +78,7 @@ def test_mixed_batches_equal_the_modules_predictions(name: str, trained: dict[st
             assert max(answer.probabilities, key=answer.probabilities.get) == answer.prediction
 
 
-def test_company_does_not_change_an_answer(trained: dict[str, str]) -> None:
+def test_other_rows_in_a_batch_do_not_change_an_answer(trained: dict[str, str]) -> None:
     predictor = Predictor.from_checkpoint(trained["llama"])
     texts = ["the dog found the cup .", "in the park the red cup was moved by the girl ."]
     together = predictor.predict(texts, ["demo/voice", "demo/topic"])
@@ -87,7 +87,7 @@ def test_company_does_not_change_an_answer(trained: dict[str, str]) -> None:
         assert alone.probabilities == pytest.approx(answer.probabilities, rel=1e-4)
 
 
-def test_columns_are_worded_as_the_card_says(trained: dict[str, str]) -> None:
+def test_columns_are_rendered_with_the_cards_template(trained: dict[str, str]) -> None:
     predictor = Predictor.from_checkpoint(trained["cpt"])
     (row,) = predictor.predict([{"sentence": "you should see it ."}])
     assert row.text == "sentence : you should see it . label :"
@@ -149,7 +149,7 @@ def test_rows_follow_the_context_without_bos(tmp_path: Path) -> None:
     assert list(answer.probabilities.values()) == pytest.approx(expected, rel=1e-4)
 
 
-def test_choices_that_cannot_be_written_are_refused(trained: dict[str, str]) -> None:
+def test_choices_that_cannot_be_tokenised_raise(trained: dict[str, str]) -> None:
     found = Predictor.from_checkpoint(trained["llama"])
     cards = {"demo/voice": replace(found.cards["demo/voice"], choices=["active", "zebra"])}
     with pytest.raises(ValueError, match=r"Task 'demo/voice': got the choices 'zebra', which becomes \['<unk>'\]"):
@@ -193,7 +193,7 @@ def test_a_checkpoint_of_trained_weights_predicts_too(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_mistakes_are_told(texts: Any, tasks: object, message: str, trained: dict[str, str]) -> None:
+def test_mistakes_raise(texts: Any, tasks: object, message: str, trained: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=message):
         Predictor.from_checkpoint(trained["llama"]).predict(texts, tasks)
 
@@ -206,7 +206,7 @@ def test_mistakes_are_told(texts: Any, tasks: object, message: str, trained: dic
         ([{"sentence": "a"}], "got dict, expected a string; change `texts`"),
     ],
 )
-def test_mistakes_in_raw_texts_are_told(texts: list, message: str, trained: dict[str, str]) -> None:
+def test_mistakes_in_raw_texts_raise(texts: list, message: str, trained: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=message):
         Predictor.from_checkpoint(trained["llama"]).predict(texts, "demo/voice", raw=True)
 
@@ -253,7 +253,7 @@ def test_the_command_answers_a_file(
     assert "out.jsonl exists" in capsys.readouterr().err
 
 
-def test_a_file_that_is_no_text_is_told(trained: dict[str, str], tmp_path: Path) -> None:
+def test_a_binary_file_raises(trained: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_bytes(b'{"text": "\xff"}')
     with pytest.raises(ValueError, match="is not UTF-8 text"):
         predict_file(Predictor.from_checkpoint(trained["cpt"]), str(tmp_path / "in.jsonl"), str(tmp_path / "out"))

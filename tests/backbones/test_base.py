@@ -254,7 +254,7 @@ def test_a_sliding_window_is_exact_or_refused(prompts: torch.Tensor, batch: dict
         narrow.generate(*inputs, max_new_tokens=2)
 
 
-def test_the_windows_last_column_is_still_exact(prompts: torch.Tensor, batch: dict[str, torch.Tensor]) -> None:
+def test_a_batch_that_fills_the_window_is_exact(prompts: torch.Tensor, batch: dict[str, torch.Tensor]) -> None:
     """A batch that fills the window equals the bare model's rows; one more column is refused."""
     inputs = (prompts, batch["task_ids"], batch["input_ids"], batch["attention_mask"])
     columns = prompts.shape[1] + batch["input_ids"].shape[1]

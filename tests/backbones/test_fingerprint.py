@@ -92,7 +92,7 @@ def test_linear_layers_are_not_compared_with_quantized_ones(model_folder: Folder
         checkpoint(whole).check_backbone("llama", fingerprint(model), "--ckpt_path")
 
 
-def test_a_fingerprint_of_embeddings_alone_is_refused() -> None:
+def test_a_fingerprint_of_embeddings_only_is_refused() -> None:
     old = replace(checkpoint(""), fingerprint="0123456789abcdef")
     with pytest.raises(ValueError, match=r"saved by an earlier version, .* covers the embeddings of 'gpt2' alone"):
         old.check_backbone("gpt2", "0123456789ab-0123456789ab", "--ckpt_path")

@@ -32,7 +32,7 @@ def test_prompt_tokens_replace_their_ids(kind: str) -> None:
     assert (prompts.grad.norm(dim=2) > 0).all()
 
 
-def test_slot_marks_become_negative_ids() -> None:
+def test_prompt_slots_become_negative_ids() -> None:
     assert count_slots("[prompt*2] x [prompt*10]{y}") == 12
     assert count_slots("a prompt*2 and [prompt*]") == 0
     assert with_slots("a[prompt*2]b c [prompt*1]", lambda piece: [len(piece)]) == [1, -1, -2, 4, -3]

@@ -30,7 +30,7 @@ def logits(backbone: CausalBackbone, length: int, **options: Any) -> torch.Tenso
         ("mistral", set()),  # a sliding window
     ],
 )
-def test_a_wrong_way_is_left_out(kind: str, ways: set[str]) -> None:
+def test_a_wrong_forward_path_is_disabled(kind: str, ways: set[str]) -> None:
     backbone = wrap_model(build_tiny(kind, seq2seq=False), kind)
     assert isinstance(backbone, CausalBackbone)
     assert backbone.ways == ways
@@ -59,7 +59,7 @@ def test_good_models_pass_in_any_precision(kind: str, dtype: Any, model_folder: 
 
 
 @pytest.mark.parametrize("kind", ["t5", "gpt2", "llama"])
-def test_a_large_model_is_tried_on_its_miniature(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_model_is_checked_on_its_miniature(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, passes = build_model(kind), 0
 
     def count(*_: Any) -> None:
@@ -144,7 +144,7 @@ def test_rotations_that_change_with_length_are_refused(kind: str, gradients: boo
     torch.testing.assert_close(fits[0], model(inputs_embeds=whole).logits[0, -3:], rtol=1e-9, atol=1e-9)
 
 
-def test_gpt_neos_local_window_is_known() -> None:
+def test_gpt_neos_local_window_is_respected() -> None:
     backbone = wrap_model(build_tiny("gpt_neo", False, window_size=16), "neo").eval()
     assert backbone.max_positions == 16
     assert logits(backbone, 7).isfinite().all()

@@ -38,7 +38,7 @@ def test_gpu_runs_on_a_cpu(script, tmp_path: Path) -> None:
         assert row["peak_mib"] > 0
 
 
-def test_the_gpu_script_has_the_true_shapes(script) -> None:
+def test_the_gpu_script_has_the_documented_shapes(script) -> None:
     gpu = script("gpu")
     with torch.device("meta"):
         llama = gpu.AutoModelForCausalLM.from_config(gpu.LLAMA_1B)
@@ -47,12 +47,12 @@ def test_the_gpu_script_has_the_true_shapes(script) -> None:
     assert t5.num_parameters() == 222_903_552
 
 
-def test_operations_are_two_per_multiplication(script) -> None:
+def test_each_multiplication_counts_two_operations(script) -> None:
     left, right = torch.rand(3, 5), torch.rand(5, 7, requires_grad=True)
     assert script("gpu").operations(lambda: (left @ right).sum().backward()) == 2 * (2 * 3 * 5 * 7)
 
 
-def test_a_missing_gpu_is_told(script, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_gpu_gets_one_message(script, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(SystemExit):
@@ -60,7 +60,7 @@ def test_a_missing_gpu_is_told(script, capsys: pytest.CaptureFixture[str]) -> No
     assert "--device cpu --tiny" in capsys.readouterr().err
 
 
-def test_backbones_runs_and_says_what_is_missing(
+def test_backbones_runs_and_reports_missing_libraries(
     script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     backbones, output = script("backbones"), tmp_path / "backbones.json"
@@ -78,7 +78,7 @@ def test_backbones_runs_and_says_what_is_missing(
     assert "needs bitsandbytes" in printed
 
 
-def test_the_model_of_a_step_is_its_formula(script) -> None:
+def test_the_step_model_equals_its_formula(script) -> None:
     model = script("scaling_model")
     network = model.Network(8, nvlink_latency=3e-6, nvlink_bandwidth=4e11, network_latency=1e-5, network_bandwidth=1e11)
     assert network.ring(8e8, 8) == pytest.approx(14 * 3e-6 + 2 * 7 / 8 * 8e8 / 4e11)
@@ -132,7 +132,7 @@ def test_scaling_runs(script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert all(0 < row["lowest"] <= row["highest"] <= 1 for row in result["model"])
 
 
-def test_scaling_wants_one_time_per_method(script, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scaling_needs_one_time_per_method(script, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         script("scaling").main(["--step-seconds", "0.1"])
     assert "one number for each of prompt tuning, MPTSource, LoRA, fine-tuning" in capsys.readouterr().err

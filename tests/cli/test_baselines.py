@@ -97,7 +97,7 @@ def test_hard_prompts_need_no_training(own_folder: Path, capsys: pytest.CaptureF
     assert "got pattern=9, expected 0 to 1" in error(capsys, "test", *recipe, "--data.pattern", "9")
 
 
-def test_qlora_says_what_is_missing(
+def test_qlora_without_its_library_gets_one_message(
     own_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mpt_lightning.backbones.quantization.find_spec", lambda name: None)

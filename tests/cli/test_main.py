@@ -64,7 +64,7 @@ def test_importing_the_package_imports_no_model_library() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_the_public_names_are_there() -> None:
+def test_the_public_names_can_be_imported() -> None:
     for name in mpt_lightning.__all__:
         assert getattr(mpt_lightning, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
@@ -83,7 +83,7 @@ def test_tasks_and_configs_show_and_copy(own_folder: Path, capsys: pytest.Captur
     assert "mpt/source" in error(capsys, "configs", "mpt/sources")
 
 
-def test_every_recipe_opens_with_its_purpose_and_its_command() -> None:
+def test_every_recipe_starts_with_its_purpose_and_command() -> None:
     for name in packaged_names("configs"):
         lines = packaged("configs", name).read_text().splitlines()
         assert lines[0].startswith("# ")
@@ -169,7 +169,7 @@ def test_cpt_runs_from_training_to_predictions(
 CPT_WORDS = ["--data.separator", ".", "--data.answer_prefix", "is :", "--data.max_input_length", "20"]
 
 
-def test_in_context_learning_is_tested_without_a_checkpoint(
+def test_in_context_learning_needs_no_checkpoint(
     own_folder: Path, model_folder: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("MPT_DATA_ROOT", str(FIXTURES))
@@ -238,7 +238,7 @@ def test_an_argument_overrides_a_cards_and_a_recipes_value(capsys: pytest.Captur
     assert "sst2" in str(printed["data"]["init_args"]["card"])
 
 
-def test_a_methods_help_names_its_arguments_and_explains_them(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_methods_help_explains_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         mpt("fit", "--model.help", "MPTSource")
     text = capsys.readouterr().out
@@ -254,7 +254,7 @@ def test_a_methods_help_names_its_arguments_and_explains_them(capsys: pytest.Cap
         ("a: 1\n", {"a": 1}), ("[1, 2]", [1, 2]), ("1e-3", 0.001), ("null", None),
     ],
 )  # fmt: skip
-def test_one_line_with_a_colon_is_a_text(text: str, value: object) -> None:
+def test_a_value_with_a_colon_is_a_string(text: str, value: object) -> None:
     assert load_argument(text) == value
 
 
@@ -284,7 +284,7 @@ def test_mistakes_get_one_message(words: list[str], message: str, capsys: pytest
     assert message in error(capsys, *words)
 
 
-def test_a_launcher_with_other_numbers_gets_one_message(
+def test_a_launcher_with_other_rank_counts_gets_one_message(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "one"}.items():
@@ -297,7 +297,7 @@ def test_a_launcher_with_other_numbers_gets_one_message(
 
 @pytest.mark.parametrize("parent_left", [False, True])
 @pytest.mark.parametrize("variable", ["LOCAL_RANK", "SLURM_PROCID"])
-def test_the_first_of_several_processes_speaks_for_them(
+def test_later_ranks_wait_before_they_print_an_error(
     parent_left: bool, variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parents = iter([7, 1 if parent_left else 7])

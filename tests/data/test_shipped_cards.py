@@ -96,7 +96,7 @@ def test_splits_do_not_share_rows(name, load):
 
 
 @pytest.mark.parametrize("name", [name for name in HUB_TASKS if not load_card(name).preprocess])
-def test_columns_appear_whole(name, load):
+def test_columns_are_rendered_completely(name, load):
     # The reference registry takes the first character of two columns, and the first option twice.
     card = load_card(name)
     texts = [render(name, row) for split in ("train", "validation") for row in load(name, split)]

@@ -56,14 +56,14 @@ def test_only_the_one_column_is_cut(make_card, encoder, truncate):
     assert ids == encoder.format.inputs([text])[0]
 
 
-def test_as_much_as_fits_is_kept(make_card, seq2seq):
+def test_as_many_tokens_as_fit_are_kept(make_card, seq2seq):
     card = make_card(input="task {text}")
     ((fitted, placed),) = seq2seq.fit(card, [example(text="one two three four five six seven eight nine ten 0 1 2")])
     assert fitted.values == {"text": "one two three four five six seven eight nine ten"}
     assert len(placed.ids) == 12
 
 
-def test_what_fits_is_left_alone(make_card, seq2seq):
+def test_inputs_that_fit_are_unchanged(make_card, seq2seq):
     row = example(text="one ")
     assert seq2seq.fit(make_card(input="task {text}"), [row])[0][0] is row
 
@@ -170,7 +170,7 @@ def test_second_run_reads_the_cache(make_card, write_split, film_rows, seq2seq, 
 
 
 @pytest.mark.parametrize("change", ["card", "draw", "length", "kind", "prefix", "bos", "data"])
-def test_any_change_makes_a_new_cache(make_card, write_split, film_rows, backbones, tmp_path, encode_calls, change):
+def test_any_change_creates_a_new_cache(make_card, write_split, film_rows, backbones, tmp_path, encode_calls, change):
     root, cache = write_split(film_rows(20)), str(tmp_path / "cache")
 
     def run(card=None, draw=DRAW, kind="seq2seq", length=12, **options):

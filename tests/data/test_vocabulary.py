@@ -28,7 +28,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         (["bad", "xbad"], r"choices 'bad', which becomes \['▁', 'b', 'a', 'd'\] like 'xbad'; 'xbad', which becomes"),
     ],
 )
-def test_choices_that_cannot_be_told_apart(make_card, tokenizer, family, choices, message):
+def test_indistinguishable_choices_raise(make_card, tokenizer, family, choices, message):
     card = make_card(name="x", choices=choices)
     if message is None:
         check_choices(card, tokenizer, family)
@@ -82,7 +82,7 @@ def test_other_targets_with_unknown_words_warn(free):
         free(lost=0).setup("fit")
 
 
-def test_many_unknown_inputs_warn_once(film, write_split):
+def test_many_unknown_input_tokens_warn_once(film, write_split):
     for split in ("train", "validation"):
         # "task text : a zebra": a fifth of the tokens, and of the closing one a sixth.
         write_split([{"text": "a zebra", "label": n % 2} for n in range(10)], split=split)
@@ -93,7 +93,7 @@ def test_many_unknown_inputs_warn_once(film, write_split):
     assert len([warning for warning in caught if "unknown" in str(warning.message)]) == 1
 
 
-def test_few_unknown_inputs_do_not_warn(film, write_split):
+def test_few_unknown_input_tokens_do_not_warn(film, write_split):
     write_split([{"text": "a film film film film zebra", "label": n % 2} for n in range(10)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

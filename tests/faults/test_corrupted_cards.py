@@ -143,7 +143,7 @@ def placed(content: bytes, world: World, path: Path) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_that_is_no_card(name: str, world: World, tmp_path: Path, outcome: Outcome) -> None:
+def test_a_file_without_a_card(name: str, world: World, tmp_path: Path, outcome: Outcome) -> None:
     for read in placed(FILES[name], world, tmp_path / "card.yaml"):
         assert outcome(read) is not None
 
@@ -158,7 +158,7 @@ def test_tags_in_a_card_are_not_run(tag: str, world: World, tmp_path: Path, outc
 
 
 @pytest.mark.parametrize("name", ["nowhere.yaml", "x" * 5000, "a\0b", "../glue/sst2", "/etc/passwd", "glue", "", "."])
-def test_a_card_that_is_not_there(name: str, outcome: Outcome) -> None:
+def test_a_missing_card(name: str, outcome: Outcome) -> None:
     for read in (load_card, load_task, TaskDataModule):
         assert outcome(lambda read=read: read(name)) is not None
 
@@ -207,7 +207,7 @@ def test_a_wrong_comparison(change: Change, tmp_path: Path, outcome: Outcome) ->
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_that_is_no_comparison(name: str, tmp_path: Path, outcome: Outcome) -> None:
+def test_a_file_without_a_comparison(name: str, tmp_path: Path, outcome: Outcome) -> None:
     (tmp_path / "mine.yaml").write_bytes(FILES[name])
     assert outcome(lambda: main(["compare", str(tmp_path / "mine.yaml")])) is not None
 
@@ -242,7 +242,7 @@ def test_a_wrong_recipe(name: str, world: World, tmp_path: Path, outcome: Outcom
 
 
 @pytest.mark.parametrize("name", [*FILES, *TAGS])
-def test_a_file_that_is_no_recipe(name: str, tmp_path: Path, outcome: Outcome) -> None:
+def test_a_file_without_a_recipe(name: str, tmp_path: Path, outcome: Outcome) -> None:
     trap = tmp_path / "sprung"
     tagged = f"trainer: {TAGS.get(name, '').format(trap=trap)}\n".encode()
     (tmp_path / "mine.yaml").write_bytes(FILES.get(name, tagged))

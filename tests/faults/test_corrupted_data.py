@@ -234,14 +234,14 @@ SAME: dict[str, tuple[str, bytes]] = {
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_what_changes_nothing_is_read_as_it_was(name: str, world: World, tmp_path: Path, write: Callable) -> None:
+def test_harmless_changes_do_not_change_the_rows(name: str, world: World, tmp_path: Path, write: Callable) -> None:
     write(*SAME[name])
     assert [(r["text"], r["references"]) for r in load(tmp_path, world)] == [
         (f"sentence : {r['text']}", [CARD["choices"][r["label"]]]) for r in ROWS
     ]
 
 
-def test_texts_of_a_csv_file_are_read_as_they_are_written(world: World, tmp_path: Path, write: Callable) -> None:
+def test_csv_texts_are_read_literally(world: World, tmp_path: Path, write: Callable) -> None:
     texts = ["NA", "null", "007", "1.50", "True", "a, b"]
     write("csv", join("text,label", *(f'"{text}",1' for text in texts)))
     assert [r["text"] for r in load(tmp_path, world)] == [f"sentence : {text}" for text in texts]
@@ -264,7 +264,7 @@ def test_a_damaged_cache(
     assert "cache_dir" in message
 
 
-def test_damaged_data_is_one_line_of_the_command_line(world: World, tmp_path: Path, outcome: Outcome) -> None:
+def test_damaged_data_gets_one_message_from_the_command(world: World, tmp_path: Path, outcome: Outcome) -> None:
     for name in ("latin-1", "null first", "cut", "label 2"):
         file = tmp_path / name / "film" / "train.jsonl"
         file.parent.mkdir(parents=True)
@@ -316,7 +316,7 @@ def test_damaged_input_of_predict(name: str, predictor: Predictor, tmp_path: Pat
     assert not list(tmp_path.glob("out*"))
 
 
-def test_lines_end_where_json_says_so(predictor: Predictor, tmp_path: Path) -> None:
+def test_only_jsons_line_breaks_end_a_line(predictor: Predictor, tmp_path: Path) -> None:
     text = "a \u2028 good \u0085 film"
     lines = [json.dumps({"task": "one", "text": text}, ensure_ascii=False) for _ in range(2)]
     (tmp_path / "in.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())

@@ -233,7 +233,7 @@ PEFT_CASES = [
 
 
 @pytest.mark.parametrize(("number", "name", "change"), PEFT_CASES)
-def test_a_wrong_folder_of_pefts(
+def test_a_wrong_peft_folder(
     number: int, name: str, change: Callable, folders: dict[str, Path], world: World, tmp_path: Path, outcome: Outcome
 ) -> None:
     shutil.copytree(folders[name], folder := tmp_path / name)
@@ -249,7 +249,7 @@ def test_code_in_a_folder_is_not_run(folders: dict[str, Path], world: World, tmp
     assert not (tmp_path / "sprung").exists()
 
 
-def test_embeddings_have_digests_and_are_no_checkpoint(world: World, tmp_path: Path, outcome: Outcome) -> None:
+def test_exported_embeddings_are_refused_as_a_checkpoint(world: World, tmp_path: Path, outcome: Outcome) -> None:
     folder = export_prompt_embeds(world.checkpoints["PromptTuning"], tmp_path / "embeds")
     tasks = json.loads((folder / "prompt_embeds.json").read_text())["tasks"]
     assert [task["sha256"] for task in tasks.values()] == [digest(folder / task["file"]) for task in tasks.values()]

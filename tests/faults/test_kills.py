@@ -171,7 +171,7 @@ def assert_equal(found: Any, expected: Any, place: str = "") -> None:
 
 
 @pytest.mark.parametrize(("whole", "moment"), KILLS, indirect=["whole"])
-def test_a_killed_run_ends_as_if_nothing_had_happened(
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
     moment: str, whole: tuple[dict[str, Any], float], inputs: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     stage, (expected, seconds) = request.node.callspec.params["whole"], whole

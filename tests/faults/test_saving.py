@@ -97,7 +97,7 @@ def terminate(_: L.LightningModule) -> None:
         ("on_before_zero_grad", 5, 6),
     ],
 )
-def test_sigterm_saves_and_the_run_goes_on_exactly(
+def test_sigterm_saves_and_the_run_resumes_exactly(
     hook: str, step: int, left_after: int, fit: Any, undisturbed: tuple[PromptTuning, Steps], tmp_path: Path
 ) -> None:
     whole, all_steps = undisturbed
@@ -114,7 +114,7 @@ def test_sigterm_saves_and_the_run_goes_on_exactly(
         assert torch.equal(resumed.state_dict()[name], value), name
 
 
-def test_the_command_line_leaves_with_the_status_of_sigterm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_exits_with_the_status_of_sigterm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(L.Trainer, "fit", _raise(SIGTERMException()))
     words = ["fit", "--model", "PromptTuning", "--model.backbone", T5, "--data", "TaskDataModule"]
     with pytest.raises(SystemExit) as left:
@@ -182,7 +182,7 @@ def test_a_full_disk_ends_the_run_with_one_message(fit: Any, tmp_path: Path) -> 
     assert list(steps.rows) == [4, 5, 6, 7]
 
 
-def test_a_place_that_cannot_be_written_is_one_line(
+def test_an_unwritable_folder_gets_one_message(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -194,7 +194,7 @@ def test_a_place_that_cannot_be_written_is_one_line(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_no_number_names_the_rows(value: float, fit: Any, tmp_path: Path) -> None:
+def test_a_non_finite_loss_names_the_rows(value: float, fit: Any, tmp_path: Path) -> None:
     class Spoil(L.Callback):
         """Makes the third row of the fifth step's batch have no loss."""
 
@@ -212,7 +212,7 @@ def test_a_loss_that_is_no_number_names_the_rows(value: float, fit: Any, tmp_pat
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
 
 
-def test_a_prompt_that_is_no_number_is_not_saved(fit: Any, tmp_path: Path) -> None:
+def test_a_non_finite_prompt_is_not_saved(fit: Any, tmp_path: Path) -> None:
     def spoil(module: L.LightningModule) -> None:
         with torch.no_grad():
             next(module.prompt.parameters())[0, 0, 0] = torch.inf
@@ -223,7 +223,7 @@ def test_a_prompt_that_is_no_number_is_not_saved(fit: Any, tmp_path: Path) -> No
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
 
 
-def test_a_trainers_own_checkpoint_io_stays(fit: Any) -> None:
+def test_a_custom_checkpoint_io_is_kept(fit: Any) -> None:
     class Mine(TorchCheckpointIO):
         pass
 

@@ -64,7 +64,7 @@ def complaints(source: str, file: str = "x.py") -> Iterator[str]:
             yield f"{called} without {option}={value}"
 
 
-def test_nothing_in_the_package_could_run_what_it_reads() -> None:
+def test_the_package_has_no_call_that_executes_data() -> None:
     files = {str(path.relative_to(PACKAGE)): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
     assert {name: found for name, text in files.items() if (found := list(complaints(text, name)))} == {}
     assert sum(text.count("torch.load(") for text in files.values()) == 1
@@ -89,7 +89,7 @@ def test_nothing_in_the_package_could_run_what_it_reads() -> None:
         "np.load(f, allow_pickle=True)",
     ],
 )
-def test_the_search_finds(source: str) -> None:
+def test_the_search_finds_each_unsafe_call(source: str) -> None:
     assert list(complaints(source))
 
 
@@ -128,7 +128,7 @@ def evil(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
     return make
 
 
-def test_a_model_that_needs_its_own_code_is_refused(evil: Callable, tmp_path: Path, outcome: Outcome) -> None:
+def test_a_model_that_requires_custom_code_is_refused(evil: Callable, tmp_path: Path, outcome: Outcome) -> None:
     folder = evil(True, True, "evil")
     trainer = L.Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False)
     for attempt in (
@@ -145,7 +145,7 @@ def test_a_model_that_needs_its_own_code_is_refused(evil: Callable, tmp_path: Pa
 
 
 @pytest.mark.parametrize(("config", "tokenizer"), [(True, False), (False, True), (True, True)])
-def test_a_model_that_comes_with_code_is_used_without_it(
+def test_a_models_custom_code_is_not_used(
     config: bool, tokenizer: bool, evil: Callable, tmp_path: Path, outcome: Outcome
 ) -> None:
     """Where transformers has the model's type, its own class is used."""
@@ -156,7 +156,7 @@ def test_a_model_that_comes_with_code_is_used_without_it(
     assert not [name for name in sys.modules if "evil" in name.lower()]
 
 
-def test_no_argument_turns_code_on(world: World, tmp_path: Path, outcome: Outcome) -> None:
+def test_no_argument_enables_custom_code(world: World, tmp_path: Path, outcome: Outcome) -> None:
     words = ["fit", "--config", str(world.recipes["PromptTuning"]), "--model.trust_remote_code", "true"]
     message = outcome(lambda: main(words))
     assert message is not None
@@ -225,11 +225,11 @@ def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
         "of_a_card",
     ],
 )  # fmt: skip
-def test_a_card_names_no_other_function(path: str, functions: Path, outcome: Outcome) -> None:
+def test_a_card_can_name_only_row_functions(path: str, functions: Path, outcome: Outcome) -> None:
     assert outcome(lambda: import_preprocess(load_card(CARD | {"preprocess": path}))) is not None
 
 
-def test_a_card_names_a_function_that_was_made_for_it(functions: Path) -> None:
+def test_a_card_can_name_a_row_function(functions: Path) -> None:
     function = import_preprocess(load_card(CARD | {"preprocess": "of_a_card.mine"}))
     assert function({"a": 1}, "train") == [{"a": 1}]
 
@@ -251,7 +251,7 @@ def test_reading_a_card_or_a_checkpoint_imports_no_function(functions: Path, wor
 # Checkpoints
 
 
-def test_lightning_too_reads_tensors_and_plain_values_alone(
+def test_lightning_reads_only_tensors_and_plain_values(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcome: Outcome
 ) -> None:
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
@@ -278,7 +278,7 @@ def test_lightning_too_reads_tensors_and_plain_values_alone(
     ],
     ids=str,
 )
-def test_no_class_of_a_checkpoints_choice_is_made(
+def test_a_checkpoint_cannot_choose_a_class_to_construct(
     config: Any, functions: Path, world: World, tmp_path: Path, outcome: Outcome
 ) -> None:
     content = world.plain("PromptTuning")
@@ -323,7 +323,7 @@ def trained(world: World) -> Callable[[list[str]], PromptCheckpoint]:
 
 
 @pytest.mark.parametrize("name", EVIL_NAMES, ids=ascii)
-def test_no_name_leads_out_of_the_folder(name: str, trained: Callable, tmp_path: Path, outcome: Outcome) -> None:
+def test_no_task_name_leads_out_of_the_folder(name: str, trained: Callable, tmp_path: Path, outcome: Outcome) -> None:
     if name in FINE:
         assert task_paths([name]) == {name: name}
     else:
@@ -336,7 +336,7 @@ def test_no_name_leads_out_of_the_folder(name: str, trained: Callable, tmp_path:
 
 
 @pytest.mark.parametrize("name", EVIL_NAMES, ids=ascii)
-def test_any_task_can_be_exported_alone(name: str, trained: Callable, tmp_path: Path) -> None:
+def test_a_task_of_any_name_can_be_exported(name: str, trained: Callable, tmp_path: Path) -> None:
     if "\ud800" in name:
         return  # cannot be written in UTF-8
     checkpoint = trained(["one", name])
@@ -359,7 +359,7 @@ def test_two_tasks_never_share_a_file(names: list[str], trained: Callable, tmp_p
         assert "differ in case alone" in message
 
 
-def test_names_within_names_share_no_file(trained: Callable, tmp_path: Path) -> None:
+def test_nested_names_share_no_file(trained: Callable, tmp_path: Path) -> None:
     names = ["a", "a/b", "a/b/c", "b", "b.c", "one two", "ä", "-x", ".hidden"]
     folder = export_peft(trained(names), tmp_path / "peft")
     assert import_peft(folder).tasks == names

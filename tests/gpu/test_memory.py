@@ -29,7 +29,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     [(PromptTuning, SHORT, True), (PEFTModule, LORA, True), (PEFTModule, PISSA, False)],
     ids=["prompt", "lora", "pissa"],
 )
-def test_weights_load_straight_to_the_device(module, options, at_once, device: Device, folder, monkeypatch) -> None:
+def test_weights_are_loaded_directly_onto_the_device(
+    module, options, at_once, device: Device, folder, monkeypatch
+) -> None:
     places = []
     adapt = module.adapt
     monkeypatch.setattr(

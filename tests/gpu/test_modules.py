@@ -173,7 +173,9 @@ def same(on_gpu: dict[str, Any], on_cpu: dict[str, Any], device: Device) -> None
 
 
 @pytest.mark.parametrize(("name", "kind"), FULL)
-def test_a_module_is_right_from_fit_to_export(name: str, kind: str, device: Device, paths: Any, tmp_path: Path) -> None:
+def test_a_module_matches_the_cpu_from_fit_to_export(
+    name: str, kind: str, device: Device, paths: Any, tmp_path: Path
+) -> None:
     case, runs = CASES[name], []
     for run_on in (ON_CPU, device):
         folder = tmp_path / run_on.name
@@ -195,7 +197,9 @@ def test_a_module_is_right_from_fit_to_export(name: str, kind: str, device: Devi
 # PEFT's SHiRA reads sparse tensors, and PEFT reports the layout of GPT-2's weights.
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks", "ignore:fan_in_fan_out is set to")
 @pytest.mark.parametrize(("name", "kind"), BRIEF)
-def test_a_module_is_right_from_fit_to_load(name: str, kind: str, device: Device, paths: Any, tmp_path: Path) -> None:
+def test_a_module_matches_the_cpu_from_fit_to_load(
+    name: str, kind: str, device: Device, paths: Any, tmp_path: Path
+) -> None:
     case = CASES[name]
     _, on_cpu = fit(case, ON_CPU, paths(kind), tmp_path / "cpu", limit_val_batches=0)
     with device():
@@ -207,7 +211,7 @@ def test_a_module_is_right_from_fit_to_load(name: str, kind: str, device: Device
 
 
 @pytest.mark.parametrize("name", UNTRAINED)
-def test_a_method_without_training_is_right(name: str, device: Device, paths: Any) -> None:
+def test_an_untrained_method_matches_the_cpu(name: str, device: Device, paths: Any) -> None:
     case, runs = UNTRAINED[name], []
     for run_on in (ON_CPU, device):
         with run_on():

@@ -36,7 +36,7 @@ def test_waits_are_recorded_by_kind() -> None:
     assert sum(number for number, *_ in gpu.table()) == 4
 
 
-def test_the_device_has_random_numbers_of_its_own() -> None:
+def test_the_device_has_a_separate_random_state() -> None:
     torch.manual_seed(0)
     expected = torch.randn(4)
     with PretendedGPU():

@@ -73,7 +73,7 @@ def test_mistakes_get_one_message(
 
 @pytest.mark.parametrize("name", ["best", "{step}"])
 @pytest.mark.parametrize("interval", [1, 3])
-def test_the_best_checkpoint_is_kept_for_peft(
+def test_the_best_checkpoint_is_exported(
     name: str, interval: int, backbones: Give, trainer: MakeTrainer, tmp_path: Path
 ) -> None:
     """Also where later ones are worse, at the end of a validation and at the end of training."""
@@ -105,7 +105,7 @@ def test_the_best_checkpoint_is_kept_for_peft(
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {Path(best.best_model_path).name, "prompts"}
 
 
-def test_an_export_needs_something_to_export(
+def test_the_callback_needs_a_module_with_a_prompt(
     backbones: Give, trainer: MakeTrainer, tmp_path: Path, model_folder: Callable[[str], str]
 ) -> None:
     module = PromptTuning(backbones("t5").name, prompt_length=4)

@@ -55,7 +55,7 @@ def test_peft_runs_each_task_as_we_do(kind: str, stage: str, checkpoint: Make, b
         assert torch.equal(alone.fold(task), prompt.fold(task))
 
 
-def test_the_umask_alone_limits_who_may_read(checkpoint: Make, tmp_path: Path) -> None:
+def test_only_the_umask_limits_who_may_read(checkpoint: Make, tmp_path: Path) -> None:
     source = checkpoint("t5", "PromptTuning")
     before = os.umask(0o027)
     try:
@@ -70,7 +70,7 @@ def test_the_umask_alone_limits_who_may_read(checkpoint: Make, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("kind", "stage"), ALL)
-def test_the_whole_group_comes_back_and_runs_in_peft(
+def test_all_tasks_are_imported_again_and_run_in_peft(
     kind: str, stage: str, checkpoint: Make, backbones: Give, tmp_path: Path
 ) -> None:
     source, backbone = checkpoint(kind, stage), backbones(kind)
@@ -96,7 +96,7 @@ def test_the_whole_group_comes_back_and_runs_in_peft(
 
 
 @pytest.mark.parametrize("stage", ["encoded", "superposed"])
-def test_prompts_trained_through_something_else_are_folded(
+def test_reparameterized_prompts_are_exported_folded(
     stage: str, checkpoint: Make, backbones: Give, tmp_path: Path
 ) -> None:
     source, backbone = checkpoint("llama", stage), backbones("llama")
@@ -133,7 +133,7 @@ def test_a_tasks_name_cannot_leave_the_folder(task: str, checkpoint: Make, tmp_p
     assert import_peft(export_peft(source, tmp_path / "export", task)).tasks == [task]
 
 
-def test_names_that_differ_in_case_alone_are_told(checkpoint: Make, tmp_path: Path) -> None:
+def test_names_that_differ_only_in_case_raise(checkpoint: Make, tmp_path: Path) -> None:
     source = checkpoint("t5", "PromptTuning")
     content = torch.load(source, weights_only=True)
     content["mpt_lightning"]["prompt_config"]["tasks"] = ["A", "a"]
@@ -142,7 +142,7 @@ def test_names_that_differ_in_case_alone_are_told(checkpoint: Make, tmp_path: Pa
         export_peft(source, tmp_path / "export")
 
 
-def test_a_place_that_exists_is_left_as_it_is(checkpoint: Make, tmp_path: Path) -> None:
+def test_an_existing_path_is_not_overwritten(checkpoint: Make, tmp_path: Path) -> None:
     source = checkpoint("t5", "MPTSource")
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("mine")
@@ -160,9 +160,7 @@ def test_a_place_that_exists_is_left_as_it_is(checkpoint: Make, tmp_path: Path) 
     assert import_peft(tmp_path / "export").tasks == ["two"]
 
 
-def test_nothing_is_left_of_an_export_that_fails(
-    checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_export_leaves_no_files(checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = checkpoint("t5", "MPTSource")
     kept = export_peft(source, tmp_path / "kept")
     before = (kept / "adapter_model.safetensors").read_bytes()
@@ -226,7 +224,7 @@ def describe(folder: Path, **values: object) -> None:
 
 
 @pytest.mark.parametrize("case", OWN)
-def test_what_is_wrong_with_an_export_is_told(case: str, checkpoint: Make, tmp_path: Path) -> None:
+def test_a_wrong_export_raises(case: str, checkpoint: Make, tmp_path: Path) -> None:
     folder = export_peft(checkpoint("t5", "MPTSource"), tmp_path / "export")
     change, message = OWN[case]
     change(folder)

@@ -58,7 +58,7 @@ def test_an_exports_readme_has_code_that_runs(
     torch.testing.assert_close(got, prompt.fold("glue/one"))
 
 
-def test_a_card_says_what_there_is(checkpoint: Make, tmp_path: Path) -> None:
+def test_a_model_card_describes_the_export(checkpoint: Make, tmp_path: Path) -> None:
     text = model_card(read_checkpoint(str(checkpoint("t5", "MPTSource"))))
     _, front, body = text.split("---\n", 2)
     found = yaml.safe_load(front)
@@ -125,7 +125,7 @@ def test_a_card_names_models_of_the_hub_and_embedded_ones(checkpoint: Make) -> N
     assert "/secret" not in text
 
 
-def test_scores_are_those_of_this_file_alone(checkpoint: Make) -> None:
+def test_scores_of_other_checkpoints_are_left_out(checkpoint: Make) -> None:
     source = checkpoint("t5", "PromptTuning")
     assert read_checkpoint(str(source)).metrics == {"val/average": 0.75}
     copy = shutil.copy(source, source.with_name("last.ckpt"))
@@ -209,7 +209,7 @@ class LocalHub:
         shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
 
 
-def test_an_export_is_pushed_as_it_is(checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_is_pushed_unchanged(checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "HfApi", LocalHub)
     LocalHub.root, LocalHub.calls = tmp_path / "hub", []
     folder = export_peft(checkpoint("t5", "PromptTuning"), tmp_path / "export")
@@ -221,7 +221,7 @@ def test_an_export_is_pushed_as_it_is(checkpoint: Make, tmp_path: Path, monkeypa
         assert (LocalHub.root / "me/prompts" / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_what_cannot_be_pushed_is_told(checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exports_that_cannot_be_pushed_raise(checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"is not an export: it has no README\.md"):
         push(tmp_path, "me/prompts")
     folder = export_peft(checkpoint("t5", "MPTSource"), tmp_path / "export")

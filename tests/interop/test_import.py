@@ -67,9 +67,7 @@ CASES += [("gpt2", "CPT"), ("llama", "CPT")]
 
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
 @pytest.mark.parametrize(("name", "kind"), CASES)
-def test_a_folder_of_pefts_runs_the_same_here(
-    name: str, kind: str, safe: bool, backbones: Give, tmp_path: Path
-) -> None:
+def test_a_peft_folder_has_the_same_logits(name: str, kind: str, safe: bool, backbones: Give, tmp_path: Path) -> None:
     backbone = backbones(name)
     model = save_with_peft(backbone, kind, tmp_path / "peft", safe)
     assert (tmp_path / f"peft/adapter_model.{'safetensors' if safe else 'bin'}").is_file()
@@ -102,7 +100,7 @@ def test_a_folder_without_a_fingerprint_can_be_exported_too(backbones: Give, tmp
 
 
 @pytest.mark.parametrize("kind", ["PROMPT_TUNING", "MULTITASK_PROMPT_TUNING"])
-def test_the_encoders_half_is_taken(kind: str, backbones: Give, tmp_path: Path) -> None:
+def test_the_encoders_half_is_imported(kind: str, backbones: Give, tmp_path: Path) -> None:
     """PEFT's default for an encoder-decoder has rows for the decoder, which its generate does not use."""
     backbone = backbones("t5")
     model = save_with_peft(backbone, kind, tmp_path, submodules=None)
@@ -119,7 +117,7 @@ def test_the_encoders_half_is_taken(kind: str, backbones: Give, tmp_path: Path) 
     assert made.tolist() == theirs[:, 1:].tolist()
 
 
-def test_a_map_beside_it_names_the_tasks(backbones: Give, tmp_path: Path) -> None:
+def test_a_mapping_file_names_the_tasks(backbones: Give, tmp_path: Path) -> None:
     save_with_peft(backbones("t5"), "MULTITASK_PROMPT_TUNING", tmp_path)
     for content, message in [
         ({"b": 1, "a": 0}, "must map each of 3 tasks to its number"),
@@ -149,7 +147,7 @@ def test_target_tasks_start_from_pefts_multitask_folder(
     assert torch.equal(picked.prompt.prefix_task_cols[0].detach(), tensors["prefix_task_cols"][2])
 
 
-def test_teachers_and_starts_are_folders_too(
+def test_teachers_and_initial_prompts_can_be_folders(
     backbones: Give, tmp_path: Path, trainer: Callable[..., L.Trainer], checkpoint: Make
 ) -> None:
     backbone = backbones("llama")
@@ -190,7 +188,7 @@ def other(tmp_path: Path) -> str:
     return str(tmp_path / "other")
 
 
-def test_another_backbone_is_told(
+def test_another_backbone_raises(
     backbones: Give, tmp_path: Path, other: str, trainer: Callable[..., L.Trainer], checkpoint: Make
 ) -> None:
     save_with_peft(backbones("t5"), "MULTITASK_PROMPT_TUNING", tmp_path / "peft")
@@ -255,7 +253,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_is_wrong_with_a_folder_is_told(case: str, backbones: Give, tmp_path: Path) -> None:
+def test_a_wrong_folder_raises(case: str, backbones: Give, tmp_path: Path) -> None:
     save_with_peft(backbones("t5"), "MULTITASK_PROMPT_TUNING", tmp_path)
     change, message = BAD[case]
     change(tmp_path)
@@ -263,7 +261,7 @@ def test_what_is_wrong_with_a_folder_is_told(case: str, backbones: Give, tmp_pat
         import_peft(tmp_path)
 
 
-def test_what_is_wrong_with_other_folders_is_told(backbones: Give, tmp_path: Path) -> None:
+def test_folders_of_other_kinds_raise(backbones: Give, tmp_path: Path) -> None:
     save_with_peft(backbones("llama"), "LORA", tmp_path / "lora")
     with pytest.raises(ValueError, match=r"has the peft_type 'LORA'\. Expected PROMPT_TUNING or MULTITASK"):
         import_peft(tmp_path / "lora")

@@ -110,7 +110,7 @@ def test_correlations():
 
 
 @pytest.mark.parametrize("text", ["", "much", "7.0", "-1", "nan", "inf"])
-def test_invalid_number_is_the_farthest_end(text):
+def test_an_invalid_number_counts_as_the_farthest_bound(text):
     gold = ["1", "2", "4.5"]
     got = scores(card("pearson"), ["1.0", text, text], gold)
     assert got["invalid"] == 2
@@ -155,7 +155,7 @@ def test_rouge_is_the_mean_over_rows_of_the_best_reference():
     assert got["rouge2"] == pytest.approx((2 * 1 * 0.5 / 1.5 + 1 + 0) / 3, abs=1e-5)
 
 
-def test_reset_forgets():
+def test_reset_clears_all_scores():
     metrics = TaskMetrics(card("accuracy", "multirc"))
     metrics.update(["no"], [["yes"]], ["q"])
     metrics.compute()

@@ -21,7 +21,7 @@ MakeTrainer = Callable[..., L.Trainer]
 
 @pytest.mark.parametrize(("places", "count"), [("houlsby", {"t5": 10}), ("pfeiffer", {"t5": 4})])
 @pytest.mark.parametrize("kind", KINDS)
-def test_they_begin_as_nothing_and_each_counts(
+def test_adapters_start_as_identity_and_each_changes_the_logits(
     kind: str, places: str, count: dict[str, int], model_folder: Folder, batch: dict[str, torch.Tensor]
 ) -> None:
     backbone = load_backbone(model_folder(kind)).eval()
@@ -42,7 +42,7 @@ def test_they_begin_as_nothing_and_each_counts(
     assert not any(p.requires_grad for n, p in backbone.named_parameters() if ".adapter." not in n)
 
 
-def test_an_adapter_by_hand() -> None:
+def test_an_adapter_equals_its_formula() -> None:
     adapter, hidden = Bottleneck(8, 3), torch.randn(2, 5, 8)
     torch.nn.init.normal_(adapter.up.weight)
     inside = (hidden @ adapter.down.weight.T + adapter.down.bias).clamp(min=0)
@@ -53,7 +53,7 @@ def test_an_adapter_by_hand() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_checkpoint_holds_the_adapters_alone(
+def test_a_checkpoint_contains_only_the_adapters(
     kind: str, model_folder: Folder, data: AnyData, trainer: MakeTrainer, tmp_path: Path
 ) -> None:
     module = Adapters(model_folder(kind), size=3, dropout=0.1, lr=0.05)
@@ -92,7 +92,7 @@ def test_gradient_checkpointing_changes_nothing(model_folder: Folder, data: AnyD
         torch.testing.assert_close(value, trained[1][name])
 
 
-def test_a_model_of_another_build_is_told() -> None:
+def test_a_model_of_another_structure_raises() -> None:
     config = OPTConfig(
         vocab_size=50, hidden_size=16, num_attention_heads=2, num_hidden_layers=1, ffn_dim=32, word_embed_proj_dim=16
     )
@@ -109,6 +109,6 @@ def test_a_model_of_another_build_is_told() -> None:
         ({"dropout": 1.0}, "dropout: got 1.0, expected a number at least 0 and below 1"),
     ],
 )
-def test_impossible_values_are_told_at_once(arguments: dict, message: str) -> None:
+def test_invalid_values_raise(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Adapters("anything", **arguments)

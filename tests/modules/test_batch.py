@@ -17,7 +17,7 @@ from tests.modules.conftest import TASKS, AnyData
 MakeTrainer = Callable[..., L.Trainer]
 
 
-def test_a_good_batch_stays_as_it_is() -> None:
+def test_a_valid_batch_is_unchanged() -> None:
     batch = make_batch() | {"choices": torch.ones(5, 2, 3, dtype=torch.long), "texts": ["a"] * 5}
     checked = check_batch(batch, TASKS)
     assert checked.keys() == batch.keys()
@@ -43,13 +43,13 @@ def test_a_good_batch_stays_as_it_is() -> None:
         ({"choices": torch.ones(5, 2, dtype=int)}, r"got choices \[5, 2\], expected choices \[B, C, K\] with B=5"),
     ],
 )
-def test_wrong_batches_are_told(change: dict[str, Any], message: str) -> None:
+def test_wrong_batches_raise(change: dict[str, Any], message: str) -> None:
     batch = {key: value for key, value in (make_batch() | change).items() if value is not None}
     with pytest.raises(ValueError, match=rf"The batch: {message}.* Change the DataModule; .*check_batch. describes"):
         check_batch(batch, TASKS)
 
 
-def test_something_else_than_a_batch_is_told() -> None:
+def test_objects_other_than_batches_raise() -> None:
     with pytest.raises(ValueError, match="The batch: got a list, expected a mapping"):
         check_batch([make_batch()], TASKS)
 
@@ -61,7 +61,7 @@ def test_a_single_task_needs_no_task_ids() -> None:
     assert "task_ids" not in batch
 
 
-def test_more_loaders_than_tasks_are_told() -> None:
+def test_more_loaders_than_tasks_raise() -> None:
     with pytest.raises(ValueError, match=r"Got evaluation loader 3, expected one per task \(one, two\)"):
         task_of_loader(["one", "two"], 2)
 
@@ -87,7 +87,7 @@ def test_task_ids_in_a_trainer(model_folder: Callable[[str], str], trainer: Make
     torch.testing.assert_close(fit(WithoutTaskIds(["one"])), fit(AnyData(["one"])))
 
 
-def test_a_module_alone_tells_of_a_wrong_batch(model_folder: Callable[[str], str], trainer: MakeTrainer) -> None:
+def test_a_module_without_a_trainer_checks_its_batch(model_folder: Callable[[str], str], trainer: MakeTrainer) -> None:
     module = PromptTuning(model_folder("t5"), prompt_length=3)
     trainer(max_steps=1, max_epochs=-1).fit(module, datamodule=AnyData())
     batch = make_batch()
@@ -97,7 +97,7 @@ def test_a_module_alone_tells_of_a_wrong_batch(model_folder: Callable[[str], str
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate"])
-def test_choices_of_other_peoples_cards_are_checked(
+def test_choices_from_any_datamodule_are_checked(
     stage: str, model_folder: Callable[[str], str], trainer: MakeTrainer
 ) -> None:
     data = AnyData(["one"])

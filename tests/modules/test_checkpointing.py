@@ -53,7 +53,7 @@ def chain(model_folder: Callable[[str], str], tmp_path_factory: pytest.TempPathF
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_a_checkpoint_holds_what_was_trained_and_how_to_use_it(name: str, chain: dict[str, str]) -> None:
+def test_a_checkpoint_contains_trained_tensors_and_a_description(name: str, chain: dict[str, str]) -> None:
     content = torch.load(chain[name], weights_only=True)
     assert {key: tuple(value.shape) for key, value in content["state_dict"].items()} == EXPECTED[name]
     assert not [path for path in content["state_dict"]._metadata if "backbone" in path]
@@ -89,7 +89,7 @@ def damaged(path: str, folder: Path, change: Callable[[dict], None]) -> str:
 
 
 @pytest.mark.parametrize("keep", [0, 100, 0.5, 0.99])
-def test_a_cut_off_file_is_told(keep: float, chain: dict[str, str], tmp_path: Path) -> None:
+def test_a_truncated_file_raises(keep: float, chain: dict[str, str], tmp_path: Path) -> None:
     whole = Path(chain["MPTSource"]).read_bytes()
     cut = tmp_path / "cut.ckpt"
     cut.write_bytes(whole[: int(keep if keep >= 1 else keep * len(whole))])
@@ -112,14 +112,14 @@ def test_a_cut_off_file_is_told(keep: float, chain: dict[str, str], tmp_path: Pa
     ],
     ids=["foreign", "later format", "missing tensor", "extra tensor", "other shape"],
 )
-def test_a_wrong_content_is_told(
+def test_wrong_content_raises(
     change: Callable[[dict], None], message: str, chain: dict[str, str], tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
         MPTSource.load_from_checkpoint(damaged(chain["MPTSource"], tmp_path, change))
 
 
-def test_a_checkpoint_with_code_in_it_is_not_run(tmp_path: Path) -> None:
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple:
             return (open, (str(tmp_path / "sprung"), "w"))
@@ -205,7 +205,7 @@ def test_another_backbone_is_refused_everywhere(
         (lambda b, c: PromptTuning(b, prompt_length=500), "needs as many to draw from"),
     ],
 )
-def test_a_wrong_hand_over_is_told_before_training(
+def test_a_wrong_checkpoint_raises_before_training(
     make: Callable, message: str, chain: dict[str, str], trainer: MakeTrainer, data: AnyData
 ) -> None:
     backbone = PromptTuning.load_from_checkpoint(chain["PromptTuning"]).hparams["backbone"]
@@ -228,12 +228,12 @@ def test_a_wrong_hand_over_is_told_before_training(
         ({"prompt_length": 0}, "prompt_length: got 0, expected a whole number at least 1"),
     ],
 )
-def test_impossible_values_are_told_at_once(arguments: dict, message: str) -> None:
+def test_invalid_values_raise(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MPTSource("anything", **arguments)
 
 
-def test_evaluating_a_task_that_was_not_trained_is_told(
+def test_evaluating_an_untrained_task_raises(
     chain: dict[str, str], trainer: MakeTrainer, model_folder: Callable[[str], str]
 ) -> None:
     module = PromptTuning(model_folder("t5"), prompt_length=4)
@@ -244,7 +244,7 @@ def test_evaluating_a_task_that_was_not_trained_is_told(
         run.validate(PromptTuning(model_folder("t5")), datamodule=AnyData(), verbose=False)
 
 
-def test_tasks_are_matched_by_name_not_by_place(
+def test_tasks_are_matched_by_name_not_by_position(
     chain: dict[str, str], trainer: MakeTrainer, model_folder: Callable[[str], str]
 ) -> None:
     """The same checkpoint on a DataModule with another order and fewer tasks gives the same result per task."""
@@ -305,7 +305,7 @@ def test_resuming_in_mid_epoch_is_exact_with_our_data(mixed: bool, trainer: Make
         assert torch.equal(resumed["prompt.prompt_embeddings"], whole["prompt.prompt_embeddings"]), stop
 
 
-def test_a_checkpoint_carries_the_cards(trainer: MakeTrainer, tmp_path: Path) -> None:
+def test_a_checkpoint_contains_the_cards(trainer: MakeTrainer, tmp_path: Path) -> None:
     module = PromptTuning(DEMO, prompt_length=4)
     run = trainer(max_steps=1)
     run.fit(module, datamodule=load_task("demo/topic", max_train_rows=16, cache_dir=str(tmp_path)))
@@ -333,7 +333,7 @@ def test_prompts_start_from_a_checkpoint(cls: type, chain: dict[str, str], train
     )
 
 
-def test_rows_that_cannot_fit_the_backbone_are_told(model_folder: Callable[[str], str], trainer: MakeTrainer) -> None:
+def test_rows_too_long_for_the_backbone_raise(model_folder: Callable[[str], str], trainer: MakeTrainer) -> None:
     data = AnyData()
     data.max_input_length = 90
     with pytest.raises(ValueError, match=r"prompt of 10 tokens .* need 100 positions, and .* has 96\. .* to 86"):

@@ -97,7 +97,7 @@ def test_training_equals_a_loop_without_a_shared_context(
     torch.testing.assert_close(module.prompt.delta_embedding.detach(), delta.detach(), rtol=1e-3, atol=1e-5)
 
 
-def test_every_step_leaves_every_token_in_its_ball(model_folder: Folder, trainer: MakeTrainer) -> None:
+def test_every_step_projects_every_token_onto_its_ball(model_folder: Folder, trainer: MakeTrainer) -> None:
     """What a callback, an average or a checkpoint sees between steps is projected."""
     seen = []
 
@@ -117,7 +117,7 @@ def test_every_step_leaves_every_token_in_its_ball(model_folder: Folder, trainer
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_resuming_is_exact_and_the_balls_stay(
+def test_resuming_is_exact_and_keeps_the_balls(
     accumulate: int, model_folder: Folder, trainer: MakeTrainer, tmp_path
 ) -> None:
     folder, options = model_folder("llama"), {"accumulate_grad_batches": accumulate}
@@ -156,7 +156,7 @@ def test_evaluating_changes_nothing(model_folder: Folder, trainer: MakeTrainer) 
     assert module.prompt.delta_embedding.requires_grad
 
 
-def test_the_batch_is_left_as_it_was(model_folder: Folder, trainer: MakeTrainer) -> None:
+def test_the_batch_is_not_changed(model_folder: Folder, trainer: MakeTrainer) -> None:
     module = make(model_folder("llama"), leave_one_out=True)
     trainer(max_steps=1).fit(module, datamodule=ContextData())
     batch = next(iter(ContextData().train_dataloader()))
@@ -183,7 +183,7 @@ def test_two_modules_keep_their_own_settings(model_folder: Folder, trainer: Make
     assert losses[0.5] < 0.8 * losses[1.0]
 
 
-def test_default_arguments_train_on_labels_and_nothing_else(model_folder: Folder, trainer: MakeTrainer) -> None:
+def test_default_arguments_train_on_labels_only(model_folder: Folder, trainer: MakeTrainer) -> None:
     module = CPT(model_folder("llama"))
     trainer(max_steps=2).fit(module, datamodule=ContextData())
     parts = module.losses(next(iter(ContextData().train_dataloader())))
@@ -226,7 +226,7 @@ def test_the_context_is_run_once_per_step_and_evaluation(model_folder: Folder, t
     ],
 )
 @pytest.mark.parametrize("epsilon", [0.5, None])
-def test_baselines_are_arguments(
+def test_methods_differ_in_trained_tokens_and_loss_terms(
     method: str, moving: str, terms: set[str], epsilon: float | None, model_folder: Folder, trainer: MakeTrainer
 ) -> None:
     module = make(
@@ -243,7 +243,7 @@ def test_baselines_are_arguments(
     assert set(module.losses(next(iter(ContextData().train_dataloader())))) == terms
 
 
-def test_an_instruction_can_be_written(model_folder: Folder, trainer: MakeTrainer) -> None:
+def test_an_instruction_can_be_given_as_text(model_folder: Folder, trainer: MakeTrainer) -> None:
     module = make(model_folder("llama"), method="instruction", instruction_text="the film was")
     trainer(max_steps=1).fit(module, datamodule=ContextData())
     assert (
@@ -335,12 +335,12 @@ def test_bfloat16_weights_leave_loss_and_perturbation_in_fp32(model_folder: Fold
         ({"instruction_length": 0}, "instruction_length: got 0, expected a whole number at least 1"),
     ],
 )
-def test_impossible_arguments_are_told_at_once(options: dict, message: str) -> None:
+def test_invalid_arguments_raise(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CPT("gpt2", **options)
 
 
-def test_mistakes_are_told_before_training(model_folder: Folder, trainer: MakeTrainer, tmp_path) -> None:
+def test_mistakes_raise_before_training(model_folder: Folder, trainer: MakeTrainer, tmp_path) -> None:
     long = ContextData(examples=list(range(10)))
     long.max_input_length = 20
     for module, data, message in [

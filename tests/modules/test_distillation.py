@@ -57,7 +57,7 @@ def teacher_passes(module: MPTSource) -> Iterator[list[torch.Tensor]]:
         yield seen
 
 
-def test_dropout_draws_anew_for_the_teachers_prompts_too(model_folder: Folder) -> None:
+def test_each_pass_draws_new_dropout_for_the_teachers_prompts(model_folder: Folder) -> None:
     module, batch = built(model_folder("gpt2"), backbone_dropout=True, hidden_positions="prompt"), make_batch()
     distinct, rows = batch["task_ids"].unique(return_inverse=True)
     first, second = (module.teachers.targets(module.backbone, distinct, rows, batch) for _ in range(2))
@@ -84,7 +84,7 @@ def test_a_tuned_head_or_merged_weights_miss_the_cache(model_folder: Folder, tmp
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["t5", "gpt2", "llama"])
 @pytest.mark.parametrize("layers", ["last", "all"])
-def test_the_pass_has_no_graph_and_keeps_only_what_is_compared(
+def test_the_pass_has_no_graph_and_keeps_only_compared_tensors(
     kind: str, dtype: str, layers: str, model_folder: Folder
 ) -> None:
     module, batch = built(model_folder(kind), backbone_dtype=dtype, hidden_layers=layers), make_batch()
@@ -119,7 +119,7 @@ def test_the_pass_has_no_graph_and_keeps_only_what_is_compared(
     assert len(alive) < len(outputs) / 2
 
 
-def test_the_teachers_pass_is_over_when_the_students_begins(model_folder: Folder) -> None:
+def test_the_teachers_pass_ends_before_the_students_begins(model_folder: Folder) -> None:
     module, order = built(model_folder("t5")), []
     hook = module.backbone.register_forward_hook(lambda *_: order.append(torch.is_grad_enabled()))
     module.losses(make_batch())
@@ -182,7 +182,7 @@ def test_every_nth_optimizer_step_distils(
     assert record.batches == expected
 
 
-def test_terms_count_n_times_and_are_logged_when_computed(
+def test_terms_weigh_n_times_and_are_logged_when_computed(
     model_folder: Folder, data: AnyData, trainer: MakeTrainer, teachers: str, tmp_path: Path
 ) -> None:
     def logged(every: int, interval: int = 1) -> list[dict[str, float | None]]:
@@ -251,7 +251,7 @@ HIDDEN = [{}, {"hidden_layers": "all", "hidden_positions": "all"}, {"hidden_posi
 
 @pytest.mark.parametrize("hidden", HIDDEN)
 @pytest.mark.parametrize("kind", ["t5", "gpt2", "llama"])
-def test_a_row_from_the_cache_is_what_the_teachers_say(
+def test_cached_rows_give_the_teachers_losses(
     kind: str, hidden: dict[str, str], model_folder: Folder, tmp_path: Path
 ) -> None:
     batch = make_batch()
@@ -283,7 +283,7 @@ def test_a_term_without_weight_is_not_stored(weight: str, model_folder: Folder, 
     assert sizes[1] < sizes[0]
 
 
-def test_states_of_prompts_alone_need_no_row(model_folder: Folder, tmp_path: Path) -> None:
+def test_prompt_states_are_computed_once_for_all_batches(model_folder: Folder, tmp_path: Path) -> None:
     """A decoder-only model's prompts do not see the rows: once encoded they serve every batch of the run."""
     options = {"hidden_positions": "prompt", "logits_weight": 0.0}
     module = built(model_folder("llama"), teacher_cache=str(tmp_path), **options)
@@ -356,7 +356,7 @@ def test_order_and_padding_do_not_matter(
     assert after == pytest.approx(before, rel=1e-4)
 
 
-def test_what_changes_the_teachers_answer_changes_the_key(model_folder: Folder, tmp_path: Path) -> None:
+def test_changes_of_a_teachers_output_change_the_key(model_folder: Folder, tmp_path: Path) -> None:
     batch = make_batch()
 
     def misses(changed: Batch | None = None, kind: str = "t5", **options: Any) -> int:
@@ -381,7 +381,7 @@ def test_what_changes_the_teachers_answer_changes_the_key(model_folder: Folder, 
     assert misses() == 0
 
 
-def test_dropout_leaves_nothing_to_cache(model_folder: Folder, tmp_path: Path) -> None:
+def test_dropout_and_a_cache_exclude_each_other(model_folder: Folder, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"backbone_dropout=True .* Set --model.backbone_dropout to false"):
         MPTSource(model_folder("t5"), teacher_cache=str(tmp_path), backbone_dropout=True)
 
@@ -392,7 +392,7 @@ def test_counts_are_checked(option: str) -> None:
         MPTSource("any", **{option: 0})
 
 
-def test_copies_open_the_file_themselves(model_folder: Folder, tmp_path: Path) -> None:
+def test_copies_of_a_module_open_the_cache_again(model_folder: Folder, tmp_path: Path) -> None:
     module, batch = built(model_folder("llama"), teacher_cache=str(tmp_path)), make_batch()
     expected = terms(module, batch)
     cache = module.teachers._cache
@@ -431,7 +431,7 @@ def write_and_die(folder: str, inserts: int) -> None:
 
 
 @pytest.mark.parametrize("inserts", [1, 37])
-def test_a_kill_in_mid_write_leaves_whole_batches(inserts: int, tmp_path: Path) -> None:
+def test_a_kill_during_a_write_leaves_whole_batches(inserts: int, tmp_path: Path) -> None:
     process, _ = start(write_and_die, str(tmp_path), inserts)
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -477,7 +477,7 @@ def flip(file: Path) -> None:
         (flip, "a row's checksum does not fit"),
     ],
 )
-def test_a_damaged_or_foreign_file_is_told(damage: Callable[[Path], None], cause: str, file: Path) -> None:
+def test_a_damaged_or_foreign_file_raises(damage: Callable[[Path], None], cause: str, file: Path) -> None:
     damage(file)
     cache = TeacherCache(file.parent, {"a": 1})
     assert cache.path == file
@@ -486,7 +486,7 @@ def test_a_damaged_or_foreign_file_is_told(damage: Callable[[Path], None], cause
     cache.close()
 
 
-def test_a_full_disk_is_told_and_leaves_what_is_there(file: Path) -> None:
+def test_a_full_disk_raises_and_keeps_stored_rows(file: Path) -> None:
     cache = TeacherCache(file.parent, {"a": 1})
     pages = cache._open().execute("PRAGMA page_count").fetchone()[0]
     cache._open().execute(f"PRAGMA max_page_count = {pages + 3}")
@@ -496,7 +496,7 @@ def test_a_full_disk_is_told_and_leaves_what_is_there(file: Path) -> None:
     cache.close()
 
 
-def test_a_folder_that_is_a_file_is_told(tmp_path: Path, model_folder: Folder) -> None:
+def test_a_file_in_place_of_the_folder_raises(tmp_path: Path, model_folder: Folder) -> None:
     (tmp_path / "cache").touch()
     module = built(model_folder("t5"), teacher_cache=str(tmp_path / "cache"))
     with pytest.raises(ValueError, match=r"set --model.teacher_cache to another folder"):

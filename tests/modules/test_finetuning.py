@@ -20,7 +20,7 @@ DEMO = "mpt_lightning/demo/t5"
 
 @pytest.mark.parametrize("train", ["all", "head"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_trains_what_it_says_and_saves_no_more(
+def test_only_the_chosen_weights_are_trained_and_saved(
     train: str, kind: str, model_folder: Folder, data: AnyData, trainer: MakeTrainer, tmp_path: Path
 ) -> None:
     before = load_backbone(model_folder(kind))
@@ -38,7 +38,7 @@ def test_it_trains_what_it_says_and_saves_no_more(
     assert not module.backbone.model.training  # dropout is off by default here as elsewhere
 
 
-def test_the_untied_head_starts_as_the_embeddings_copy(
+def test_the_untied_head_starts_as_a_copy_of_the_embeddings(
     model_folder: Folder, data: AnyData, trainer: MakeTrainer
 ) -> None:
     module = FineTuning(model_folder("gpt2"), train="head", lr=0.0)
@@ -75,12 +75,12 @@ def test_another_way_of_training_is_refused(
         ({"backbone_dtype": "bfloat16"}, "Leave backbone_dtype at float32; --trainer.precision bf16-mixed"),
     ],
 )
-def test_impossible_values_are_told_at_once(arguments: dict, message: str) -> None:
+def test_invalid_values_raise(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FineTuning("anything", **arguments)
 
 
-def test_rows_too_long_for_the_backbone_are_told(model_folder: Folder, data: AnyData, trainer: MakeTrainer) -> None:
+def test_rows_too_long_for_the_backbone_raise(model_folder: Folder, data: AnyData, trainer: MakeTrainer) -> None:
     data.max_input_length = 100
     with pytest.raises(
         ValueError, match=r"^Inputs of up to 100 need 100 positions, and .* has 96.*answers are long\).$"

@@ -33,7 +33,7 @@ def run(backbone, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_and_gradients_are_pefts_own(kind: str, method: str, batch: dict[str, torch.Tensor]) -> None:
+def test_logits_and_gradients_equal_pefts(kind: str, method: str, batch: dict[str, torch.Tensor]) -> None:
     cls = Seq2SeqBackbone if kind == "t5" else CausalBackbone
     ours, model = cls(build_model(kind), kind), build_model(kind)
     with warnings.catch_warnings():
@@ -97,7 +97,7 @@ def test_dropout_of_the_layers_is_on_in_training(model_folder: Folder, trainer: 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_checkpoint_holds_what_was_trained(
+def test_a_checkpoint_contains_the_trained_tensors(
     kind: str, method: str, model_folder: Folder, data: AnyData, trainer: MakeTrainer, tmp_path: Path
 ) -> None:
     module = PEFTModule(model_folder(kind), METHODS[method], lr=0.05)
@@ -209,7 +209,7 @@ def test_layers_of_a_bf16_backbone_train_in_fp32(model_folder: Folder, data: Any
         (peft.LoraConfig(r=4, target_modules=[object()]), "expected a plain value"),
     ],
 )
-def test_a_wrong_config_is_told_at_once(config: object, message: str) -> None:
+def test_a_wrong_config_raises(config: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PEFTModule("anything", config)
 
@@ -222,7 +222,7 @@ def test_a_wrong_config_is_told_at_once(config: object, message: str) -> None:
         (ADALORA | {"init_r": 2}, "from init_r=2 to target_r=2, which must be less"),
     ],
 )
-def test_a_config_that_does_not_fit_is_told_before_training(
+def test_an_unsuitable_config_raises_before_training(
     config: dict, message: str, model_folder: Folder, data: AnyData, trainer: MakeTrainer
 ) -> None:
     fitted = trainer()
@@ -251,7 +251,7 @@ def test_another_config_or_backbone_or_class_is_refused(
         PEFTModule.load_from_checkpoint(path)
 
 
-def test_quantization_without_its_library_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantization_without_its_library_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mpt_lightning.backbones.quantization.find_spec", lambda name: None)
     with pytest.raises(
         ValueError, match=r"needs bitsandbytes and accelerate.*pip install mpt_lightning\[quantization\]"
@@ -288,7 +288,7 @@ def test_a_quantized_backbone_is_loaded_with_transformers_config(
         assert config.bnb_4bit_use_double_quant
 
 
-def test_a_machine_that_cannot_quantize_is_told(model_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_that_cannot_quantize_raises(model_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(raise_exception: bool) -> bool:
         raise RuntimeError("None of the available devices\nare supported")
 

@@ -27,7 +27,7 @@ PROMPTS: dict[str, Callable[[], Prompt]] = {
 
 
 @pytest.mark.parametrize("kind", PROMPTS)
-def test_similarity_is_the_cosine_of_what_is_compared(kind: str) -> None:
+def test_similarity_is_the_cosine_of_the_outputs(kind: str) -> None:
     torch.manual_seed(0)
     prompt = PROMPTS[kind]()
     for parameter in prompt.parameters():
@@ -61,7 +61,7 @@ def make(method: str, backbone: str) -> PromptModule:
         ("Adapters", "no prompt, but trained weights of the backbone"),
     ],
 )
-def test_a_start_a_teacher_and_an_export_need_embeddings(
+def test_initialization_teachers_and_export_need_embeddings(
     method: str, content: str, model_folder: Callable[[str], str], data: AnyData, trainer: MakeTrainer, tmp_path: Path
 ) -> None:
     backbone, path = model_folder("llama"), str(tmp_path / "saved.ckpt")

@@ -109,7 +109,7 @@ def test_what_the_checkpoint_overrides_is_reported_once(
 
 
 @pytest.mark.parametrize("cls", [PromptTuning, MPTSource, MPTTarget])
-def test_nothing_is_reported_of_equal_arguments(
+def test_equal_arguments_are_not_reported(
     cls: type[PromptModule], resume: Callable[..., PromptModule], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
@@ -168,7 +168,7 @@ def test_task_ids_without_names_keep_their_order(
         run.fit(other, loader, loader, ckpt_path=path)
 
 
-def test_the_command_line_reports_alike(
+def test_the_command_line_reports_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

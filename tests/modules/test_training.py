@@ -89,7 +89,7 @@ def test_only_the_prompt_moves_and_all_of_it(
 
 
 @pytest.mark.parametrize("stage", ["prompt_tuning", "source", "target"])
-def test_resuming_at_an_epochs_end_is_exact_with_anyones_data(
+def test_resuming_at_an_epochs_end_is_exact_with_any_data(
     stage: str, model_folder: Folder, data: AnyData, trainer: MakeTrainer, teachers, source, tmp_path
 ) -> None:
     hand_over = {"source": teachers, "target": source}
@@ -124,7 +124,7 @@ class StopAfter(L.Callback):
         trainer.should_stop = trainer.global_step >= self.step
 
 
-def test_distillation_pulls_the_student_to_the_teachers(
+def test_distillation_moves_the_student_towards_the_teachers(
     model_folder: Folder, data: AnyData, trainer: MakeTrainer, teachers
 ) -> None:
     path = teachers("t5")
@@ -208,9 +208,7 @@ def test_every_optimizer_and_schedule_lowers_the_loss(
     assert sum(losses[-3:]) < 0.6 * sum(losses[:3])
 
 
-def test_a_loss_that_is_no_number_stops_and_says_where(
-    model_folder: Folder, data: AnyData, trainer: MakeTrainer
-) -> None:
+def test_a_non_finite_loss_raises_and_names_the_step(model_folder: Folder, data: AnyData, trainer: MakeTrainer) -> None:
     class Spoil(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, module: AnyData, *_: object) -> None:
             if trainer.global_step == 1:

@@ -36,12 +36,12 @@ def test_the_bounds_are_the_authors() -> None:
     assert (prompt.epsilon, prompt.template_epsilon, prompt.epsilon_scale) == (0.2, 0.1, "width")
 
 
-def test_it_starts_as_the_context() -> None:
+def test_the_prompt_starts_as_the_contexts_embeddings() -> None:
     prompt = make()
     torch.testing.assert_close(prompt(torch.tensor([0, 0])).embeddings, table()[IDS].expand(2, -1, -1), rtol=0, atol=0)
 
 
-def test_labels_are_known_by_their_type() -> None:
+def test_labels_are_found_by_their_token_type() -> None:
     prompt = make()
     assert prompt.num_examples == 2
     assert prompt.label_positions.tolist() == [4, 9, 10]
@@ -59,7 +59,7 @@ def test_only_some_tokens_move(trained: str, moving: list[int]) -> None:
     assert moved.nonzero()[:, 0].tolist() == moving
 
 
-def test_an_instruction_stands_before_a_frozen_context() -> None:
+def test_an_instruction_precedes_a_frozen_context() -> None:
     prompt = ContextPrompt([5, 6, *IDS], [-1, -1, *TYPES], WIDTH, trained="instruction")
     prompt.attach(table())
     moved = (pushed(prompt)(ROW).embeddings[0] - table()[[5, 6, *IDS]]).norm(dim=1) > 0
@@ -81,7 +81,7 @@ def test_projection_pulls_each_token_onto_its_ball(scale: str) -> None:
     torch.testing.assert_close(after / after.norm(dim=1, keepdim=True), before / before.norm(dim=1, keepdim=True))
 
 
-def test_projection_leaves_what_is_inside_bit_for_bit() -> None:
+def test_projection_does_not_change_tokens_inside() -> None:
     prompt = pushed(make(epsilon=0.3, template_epsilon=0.3), size=1e-3)
     before = prompt.delta_embedding.detach().clone()
     prompt.project()
@@ -133,7 +133,7 @@ def pickled(prompt: ContextPrompt) -> ContextPrompt:
 
 
 @pytest.mark.parametrize("again", [copied, pickled])
-def test_frozen_tokens_stay_without_gradient_in_copies(again) -> None:
+def test_frozen_tokens_have_no_gradient_in_copies(again) -> None:
     prompt = again(make())
     prompt(ROW).embeddings.square().sum().backward()
     assert prompt.delta_embedding.grad[FROZEN].abs().max() == 0
@@ -141,7 +141,7 @@ def test_frozen_tokens_stay_without_gradient_in_copies(again) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own while it compiles
-def test_it_compiles_to_one_graph() -> None:
+def test_the_prompt_compiles_to_one_graph() -> None:
     prompt = pushed(make())
     compiled = torch.compile(copy.deepcopy(prompt), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(ROW).embeddings, prompt(ROW).embeddings, rtol=0, atol=0)
