@@ -1,4 +1,4 @@
-"""What the tests of the baselines share."""
+"""Assertions about resuming and loading a module, for the tests of the baselines."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +25,7 @@ class StopAfter(L.Callback):
 def assert_resumes_exactly(
     make: Callable[[], PromptModule], trainer: Callable[..., L.Trainer], folder: Path
 ) -> PromptModule:
-    """Train two epochs of three steps, whole and in two parts, which must give the same bits; give the resumed one."""
+    """Assert that two epochs of three steps give the same weights, bit for bit, in one run and in two; return the latter."""
 
     def module() -> PromptModule:
         L.seed_everything(3)
@@ -40,7 +40,7 @@ def assert_resumes_exactly(
     resumed = module()
     L.seed_everything(3)
     for _ in range(3):
-        torch.rand(7)  # another state than the checkpoint's run began with
+        torch.rand(7)  # the state of the random numbers differs from that at the start of the first run
     trainer(max_epochs=2).fit(resumed, datamodule=AnyData(), ckpt_path=str(folder / "half.ckpt"))
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(resumed)[name]), name
@@ -48,7 +48,7 @@ def assert_resumes_exactly(
 
 
 def assert_loads_equal(module: PromptModule, trainer: L.Trainer, path: Path) -> PromptModule:
-    """Save a trained module and load it: the same logits and the same generated tokens; give the loaded one."""
+    """Assert that a saved and loaded module returns the same logits and generated tokens; return the loaded one."""
     trainer.save_checkpoint(path)
     loaded = type(module).load_from_checkpoint(str(path)).eval()
     module.eval()

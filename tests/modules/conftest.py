@@ -1,4 +1,4 @@
-"""A DataModule that knows nothing of this package: batches as documented, and a Trainer that is quiet."""
+"""A DataModule that does not use this package, with batches as documented, and a quiet Trainer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +35,7 @@ class Rows(Dataset):
 
 
 class AnyData(L.LightningDataModule):
-    """Somebody else's DataModule."""
+    """A DataModule of a user's own."""
 
     def __init__(self, tasks: list[str] = TASKS, batch_size: int = 8) -> None:
         super().__init__()

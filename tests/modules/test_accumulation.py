@@ -1,4 +1,4 @@
-"""An optimizer step is one batch, however many micro-batches it is made of; `tests/distributed` has the ranks."""
+"""An optimizer step has the same gradient for any number of micro-batches; `tests/distributed` tests ranks."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,18 +19,18 @@ from tests.modules.conftest import TASKS, AnyData
 
 Build = Callable[..., PromptModule]
 ADALORA = {"peft_type": "ADALORA", "init_r": 4, "target_r": 2, "tinit": 0, "tfinal": 1, "deltaT": 1}
-# Seven rows, whose labels have 3, 2, 1, 3, 2, 1 and 3 tokens, and whose texts have 7, 6, 5, 4, 7, 6 and 5.
+# Seven rows; their labels have 3, 2, 1, 3, 2, 1 and 3 tokens, their inputs 7, 6, 5, 4, 7, 6 and 5.
 WHOLE = {"size": 6, "accumulate_grad_batches": 1}
 PARTS = {"size": 2, "accumulate_grad_batches": 3}  # the second step has one micro-batch, since the epoch ends
 
 
 class Ragged(AnyData):
-    """Rows with texts and labels of unequal length, and a context for CPT."""
+    """Rows with inputs and labels of unequal length, and a context for CPT."""
 
-    def __init__(self, size: int, tasks: list[str] = TASKS, silent: int = 0) -> None:
+    def __init__(self, size: int, tasks: list[str] = TASKS, unlabelled: int = 0) -> None:
         super().__init__(tasks, size)
         batch = make_batch(rows=7, tasks=len(tasks))
-        batch["labels"][:silent] = IGNORE
+        batch["labels"][:unlabelled] = IGNORE
         self.rows = [{name: value[row] for name, value in batch.items()} for row in range(7)]
         self.context = SimpleNamespace(token_ids=[5, 6, 7, 8, 9, 2, 3], token_types=[1, 2, 4, 0, 5, 6, 8])
 
@@ -39,7 +39,7 @@ class Ragged(AnyData):
 
 
 class Steps(L.Callback):
-    """Keeps the gradients of every step, as the first callback that may look at them finds them, and what is logged."""
+    """Stores the gradients of every step, as the first callback that can read them gets them, and the logged values."""
 
     def __init__(self) -> None:
         self.gradients: list[dict[str, torch.Tensor]] = []
@@ -55,7 +55,7 @@ class Steps(L.Callback):
 
 @pytest.fixture(scope="module")
 def build(model_folder: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """Build a module by name, after the stages that come before it."""
+    """Return a function that builds a module by name, after training the stages that it needs."""
     folder, t5, gpt2 = tmp_path_factory.mktemp("stages"), model_folder("t5"), model_folder("gpt2")
     cache = str(folder / "cache")
     distilled = {"prompt_length": 4, "hidden_positions": "all", "hidden_layers": "all", "shared_lr": 0.01}
@@ -96,15 +96,15 @@ def build(model_folder: Callable[[str], str], tmp_path_factory: pytest.TempPathF
         "dept": lambda **o: DePT(t5, prompt_length=4, rank=2, **o),
         "prefix": lambda **o: PrefixTuning(gpt2, prompt_length=4, **o),
     }
-    # A learning rate of nearly 0: the gradients of both steps are those of the start, and differ by rounding alone.
+    # With a learning rate near 0, both steps have the gradients of the initial weights, up to rounding.
     slow: dict[str, Any] = {"schedule": "constant", "warmup_steps": 10**9}
     return lambda name, **options: modules[name](**(slow | options))
 
 
 def fit(
-    module: PromptModule, folder: Path, size: int, silent: int = 0, precise: bool = True, **options: Any
+    module: PromptModule, folder: Path, size: int, unlabelled: int = 0, precise: bool = True, **options: Any
 ) -> tuple[Steps, L.Trainer]:
-    """Train an epoch of two steps, with six rows and with one; the first `silent` rows have no labels."""
+    """Train for an epoch of two steps, of six rows and of one; the first `unlabelled` rows have no label tokens."""
     tasks = ["one"] if isinstance(module, CPT) else TASKS
     found = Steps()
     L.seed_everything(0)
@@ -112,12 +112,12 @@ def fit(
         accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, limit_val_batches=0, callbacks=[found], default_root_dir=str(folder), **options,
     )  # fmt: skip
-    run.fit(doubled(module) if precise else module, datamodule=Ragged(size, tasks, silent))
+    run.fit(doubled(module) if precise else module, datamodule=Ragged(size, tasks, unlabelled))
     return found, run
 
 
 def assert_equal(one: Steps, other: Steps) -> None:
-    """Compare the gradients of every step, and the logged loss with its terms."""
+    """Assert that the gradients of every step and the logged loss terms are equal."""
     assert len(one.gradients) == len(other.gradients) == len(one.logged) == len(other.logged) == 2
     for first, second in zip(one.gradients, other.gradients, strict=True):
         assert first.keys() == second.keys()
@@ -125,7 +125,7 @@ def assert_equal(one: Steps, other: Steps) -> None:
         for name, value in first.items():
             assert (second[name] - value).norm() <= 1e-6 * value.norm() + 1e-12, name
     for logged, others in zip(one.logged, other.logged, strict=True):
-        logged.pop("train/row", None)  # its denominator is not that of CPT's loss
+        logged.pop("train/row", None)  # a mean over other tokens than CPT's loss
         others.pop("train/row", None)
         assert logged == pytest.approx(others, rel=1e-6)
         assert "train/loss" in logged
@@ -144,19 +144,19 @@ def test_micro_batches_are_one_batch(method: str, build: Build, tmp_path: Path) 
 
 
 def test_rows_without_label_tokens_count_nothing(build: Build, tmp_path: Path) -> None:
-    # The first micro-batch of two rows has none.
-    assert_equal(*(fit(build("prompt tuning"), tmp_path, silent=2, **options)[0] for options in (WHOLE, PARTS)))
+    # The first micro-batch, of two rows, has no label tokens.
+    assert_equal(*(fit(build("prompt tuning"), tmp_path, unlabelled=2, **options)[0] for options in (WHOLE, PARTS)))
 
 
 @pytest.mark.parametrize("options", [WHOLE, PARTS], ids=["whole", "parts"])
 def test_a_step_without_label_tokens_is_an_error(options: dict[str, int], build: Build, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"not finite at step 0, .*\(no row of the step has a label token\)"):
-        fit(build("prompt tuning"), tmp_path, silent=6, **options)
+        fit(build("prompt tuning"), tmp_path, unlabelled=6, **options)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_a_step_of_one_batch_is_the_plain_mean(precision: str, build: Build, tmp_path: Path) -> None:
-    """Bit for bit: weights of one change nothing."""
+    """Bit for bit: weights of one do not change the mean."""
     module = build("prompt tuning, causal")
     found, _ = fit(module, tmp_path, precise=False, precision=precision, **WHOLE)
     batch = next(iter(Ragged(6).train_dataloader()))

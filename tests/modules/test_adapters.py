@@ -1,4 +1,4 @@
-"""Bottleneck adapters: nothing at the start, everything that is trained."""
+"""Bottleneck adapters: the identity at the start, and the only trained weights."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Batches of any DataModule: one contract, checked before a batch is used."""
+"""Batches of any DataModule are checked before they are used."""
 
 from collections.abc import Callable
 from typing import Any
@@ -67,7 +67,7 @@ def test_more_loaders_than_tasks_raise() -> None:
 
 
 class WithoutTaskIds(AnyData):
-    """Leaves out `task_ids`."""
+    """Batches without `task_ids`."""
 
     def train_dataloader(self) -> DataLoader:
         rows = super().train_dataloader().dataset

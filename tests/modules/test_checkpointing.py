@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and what is refused."""
+"""The content of checkpoints, and errors for those that cannot be loaded."""
 
 import re
 from collections.abc import Callable
@@ -32,7 +32,7 @@ EXPECTED = {
 
 @pytest.fixture(scope="module")
 def chain(model_folder: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A checkpoint of each stage."""
+    """Return the path of a checkpoint of each stage."""
     folder, backbone = tmp_path_factory.mktemp("chain"), model_folder("t5")
     paths: dict[str, str] = {}
     for name in EXPECTED:
@@ -247,7 +247,7 @@ def test_evaluating_an_untrained_task_raises(
 def test_tasks_are_matched_by_name_not_by_position(
     chain: dict[str, str], trainer: MakeTrainer, model_folder: Callable[[str], str]
 ) -> None:
-    """The same checkpoint on a DataModule with another order and fewer tasks gives the same result per task."""
+    """A DataModule with fewer tasks in another order gives the same result per task."""
 
     class Shuffled(AnyData):
         def val_dataloader(self):
@@ -316,7 +316,7 @@ def test_a_checkpoint_contains_the_cards(trainer: MakeTrainer, tmp_path: Path) -
 
 @pytest.mark.parametrize("cls", [PromptTuning, MPTSource])
 def test_prompts_start_from_a_checkpoint(cls: type, chain: dict[str, str], trainer: MakeTrainer) -> None:
-    """A task of the checkpoint starts from its own prompt, another one from the mean of all; MPTSource from theirs."""
+    """A task of the checkpoint starts from its prompt, a new task from the mean of all prompts."""
     still = {"lr": 0.0} if cls is PromptTuning else dict.fromkeys(("shared_lr", "logits_weight", "hidden_weight"), 0.0)
     module = cls(
         torch.load(chain["PromptTuning"], weights_only=True)[KEY]["backbone"],

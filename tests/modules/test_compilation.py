@@ -1,4 +1,4 @@
-"""Modules with a compiled backbone train as those without, and their checkpoints are the same."""
+"""Modules with a compiled backbone train like those without, and their checkpoints are interchangeable."""
 
 from collections.abc import Callable, Iterator
 
@@ -10,13 +10,13 @@ from torch import nn
 from mpt_lightning import Adapters, FineTuning, PEFTModule, PromptTuning
 from tests.modules.conftest import AnyData
 
-# torch looks at the gradient of every tensor that it traces, and warns itself of it.
+# While torch traces, it reads the gradient of every tensor, which causes its own warning.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Trace without making machine code, which takes most of the time."""
+    """Trace without generating machine code, which takes most of the time."""
     torch._dynamo.reset()
     compile_with = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile_with(self, backend="eager", **options))

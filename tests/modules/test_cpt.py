@@ -1,4 +1,4 @@
-"""CPT: equal to a loop without shared prefix, exact to resume, and free of what is known to go wrong in it."""
+"""CPT equals a loop without a shared prefix, resumes exactly, and avoids known defects of other implementations."""
 
 import copy
 from collections.abc import Callable
@@ -17,12 +17,12 @@ from tests.modules.conftest import AnyData, Rows
 
 Folder = Callable[[str], str]
 MakeTrainer = Callable[..., L.Trainer]
-EXAMPLES = [0, 5, 9]  # the rows that are in the context
-OWN = {row: place for place, row in enumerate(EXAMPLES)}
+EXAMPLES = [0, 5, 9]  # the rows in the context
+PLACES = {row: place for place, row in enumerate(EXAMPLES)}
 
 
 class ContextData(AnyData):
-    """Rows of one task with a context of three of them; the rows that are in it say so."""
+    """Rows of one task, three of which are the context; `context_examples` contains their positions in it."""
 
     def __init__(self, batch_size: int = 8, examples: list[int] = EXAMPLES) -> None:
         super().__init__(["one"], batch_size)
@@ -35,7 +35,7 @@ class ContextData(AnyData):
 
     def train_dataloader(self) -> DataLoader:
         rows = Rows(1)
-        marked = [rows[n] | {"context_examples": torch.tensor(OWN.get(n, -1))} for n in range(len(rows))]
+        marked = [rows[n] | {"context_examples": torch.tensor(PLACES.get(n, -1))} for n in range(len(rows))]
         return DataLoader(marked, batch_size=self.batch_size)
 
 
@@ -43,8 +43,8 @@ def make(folder: str, **options: object) -> CPT:
     return CPT(folder, **({"lr": 0.02, "epsilon": 2.0, "template_epsilon": 1.0, "schedule": "constant"} | options))
 
 
-def naive(module: CPT, batch: dict, delta: torch.Tensor, leave_one_out: bool = False) -> torch.Tensor:
-    """The paper's loss, one row at a time, the whole sequence in one plain forward pass."""
+def reference_loss(module: CPT, batch: dict, delta: torch.Tensor, leave_one_out: bool = False) -> torch.Tensor:
+    """Return the paper's loss, with one plain forward pass over the whole sequence of each row."""
     backbone, prompt = module.backbone, module.prompt
     types = torch.tensor(prompt.token_types)
     moves = ((types > 0) & (types % 4 != 0))[:, None]
@@ -55,7 +55,7 @@ def naive(module: CPT, batch: dict, delta: torch.Tensor, leave_one_out: bool = F
         text, answer = batch["input_ids"][row], batch["labels"][row]
         whole = torch.cat([context, embed(text), embed(answer)])[None]
         size, start = whole.shape[1], len(context)
-        # The context's part never hides anything; so its losses come from a pass of their own.
+        # The context's loss hides no example, so it needs a separate pass.
         logits = backbone.model(inputs_embeds=whole).logits[0]
         for at in ((types > 0) & (types % 4 == 0)).nonzero()[:, 0].tolist():
             weight = 0.9 ** (3 - (int(types[at]) - 1) // 4)
@@ -87,7 +87,7 @@ def test_training_equals_a_loop_without_a_shared_context(
     for _ in range(2):
         for batch in ContextData().train_dataloader():
             optimizer.zero_grad()
-            naive(module, batch, delta, leave_one_out).backward()
+            reference_loss(module, batch, delta, leave_one_out).backward()
             optimizer.step()
             with torch.no_grad():
                 norm = delta.norm(dim=1)
@@ -98,17 +98,17 @@ def test_training_equals_a_loop_without_a_shared_context(
 
 
 def test_every_step_projects_every_token_onto_its_ball(model_folder: Folder, trainer: MakeTrainer) -> None:
-    """What a callback, an average or a checkpoint sees between steps is projected."""
+    """Between steps, callbacks, averages and checkpoints read a projected perturbation."""
     seen = []
 
-    class Look(L.Callback):
+    class CheckProjection(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, module: CPT, *_: object) -> None:
             delta = module.prompt.delta_embedding.detach()
             assert (delta.norm(dim=1) <= module.prompt.radius[:, 0] * (1 + 1e-6)).all()
             seen.append(float(delta.norm()))
 
     module = make(model_folder("llama"), epsilon=0.5, template_epsilon=0.25, lr=1.0)
-    trainer(max_epochs=2, callbacks=[Look()]).fit(module, datamodule=ContextData())
+    trainer(max_epochs=2, callbacks=[CheckProjection()]).fit(module, datamodule=ContextData())
     assert len(seen) == 6
     delta, radius = module.prompt.delta_embedding.detach().norm(dim=1), module.prompt.radius[:, 0]
     moving = module.prompt.moves[:, 0] > 0
@@ -135,7 +135,7 @@ def test_resuming_is_exact_and_keeps_the_balls(
     loaded = CPT.load_from_checkpoint(path)
     row = torch.tensor([0])
     assert torch.equal(loaded.prompt(row).embeddings, whole.prompt(row).embeddings)
-    loaded.load_state_dict(torch.load(path, weights_only=True)["state_dict"])  # into a trained module: nothing twice
+    loaded.load_state_dict(torch.load(path, weights_only=True)["state_dict"])  # a second load changes nothing
     assert torch.equal(loaded.prompt(row).embeddings, whole.prompt(row).embeddings)
     content = torch.load(path, weights_only=True)
     assert {name: tuple(value.shape) for name, value in content["state_dict"].items()} == {
@@ -167,7 +167,7 @@ def test_the_batch_is_not_changed(model_folder: Folder, trainer: MakeTrainer) ->
 
 
 def test_two_modules_keep_their_own_settings(model_folder: Folder, trainer: MakeTrainer) -> None:
-    """One loss per module, whatever another one in the same process is told, and whatever the task is called."""
+    """A module's loss depends neither on another module's settings in the same process nor on the task's name."""
     data, losses = ContextData(), {}
     data.tasks = ["some name"]
     modules = {decay: make(model_folder("llama"), decay=decay, lr=0.0) for decay in (1.0, 0.5)}
@@ -178,7 +178,7 @@ def test_two_modules_keep_their_own_settings(model_folder: Folder, trainer: Make
         losses[decay] = module.losses(batch)["loss"].item()
     assert modules[1.0].tasks == ["some name"]
     parts = modules[1.0].losses(batch)
-    # 6 context label tokens count once per row, and 2 own ones.
+    # Per row, the 6 label tokens of the context count, and the 2 of the row.
     assert losses[1.0] == pytest.approx((6 * parts["context"] + 2 * parts["row"]).item() / 8, rel=1e-5)
     assert losses[0.5] < 0.8 * losses[1.0]
 
@@ -210,10 +210,10 @@ def test_the_context_is_run_once_per_step_and_evaluation(model_folder: Folder, t
 
     run.callbacks.append(Count())
     run.fit(module, datamodule=ContextData())
-    # Three batches of eight rows, each one pass: the context's 28 tokens, and per row six and the first label token.
+    # Three batches of eight rows, one pass each: the context's 28 tokens, and per row 6 and the first label token.
     assert widths[:3] == [(1, 28 + 8 * 7)] * 3
     assert logits[:3] == [(1, 6 + 8 * 2)] * 3
-    # Five batches of up to five rows of evaluation: the context once.
+    # Evaluation: the context once, then five batches of up to five rows.
     assert widths[3:] == [(1, 28), *[(5, 7)] * 4, (4, 7)]
 
 
@@ -252,7 +252,7 @@ def test_an_instruction_can_be_given_as_text(model_folder: Folder, trainer: Make
 
 
 def test_in_context_learning_needs_no_training(model_folder: Folder, trainer: MakeTrainer) -> None:
-    """And its loss is that of the whole text read in one go."""
+    """Its validation loss is that of one pass of the bare model over context, row and label."""
     module = CPT(model_folder("llama"), method="icl")
     results = trainer(limit_val_batches=1.0).validate(module, datamodule=ContextData(), verbose=False)
     assert not [p for p in module.parameters() if p.requires_grad]

@@ -43,7 +43,7 @@ def test_training_with_two_rates_and_reloading(backbone: str, tmp_path) -> None:
     trainer.fit(module, datamodule=data)
     assert module.prompt.shift_rows.shape == (1, 3, module.prompt.dim)
     assert module.prompt.shift_cols.shape == (1, 32, 3)
-    assert module.prompt.shift_rows.abs().max() == 0  # its own rate was zero
+    assert module.prompt.shift_rows.abs().max() == 0  # its learning rate is zero
     trainer.save_checkpoint(tmp_path / "dept.ckpt")
     (scores,) = trainer.validate(module, datamodule=data, verbose=False)
     loaded = DePT.load_from_checkpoint(tmp_path / "dept.ckpt")

@@ -1,4 +1,4 @@
-"""The teachers of source training: what their pass costs, how often it runs, and what a disk cache makes of it."""
+"""The teachers of source training: the memory and the frequency of their pass, and its cache on disk."""
 
 import contextlib
 import copy
@@ -29,8 +29,8 @@ MakeTrainer = Callable[..., L.Trainer]
 Batch = dict[str, torch.Tensor]
 
 
-def built(folder: str, seed: int = 1, **options: Any) -> MPTSource:
-    """A module with everything a step needs, and random teachers, without a Trainer."""
+def build_source(folder: str, seed: int = 1, **options: Any) -> MPTSource:
+    """Return a module with random teachers that is ready for a step without a Trainer."""
     L.seed_everything(0)
     module = MPTSource(folder, tasks=TASKS, prompt_length=4, prompt_init="random", **options)
     module.backbone = load_backbone(folder, module.hparams["backbone_dtype"], module.hparams["backbone_dropout"])
@@ -58,23 +58,23 @@ def teacher_passes(module: MPTSource) -> Iterator[list[torch.Tensor]]:
 
 
 def test_each_pass_draws_new_dropout_for_the_teachers_prompts(model_folder: Folder) -> None:
-    module, batch = built(model_folder("gpt2"), backbone_dropout=True, hidden_positions="prompt"), make_batch()
+    module, batch = build_source(model_folder("gpt2"), backbone_dropout=True, hidden_positions="prompt"), make_batch()
     distinct, rows = batch["task_ids"].unique(return_inverse=True)
     first, second = (module.teachers.targets(module.backbone, distinct, rows, batch) for _ in range(2))
     assert not torch.equal(first.states["decoder/prompt"][0], second.states["decoder/prompt"][0])
 
 
 def test_a_tuned_head_or_merged_weights_miss_the_cache(model_folder: Folder, tmp_path: Path) -> None:
-    """What teachers say on one model is nothing that another model's student should learn."""
+    """The outputs of teachers on one model are not reused for another model's student."""
     batch = make_batch()
     for change in ("", "lm_head.weight", "model.layers.1.mlp.up_proj.weight"):
-        module = built(model_folder("llama"), teacher_cache=str(tmp_path))
+        module = build_source(model_folder("llama"), teacher_cache=str(tmp_path))
         if change:
             torch.nn.init.normal_(module.backbone.model.get_parameter(change))
         with teacher_passes(module) as passes:
             module.losses(batch)
             module.losses(batch)
-        assert len(passes) == 1, change  # the second time the rows are there
+        assert len(passes) == 1, change  # the second call reads the cache
         module.teachers.forget()
 
 
@@ -87,7 +87,7 @@ def test_a_tuned_head_or_merged_weights_miss_the_cache(model_folder: Folder, tmp
 def test_the_pass_has_no_graph_and_keeps_only_compared_tensors(
     kind: str, dtype: str, layers: str, model_folder: Folder
 ) -> None:
-    module, batch = built(model_folder(kind), backbone_dtype=dtype, hidden_layers=layers), make_batch()
+    module, batch = build_source(model_folder(kind), backbone_dtype=dtype, hidden_layers=layers), make_batch()
     outputs: list[weakref.ref] = []
     saved_for_backward = []
 
@@ -108,7 +108,7 @@ def test_the_pass_has_no_graph_and_keeps_only_compared_tensors(
         hook.remove()
     assert outputs
     assert not saved_for_backward
-    # Of all the activations there are left: logits, the states that are compared, and prompts encoded for the run.
+    # Only the logits, the compared states and the encoded prompts remain of all activations.
     wanted = [targets.logits, *(state for states in targets.states.values() for state in states)]
     encoded = module.teachers._encoded
     if kind != "t5":
@@ -120,7 +120,7 @@ def test_the_pass_has_no_graph_and_keeps_only_compared_tensors(
 
 
 def test_the_teachers_pass_ends_before_the_students_begins(model_folder: Folder) -> None:
-    module, order = built(model_folder("t5")), []
+    module, order = build_source(model_folder("t5")), []
     hook = module.backbone.register_forward_hook(lambda *_: order.append(torch.is_grad_enabled()))
     module.losses(make_batch())
     hook.remove()
@@ -140,7 +140,7 @@ def teachers(model_folder: Folder, data: AnyData, trainer: MakeTrainer, tmp_path
 
 
 class Record(L.Callback):
-    """Notes for each batch the optimizer step it belongs to, and whether the teachers ran."""
+    """Records the optimizer step of each batch, and whether the teachers ran."""
 
     def __init__(self) -> None:
         self.batches: list[tuple[int, bool]] = []
@@ -167,7 +167,7 @@ class StopAfter(L.Callback):
     [
         (1, 1, [(1, True), (2, True), (3, True), (4, True), (5, True), (6, True)]),
         (1, 2, [(1, False), (2, True), (3, False), (4, True), (5, False), (6, True)]),
-        # Three batches per epoch: Lightning ends a step with the epoch.
+        # Three batches per epoch: Lightning also ends a step at the end of an epoch.
         (2, 2, [(1, False), (1, False), (2, True), (3, False), (3, False), (4, True)]),
         (3, 2, [(1, False), (1, False), (1, False), (2, True), (2, True), (2, True)]),
     ],
@@ -211,7 +211,7 @@ def test_terms_weigh_n_times_and_are_logged_when_computed(
         else:
             assert row["logits_loss"] == pytest.approx(full["logits_loss"], rel=1e-5)
             assert row["loss"] - row["task_loss"] == pytest.approx(2 * distillation, rel=1e-5)
-    # A multiple of n is logged with its terms, as Lightning counts the steps to log.
+    # Lightning logs every second step here, and these steps have distillation terms.
     assert [row["logits_loss"] is not None for row in logged(2, interval=2)] == [True] * 3
 
 
@@ -256,8 +256,8 @@ def test_cached_rows_give_the_teachers_losses(
 ) -> None:
     batch = make_batch()
     options = {"temperature": 1.7, **hidden}
-    expected = terms(built(model_folder(kind), **options), batch)
-    module = built(model_folder(kind), teacher_cache=str(tmp_path), teacher_top_k=VOCABULARY, **options)
+    expected = terms(build_source(model_folder(kind), **options), batch)
+    module = build_source(model_folder(kind), teacher_cache=str(tmp_path), teacher_top_k=VOCABULARY, **options)
     with teacher_passes(module) as passes:
         missed, hit = terms(module, batch), terms(module, batch)
     assert len(passes) == 1
@@ -265,7 +265,7 @@ def test_cached_rows_give_the_teachers_losses(
     assert hit["logits_loss"] == pytest.approx(expected["logits_loss"], rel=1e-5)
     assert hit["hidden_loss"] == pytest.approx(expected["hidden_loss"], rel=1e-2)  # bfloat16
     assert hit["task_loss"] == expected["task_loss"]
-    short = built(model_folder(kind), teacher_cache=str(tmp_path), teacher_top_k=5, **options)
+    short = build_source(model_folder(kind), teacher_cache=str(tmp_path), teacher_top_k=5, **options)
     assert 0 < terms(short, batch)["logits_loss"] < expected["logits_loss"]
 
 
@@ -274,7 +274,7 @@ def test_a_term_without_weight_is_not_stored(weight: str, model_folder: Folder, 
     sizes = []
     for number, value in enumerate((1.0, 0.0)):
         options = {weight: value, "teacher_cache": str(tmp_path / str(number)), "hidden_positions": "all"}
-        module = built(model_folder("llama"), **options)
+        module = build_source(model_folder("llama"), **options)
         missed, hit = terms(module, make_batch()), terms(module, make_batch())
         assert missed == hit
         assert (weight.replace("weight", "loss") in hit) == (value > 0)
@@ -284,15 +284,15 @@ def test_a_term_without_weight_is_not_stored(weight: str, model_folder: Folder, 
 
 
 def test_prompt_states_are_computed_once_for_all_batches(model_folder: Folder, tmp_path: Path) -> None:
-    """A decoder-only model's prompts do not see the rows: once encoded they serve every batch of the run."""
+    """A decoder-only model's prompts do not attend to the rows, so they are encoded once per run."""
     options = {"hidden_positions": "prompt", "logits_weight": 0.0}
-    module = built(model_folder("llama"), teacher_cache=str(tmp_path), **options)
+    module = build_source(model_folder("llama"), teacher_cache=str(tmp_path), **options)
     first = terms(module, make_batch())
-    again = built(model_folder("llama"), teacher_cache=str(tmp_path), **options)
+    again = build_source(model_folder("llama"), teacher_cache=str(tmp_path), **options)
     with teacher_passes(again) as passes:
         assert terms(again, make_batch()) == first
     assert not passes
-    plain = terms(built(model_folder("llama"), **options), make_batch())
+    plain = terms(build_source(model_folder("llama"), **options), make_batch())
     assert first["hidden_loss"] == pytest.approx(plain["hidden_loss"])
 
 
@@ -318,7 +318,7 @@ def test_later_epochs_and_other_runs_run_no_teacher(
 
 
 def test_only_missing_rows_are_run_and_equal_rows_once(model_folder: Folder, tmp_path: Path) -> None:
-    module, batch = built(model_folder("t5"), teacher_cache=str(tmp_path)), make_batch()
+    module, batch = build_source(model_folder("t5"), teacher_cache=str(tmp_path)), make_batch()
     module.losses({name: value[:2] for name, value in batch.items()})
     twice = {name: torch.cat([value, value]) for name, value in batch.items()}
     with teacher_passes(module) as passes:
@@ -328,7 +328,7 @@ def test_only_missing_rows_are_run_and_equal_rows_once(model_folder: Folder, tmp
 
 
 def other_padding(batch: Batch, left: bool) -> Batch:
-    """The same rows in another order, wider, with their padding of another id and on another side."""
+    """Return the same rows in another order, with more padding, on either side and of another token id."""
     rows = torch.tensor([3, 1, 4, 0, 2])
     ids, mask = batch["input_ids"][rows], batch["attention_mask"][rows]
     wide_ids, wide_mask = torch.full((5, 12), 7), torch.zeros(5, 12, dtype=torch.long)
@@ -348,7 +348,7 @@ def test_order_and_padding_do_not_matter(
 ) -> None:
     batch = make_batch()
     other = other_padding(batch, left)
-    module = built(model_folder(kind), teacher_cache=str(tmp_path), **hidden)
+    module = build_source(model_folder(kind), teacher_cache=str(tmp_path), **hidden)
     before = terms(module, batch)
     with teacher_passes(module) as passes:
         after = terms(module, other)
@@ -360,7 +360,7 @@ def test_changes_of_a_teachers_output_change_the_key(model_folder: Folder, tmp_p
     batch = make_batch()
 
     def misses(changed: Batch | None = None, kind: str = "t5", **options: Any) -> int:
-        module = built(model_folder(kind), teacher_cache=str(tmp_path), **options)
+        module = build_source(model_folder(kind), teacher_cache=str(tmp_path), **options)
         with teacher_passes(module) as passes:
             module.losses(changed or batch)
         return sum(len(ids) for ids in passes)
@@ -393,7 +393,7 @@ def test_counts_are_checked(option: str) -> None:
 
 
 def test_copies_of_a_module_open_the_cache_again(model_folder: Folder, tmp_path: Path) -> None:
-    module, batch = built(model_folder("llama"), teacher_cache=str(tmp_path)), make_batch()
+    module, batch = build_source(model_folder("llama"), teacher_cache=str(tmp_path)), make_batch()
     expected = terms(module, batch)
     cache = module.teachers._cache
     for teachers in (copy.deepcopy(module).teachers, pickle.loads(pickle.dumps(module.teachers))):
@@ -416,7 +416,7 @@ def row(number: int, size: int = 50) -> tuple[bytes, dict[str, torch.Tensor]]:
 
 
 def write_and_die(folder: str, inserts: int) -> None:
-    """Write batches of ten rows, and die at an insert."""
+    """Write batches of ten rows, and kill the process at the given insert."""
     cache, seen = TeacherCache(Path(folder), {"a": 1}), 0
 
     def count(statement: str) -> None:
@@ -498,7 +498,7 @@ def test_a_full_disk_raises_and_keeps_stored_rows(file: Path) -> None:
 
 def test_a_file_in_place_of_the_folder_raises(tmp_path: Path, model_folder: Folder) -> None:
     (tmp_path / "cache").touch()
-    module = built(model_folder("t5"), teacher_cache=str(tmp_path / "cache"))
+    module = build_source(model_folder("t5"), teacher_cache=str(tmp_path / "cache"))
     with pytest.raises(ValueError, match=r"set --model.teacher_cache to another folder"):
         module.losses(make_batch())
 
@@ -507,7 +507,7 @@ def test_a_file_in_place_of_the_folder_raises(tmp_path: Path, model_folder: Fold
 
 
 def both_write(folder: Path) -> None:
-    """In each rank: write and read rows of which every other one is the other rank's too."""
+    """Write and read rows in each rank; both ranks have every second row."""
     rank, cache = int(os.environ["RANK"]), TeacherCache(folder, {"a": 1})
     for number in range(60):
         key, written = row(2 * number)
@@ -517,7 +517,7 @@ def both_write(folder: Path) -> None:
 
 
 class RankRows(AnyData):
-    """Each rank's own half of every batch; or the first rank's half alone, in one process."""
+    """Rows split over `halves` ranks; one process with `halves=2` has the first rank's rows only."""
 
     def __init__(self, halves: int) -> None:
         super().__init__()
@@ -530,7 +530,7 @@ class RankRows(AnyData):
 
 
 def train(source: list[str], cache: Path, halves: int, epochs: int = 1, **options: Any) -> tuple[dict, list[bool]]:
-    """Train with a cache; give the weights, and for each batch whether the teachers ran."""
+    """Train with a cache; return the weights, and for each batch whether the teachers ran."""
     L.seed_everything(0)
     record = Record()
     trainer = L.Trainer(
@@ -553,7 +553,7 @@ def on_two_ranks(source: list[str], folder: str) -> None:
     assert ran == [True] * 3 + [False] * 3
     if rank == 0:
         torch.save(weights, root / "weights.pt")
-    # The first rank finds its rows in this cache, the second one does not: of a sharded backbone both make the pass.
+    # This cache has the first rank's rows only. With a sharded backbone, both ranks run the pass nevertheless.
     _, ran = train(source, root / "half", 2, devices=2, strategy=ShardedStrategy())
     assert ran == [True] * 3
     _, ran = train(source, root / "half", 2, devices=2, strategy=ShardedStrategy())

@@ -1,4 +1,4 @@
-"""Fine-tuning, and hard prompts, which train nothing."""
+"""Fine-tuning, and hard prompts, which have no trained weights."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -31,11 +31,11 @@ def test_only_the_chosen_weights_are_trained_and_saved(
     content = torch.load(tmp_path / "last.ckpt", weights_only=True)
     names = {"lm_head.weight"} if train == "head" else {name for name, _ in before.model.named_parameters()}
     assert content["state_dict"].keys() == {f"backbone.model.{name}" for name in names}
-    assert content[KEY]["fingerprint"] == before.fingerprint  # although the embeddings may have moved
+    assert content[KEY]["fingerprint"] == before.fingerprint  # although the embeddings may have been trained
     moved = not torch.equal(before.embeddings, module.backbone.embeddings)
     assert moved == (train == "all")
     assert not torch.equal(before.model.get_output_embeddings().weight, module.backbone.model.lm_head.weight)
-    assert not module.backbone.model.training  # dropout is off by default here as elsewhere
+    assert not module.backbone.model.training  # dropout is off by default
 
 
 def test_the_untied_head_starts_as_a_copy_of_the_embeddings(
@@ -89,7 +89,7 @@ def test_rows_too_long_for_the_backbone_raise(model_folder: Folder, data: AnyDat
 
 
 def test_a_hard_prompt_needs_no_training_and_no_checkpoint(trainer: MakeTrainer, tmp_path: Path) -> None:
-    """The question that the embedded model was pretrained on is answered; the bare fields are not."""
+    """The embedded model answers a question that it was pretrained on, but not the bare fields."""
 
     def accuracy(pattern: int | None) -> float:
         module = HardPrompt(DEMO)

@@ -1,4 +1,4 @@
-"""Optimizers and schedules: their own arguments, and runs whose number of steps is unknown."""
+"""Optimizers and schedules: their arguments, and runs whose number of steps is unknown."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -55,17 +55,17 @@ def test_runs_of_unknown_length(run: str, model_folder: Folder, trainer: MakeTra
     constant = {"schedule": "constant", "warmup_steps": 4, "prompt_length": 4, "lr": 0.4}
     done = fit(PromptTuning(folder, **constant))
     assert done.global_step == 2
-    assert done.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.2)  # the warm-up needs no total
+    assert done.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.2)  # warm-up needs no total
     with pytest.raises(ValueError, match=r"schedule='linear' needs .*Set --trainer.max_steps, or --model.schedule c"):
         fit(PromptTuning(folder, prompt_length=4))
     with pytest.raises(ValueError, match=r"AdaLoRA .* Set --trainer.max_steps or --model.peft_config.total_step"):
         fit(PEFTModule(folder, ADALORA, schedule="constant"))
-    if run == "iterable":  # with the number of steps all of it works
+    if run == "iterable":  # every schedule works if max_steps is given
         assert fit(PromptTuning(folder, prompt_length=4), max_steps=2).global_step == 2
 
 
 def test_adafactor_takes_the_given_rate_whatever_the_scale() -> None:
-    """A first step is in the direction of the gradient's sign, of the size of the rate, for small and large weights."""
+    """The first step has the size of the learning rate and the gradient's sign, for small and large weights."""
     for scale in (1e-3, 1.0, 1e3):
         weight = torch.nn.Parameter(torch.full((4,), scale, dtype=torch.double))
         optimizer = build_optimizer("adafactor", [{"params": [weight], "lr": 0.25}], 0.0)

@@ -1,4 +1,4 @@
-"""PEFT's layers in our backbones: PEFT's numbers, our checkpoints."""
+"""PEFT's layers in this package's backbones: results equal PEFT's, and checkpoints contain the trained tensors."""
 
 import warnings
 from collections.abc import Callable
@@ -75,7 +75,7 @@ def test_logits_and_gradients_equal_pefts(kind: str, method: str, batch: dict[st
 
 @pytest.mark.parametrize("method", METHODS)
 def test_resuming_is_exact(method: str, model_folder: Folder, trainer: MakeTrainer, tmp_path: Path) -> None:
-    folder = model_folder("t5")  # made before a seed is set
+    folder = model_folder("t5")  # built before a seed is set
     module = assert_resumes_exactly(lambda: PEFTModule(folder, METHODS[method], lr=0.05), trainer, tmp_path)
     if method == "adalora":
         assert module.adalora.peft_config["default"].total_step == 6
@@ -124,7 +124,7 @@ def test_adalora_lowers_its_ranks_as_pefts_loop_does(model_folder: Folder, data:
     trainer(max_epochs=3).fit(module, datamodule=data)
 
     model = build_model("t5")
-    # Without a task type PEFT's forward pass goes around the regulariser.
+    # Without a task type PEFT's forward pass omits the regulariser.
     plain = plain_config(ADALORA)
     plain["init_args"] |= {"total_step": 9, "task_type": "SEQ_2_SEQ_LM"}
     config = build_config(plain)

@@ -1,4 +1,4 @@
-"""Prompts that return more than embeddings (DePT, prefix tuning): compared, and refused where embeddings are needed."""
+"""Prompts that return more than embeddings (DePT, prefix tuning), in comparisons and where embeddings are needed."""
 
 from collections.abc import Callable
 from itertools import product

@@ -1,4 +1,4 @@
-"""A run that is counted in epochs goes on exactly where its checkpoint was, with modules that count the run's steps."""
+"""Runs limited by epochs resume exactly, also with modules that depend on the run's number of steps."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +30,7 @@ def make(method: str) -> PromptModule:
 
 
 class Rows(L.Callback):
-    """Keeps what the steps saw."""
+    """Stores the row ids of each step."""
 
     def __init__(self) -> None:
         self.seen: list[list[int]] = []

@@ -1,4 +1,4 @@
-"""A run that resumes with other arguments reports whose value counts, and refuses what does not fit."""
+"""Resuming with other arguments: overridden values are reported, incompatible ones raise."""
 
 import logging
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def make(cls: type[PromptModule], folder: str, path: Path, **options: Any) -> Pr
 
 @pytest.fixture(scope="module")
 def saved(model_folder: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints of runs of 4 steps after their second one."""
+    """Return the folder of checkpoints made after the second of 4 steps."""
     folder = tmp_path_factory.mktemp("saved")
     for cls in (PromptTuning, MPTSource, MPTTarget):
         trainer = L.Trainer(
@@ -159,7 +159,7 @@ def test_what_cannot_be_resumed_is_refused(
 def test_task_ids_without_names_keep_their_order(
     saved: Path, model_folder: Callable[[str], str], trainer: MakeTrainer
 ) -> None:
-    """The batches' ids count along the module's list, which the checkpoint's would silently replace."""
+    """The ids are positions in the module's task list, which the checkpoint's list would otherwise replace."""
     path, loader = str(saved / "PromptTuning.ckpt"), AnyData().train_dataloader()
     run = trainer(max_epochs=-1, max_steps=STEPS)
     same, other = (PromptTuning(model_folder("t5"), prompt_length=4, tasks=tasks) for tasks in (TASKS, TASKS[::-1]))

@@ -1,4 +1,4 @@
-"""Training: equal to a hand-written loop, only the prompt moves, and resuming is exact."""
+"""Training equals a hand-written loop, changes only the prompt, and resumes exactly."""
 
 import copy
 from collections.abc import Callable
@@ -85,7 +85,7 @@ def test_only_the_prompt_moves_and_all_of_it(
     after = module.backbone.model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in backbone.items())
     for name, value in module.prompt.named_parameters():
-        assert not torch.equal(value, before[name]), f"{name} did not move"
+        assert not torch.equal(value, before[name]), f"{name} did not change"
 
 
 @pytest.mark.parametrize("stage", ["prompt_tuning", "source", "target"])
@@ -104,7 +104,7 @@ def test_resuming_at_an_epochs_end_is_exact_with_any_data(
         return PromptTuning(model_folder("t5"), prompt_length=4, warmup_steps=2)
 
     whole = fit(module(), data, trainer(max_epochs=2))
-    # The schedule must know the whole run's length, so the first part stops, rather than being shorter.
+    # The schedule depends on the run's length, so the first part has the same `max_epochs` and is stopped.
     half = trainer(max_epochs=2, callbacks=[StopAfter(3)])
     fit(module(), data, half)
     assert half.global_step == 3
@@ -230,7 +230,7 @@ def test_validation_logs_a_loss_per_task_in_eval_mode(
         name for name in run.callback_metrics if name.startswith("val/")
     }
     assert not module.backbone.model.training
-    # By hand: the mean over the label tokens of one task's rows, over full and last partial batch.
+    # The mean over the label tokens of one task's rows, over the full batches and the last, partial one.
     rows = [row for row in data.train_dataloader().dataset if int(row["task_ids"]) == 1]
     batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     expected = token_cross_entropy(module(batch), batch["labels"])
@@ -260,7 +260,7 @@ def test_reparameterized_prompts_train_and_resume_exactly(
     assert {name: tuple(value.shape) for name, value in loaded.state_dict().items()} == {
         name: tuple(value.shape) for name, value in whole.items()
     }
-    # As teachers and as a start they are the plain prompts that they fold to.
+    # As teachers and as initial prompts they equal their folded prompts.
     student = PromptTuning(
         model_folder("llama"), prompt_length=4, prompt_init="checkpoint", init_checkpoint=str(tmp_path / "first.ckpt"),
         lr=0.0,
