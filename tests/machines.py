@@ -1,4 +1,4 @@
-"""Two machines on this one: network namespaces joined by a cable, where the system allows them, else the loopback."""
+"""Two simulated machines: network namespaces with a virtual cable if the system allows them, else the loopback."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Machine:
-    """An address, and the prefix of a command that is to run on this machine."""
+    """An address, and the prefix that makes a command run on this machine."""
 
     address: str
     interface: str
@@ -91,7 +91,7 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def family(process: int) -> list[int]:
-    """Return the ids of a process and all its descendants, the oldest first."""
+    """Return the ids of a process and all its descendants, oldest first."""
     children = Path(f"/proc/{process}/task/{process}/children")
     with suppress(OSError):
         return [process, *(member for child in children.read_text().split() for member in family(int(child)))]

@@ -1,4 +1,4 @@
-"""A callback that notes which rows each step saw, for runs in processes of their own."""
+"""A callback that records the rows of each step, for runs in separate processes."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import lightning.pytorch as L
 
 
 class Recorder(L.Callback):
-    """Adds a line per step to `<folder>/steps.rank<rank>.jsonl`: step, rows and loss."""
+    """Appends a line per step to `<folder>/steps.rank<rank>.jsonl`: step, rows and loss."""
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)

@@ -1,4 +1,4 @@
-"""The four training stages on the demo's models, in float64: for tests that compare several processes with one."""
+"""The four training stages on the demo's models, in float64, for tests that compare several processes with one."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ STAGES = ["prompt_tuning", "source", "target", "cpt"]
 
 
 def make(stage: str, folder: Path) -> PromptModule:
-    """The module of a stage, from the checkpoints of the stages before it in `folder`."""
+    """Build the module of a stage; the checkpoints of earlier stages are in `folder`."""
     if stage == "prompt_tuning":
         return PromptTuning(T5, prompt_length=4)
     if stage == "source":
@@ -57,7 +57,7 @@ def ragged(module: PromptModule) -> PromptModule:
 
 
 def data(stage: str, batch_size: int, folder: Path, **options: Any) -> PromptDataModule:
-    """The data of a stage: 9 rows per task to evaluate on, which two ranks cannot share evenly."""
+    """Build the data of a stage; two ranks cannot share the 9 evaluation rows of a task evenly."""
     options = {"batch_size": batch_size, "max_eval_rows": 9, "cache_dir": str(folder / "cache")} | options
     if stage == "cpt":
         return TaskDataModule("demo/voice", context_shots=8, answer_prefix="label :", separator="", **options)
@@ -65,7 +65,7 @@ def data(stage: str, batch_size: int, folder: Path, **options: Any) -> PromptDat
 
 
 def trainer(devices: int, strategy: Any = "ddp", **options: Any) -> L.Trainer:
-    """A Trainer that is quiet; without a strategy where there is one process."""
+    """Build a quiet Trainer; the strategy is used for several processes only."""
     defaults = {
         "accelerator": "cpu", "devices": devices, "strategy": strategy if devices > 1 else "auto", "logger": False,
         "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0,
@@ -74,7 +74,7 @@ def trainer(devices: int, strategy: Any = "ddp", **options: Any) -> L.Trainer:
 
 
 class FirstGradient(L.Callback):
-    """Keeps the gradients of the first step, as the optimizer gets them."""
+    """Stores the gradients of the first step, as the optimizer gets them."""
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Checking arguments against a signature."""
+"""Checks of arguments against a signature."""
 
 from typing import Annotated, Any, Literal
 
@@ -50,7 +50,7 @@ def test_possible_values_pass(values: dict[str, Any]) -> None:
     ],
 )
 def test_impossible_values_are_named(name: str, value: Any, expected: str | None) -> None:
-    if expected is None:  # a union with a type that is not checked takes anything
+    if expected is None:  # a union with an unchecked type accepts anything
         check_arguments(Child, {name: value})
         return
     with pytest.raises(ValueError, match=rf"^{name}: got .*, expected {expected}\.$"):

@@ -1,4 +1,4 @@
-"""docs/new_method.md, followed literally: the method trains, is saved, resumes and predicts."""
+"""The method of docs/new_method.md, run as written, trains, is saved, resumes and predicts."""
 
 import os
 import re

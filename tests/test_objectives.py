@@ -1,4 +1,4 @@
-"""Losses against loops written out by hand, in float64."""
+"""Losses equal hand-written loops, in float64."""
 
 import math
 from collections.abc import Callable
@@ -118,7 +118,7 @@ def test_gradient_of_bucketed_distillation(k: int) -> None:
 
 
 def test_small_remainders_keep_their_precision() -> None:
-    """One minus the sum of the kept ones would be 0 in fp32, and its logarithm -inf."""
+    """One minus the sum of the kept probabilities would be 0 in fp32, and its logarithm -inf."""
     teacher, student = (torch.tensor([[[top, 0.0, 1.0, 0.5]]]) for top in (40.0, 60.0))
     labels = torch.zeros(1, 1, dtype=torch.long)
     ids, log_probs = top_buckets(teacher[0], 1)
@@ -203,7 +203,7 @@ def test_the_teacher_needs_only_the_chosen_states(states) -> None:
 
 
 def test_a_shared_prompt_counts_once_per_row() -> None:
-    """One prompt stored once with weight 3 equals three rows that each store it."""
+    """One stored prompt of weight 3 equals three rows with a copy each."""
     ours, theirs = torch.randn(2, 1, 2, 4, dtype=torch.double)
     text = Segment((torch.randn(3, 2, 4, dtype=torch.double),), torch.ones(3, 2))
     other = Segment((torch.randn(3, 2, 4, dtype=torch.double),), torch.ones(3, 2))

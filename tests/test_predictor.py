@@ -1,4 +1,4 @@
-"""Inference in one object: equal to the module's own predictions, whatever the batch is made of."""
+"""Predictions equal those of the module in a Trainer, for any composition of the batch."""
 
 import json
 import sys
@@ -31,7 +31,7 @@ def quiet(**options: object) -> L.Trainer:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Checkpoints of one prompt for several tasks (numbers, two and four choices), and of a context."""
+    """Train and return the paths of checkpoints of three tasks (a number, two and four choices), and of a context."""
     folder = tmp_path_factory.mktemp("predictor")
     L.seed_everything(0)
     options = {"cache_dir": str(folder / "cache"), "max_eval_rows": 12, "predict_split": "validation"}
@@ -49,7 +49,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def expected(path: str, folder: Path) -> list[dict]:
-    """What the module itself predicts, through the Trainer."""
+    """Return the module's predictions in a Trainer."""
     found = torch.load(path, weights_only=True)
     stage = CPT if found["mpt_lightning"]["stage"] == "CPT" else PromptTuning
     options = found["datamodule_hyper_parameters"] | {"cache_dir": str(folder / "cache")}
@@ -114,7 +114,7 @@ def test_rows_are_cut_as_in_training(trained: dict[str, str]) -> None:
 
 
 def test_rows_follow_the_context_without_bos(tmp_path: Path) -> None:
-    """The probabilities are those of one pass of the bare model over context, row and answer."""
+    """The probabilities equal those of one pass of the bare model over context, row and answer."""
     tokenizer, model = build_tokenizer("llama"), build_model("llama")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("</s> $A", special_tokens=[("</s>", 1)])
     for part in (model, tokenizer):

@@ -1,4 +1,4 @@
-"""README's Python, on the embedded model and task instead of ones from the Hub."""
+"""README's Python examples run, with the embedded model and task in place of those from the Hub."""
 
 import re
 import sys
@@ -14,14 +14,14 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def snippet(word: str) -> str:
-    """The one snippet with a word in it, on what is at hand offline."""
+    """Return the one example that contains a word, with the embedded model and task."""
     (found,) = [text for text in SNIPPETS if word in text]
     return found.replace("google-t5/t5-base", "mpt_lightning/demo/t5").replace("glue/rte", "demo/topic")
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[L.Trainer]:
-    """Two steps instead of a run, in a folder of its own; gives the trainers that were made."""
+    """Limit every Trainer to two steps in a temporary folder, and return the list of Trainers."""
     made = []
     initialise = L.Trainer.__init__
 

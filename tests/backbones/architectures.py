@@ -62,9 +62,9 @@ olmo3 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_o
 vaultgemma xglm youtu
 """.split()
 EXACT_SEQ2SEQ = "bart bigbird_pegasus led longt5 marian mbart mt5 mvp pegasus pegasus_x plbart t5 umt5".split()
-# In transformers itself the gradients of a text that LED pads to its window are not finite; training stops and says so.
+# In transformers, gradients of a text that LED pads to its window are not finite; training stops with an error.
 NO_GRADIENTS = ("led",)
-# A part of the message with which each is refused.
+# A part of each refused model's error message.
 REFUSED_CAUSAL = {
     **dict.fromkeys(("electra", "camembert", "xlm", "big_bird", "rembert"), "neither an encoder-decoder nor"),
     **dict.fromkeys(("roberta", "roformer", "xlm-roberta", "bert-generation", "mpt"), "logits are off by"),

@@ -1,4 +1,4 @@
-"""What a backbone should return, from its bare model on embeddings, one row at a time."""
+"""Comparison of a backbone with its bare model, which runs one row of embeddings at a time."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Many architectures, each exact against the bare model in every verb, or refused with a message."""
+"""Every architecture equals its bare model in forward, ranking and generation, or is refused with a message."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -78,7 +78,7 @@ def largest_error(logits: Tensor, expected: Sequence[Tensor]) -> float:
     return float(torch.stack(differences).max() / torch.cat(expected).std())
 
 
-# Logits of a row's answer behind a prompt, and the two tokens that greedy decoding writes, by prompt and row.
+# By prompt and row: the logits of the row's answer after the prompt, and two tokens of greedy decoding.
 Expected = dict[tuple[int, int], tuple[Tensor, list[int]]]
 
 
@@ -99,7 +99,7 @@ def check(backbone: Backbone, known: Expected, side: str, count: int) -> None:
 
 @pytest.mark.parametrize(("kind", "seq2seq"), EXACT, ids=[kind + ("/seq2seq" if s else "") for kind, s in EXACT])
 def test_exact(kind: str, seq2seq: bool) -> None:
-    """Prompts of known tokens' embeddings have the results of their ids."""
+    """A prompt made of tokens' embeddings gives the same results as these tokens' ids."""
     model = build_tiny(kind, seq2seq)
     bare = Bare(model, seq2seq)
     backbone = wrap_model(model, kind).eval()

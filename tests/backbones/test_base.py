@@ -1,4 +1,4 @@
-"""Both families of backbones: results depend on neither padding nor the batch, and all verbs agree."""
+"""Results of a backbone depend on neither padding nor the batch; forward, ranking and generation agree."""
 
 import copy
 from collections.abc import Callable
@@ -117,7 +117,7 @@ def test_encoded_prompts_replace_prompts_in_every_verb(
     backbone: Backbone, prompts: torch.Tensor, batch: dict[str, torch.Tensor]
 ) -> None:
     encoded = backbone.encode_prompts(prompts)
-    for _ in range(2):  # nothing accumulates in what is kept
+    for _ in range(2):  # the encoded prompts do not change
         torch.testing.assert_close(run(backbone, encoded, batch).logits, run(backbone, prompts, batch).logits)
     inputs = (batch["task_ids"], batch["input_ids"], batch["attention_mask"])
     choices = batch["labels"][:, None]
@@ -187,7 +187,7 @@ def test_hidden_states_cover_prompt_and_text(
         assert hidden["encoder/text"].weight.sum() == text
         assert hidden["decoder/text"].weight.sum() == labels
     else:
-        # A row's last label is not read, whatever the length of the batch's longest answer.
+        # A row's last label is not an input, also if another answer is longer.
         assert hidden["decoder/text"].weight.sum() == text + labels - len(batch["labels"])
     assert all(len(segment.layers) == 2 for segment in hidden.values())
 
@@ -235,7 +235,7 @@ def sliding(window: int) -> CausalBackbone:
 
 
 def test_a_sliding_window_is_exact_or_refused(prompts: torch.Tensor, batch: dict[str, torch.Tensor]) -> None:
-    """A window counts columns: beyond it, the tokens that a row attends to would depend on padding."""
+    """The window counts columns: beyond it, the tokens that a row attends to would depend on padding."""
     wide, narrow = sliding(64), sliding(10)
     assert (wide.max_positions, narrow.max_positions) == (64, 10)
     logits = run(wide, prompts, batch).logits
@@ -259,7 +259,7 @@ def test_a_batch_that_fills_the_window_is_exact(prompts: torch.Tensor, batch: di
     inputs = (prompts, batch["task_ids"], batch["input_ids"], batch["attention_mask"])
     columns = prompts.shape[1] + batch["input_ids"].shape[1]
     labels = batch["labels"]
-    read = columns + labels.shape[1] - 1  # the last label is predicted, never read
+    read = columns + labels.shape[1] - 1  # the last label is not an input
     wide, full = sliding(64), sliding(read)
     counted = labels != IGNORE
     expected = wide(*inputs, labels).logits[counted]
@@ -355,7 +355,7 @@ def test_one_packed_pass_equals_two(kind: str, count: int, length: int, batch: d
     more["task_ids"] = more["task_ids"] % count
     given = torch.randn(count, length, 32, dtype=torch.double, generator=torch.Generator().manual_seed(3))
     mask = torch.ones(8, length, dtype=torch.long)
-    mask[2, 1:3] = 0  # leave-one-out: a row that does not see some of its prompt
+    mask[2, 1:3] = 0  # leave-one-out: a row that does not attend to some of its prompt
     results = []
     for together in (True, False):
         backbone.ways = {"packed"} if together else set()

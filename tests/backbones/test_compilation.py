@@ -14,7 +14,7 @@ from mpt_lightning.backbones import Backbone, CausalBackbone, Seq2SeqBackbone
 from mpt_lightning.objectives import token_cross_entropy
 from tests.conftest import KINDS, VOCABULARY, build_model, make_batch
 
-# torch looks at the gradient of every tensor that it traces, and warns itself of it.
+# While torch traces, it reads the gradient of every tensor, which causes its own warning.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf", "ignore:`torch.jit.script_method` is deprecated"
 )
@@ -49,7 +49,7 @@ def pair(kind: str, **options: Any) -> tuple[Backbone, Backbone]:
 
 
 def verbs(backbone: Backbone, rows: int, length: int, labels: int) -> dict[str, torch.Tensor]:
-    """Return the results of each verb as the modules use it: training, a teacher's pass, evaluation."""
+    """Return the results of each method as the modules use it: training, a teacher's pass, evaluation."""
     batch = make_batch(rows, length, labels)
     prompts = torch.randn(3, 6, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
     inputs = (batch["task_ids"], batch["input_ids"], batch["attention_mask"])
@@ -82,7 +82,7 @@ def assert_same(plain: Backbone, compiled: Backbone, *shape: int) -> None:
 
 
 def assert_results(kind: str, **options: Any) -> None:
-    """Check that every length has the same results, with the code compiled for the first one."""
+    """Assert that every length has the same results, with the code compiled for the first length."""
     plain, compiled = pair(kind, **options)
     assert_same(plain, compiled, 5, 7, 3)
     graphs = counters["stats"]["unique_graphs"]

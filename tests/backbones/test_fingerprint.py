@@ -1,4 +1,4 @@
-"""The fingerprint of a backbone: every tensor counts, and precision, device and ties do not."""
+"""The fingerprint of a backbone depends on every tensor, but not on precision, device and tied weights."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -87,7 +87,7 @@ def test_linear_layers_are_not_compared_with_quantized_ones(model_folder: Folder
     assert small == whole.partition("-")[0] + "-quantized"
     for one, other in ((whole, small), (small, whole), (small, small)):
         checkpoint(one).check_backbone("llama", other, "--ckpt_path")
-    nn.init.normal_(model.lm_head.weight)  # which quantization leaves as it is
+    nn.init.normal_(model.lm_head.weight)  # quantization does not change the head
     with pytest.raises(ValueError, match="other weights"):
         checkpoint(whole).check_backbone("llama", fingerprint(model), "--ckpt_path")
 

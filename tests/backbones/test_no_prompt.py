@@ -17,7 +17,7 @@ def backbone(request: pytest.FixtureRequest) -> Backbone:
 
 
 def plain_logits(backbone: Backbone, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Logits `[M, V]` of the label tokens `[M]` after the tokens `[L]`: transformers alone, one row, no padding."""
+    """Return the bare model's logits `[M, V]` of the label tokens `[M]` after the tokens `[L]`, one row, no padding."""
     if isinstance(backbone, Seq2SeqBackbone):
         return backbone.model(input_ids=ids[None], labels=labels[None]).logits[0]
     return backbone.model(input_ids=torch.cat([ids, labels[:-1]])[None]).logits[0, len(ids) - 1 :]

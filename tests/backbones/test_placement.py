@@ -1,4 +1,4 @@
-"""A prompt's tokens anywhere in the text, and prefixes of keys and values."""
+"""Prompt tokens at any place of the text, and prefixes of keys and values."""
 
 import lightning.pytorch as L
 import pytest
@@ -16,7 +16,7 @@ T5, LLAMA = "mpt_lightning/demo/t5", "mpt_lightning/demo/llama"
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompt_tokens_replace_their_ids(kind: str) -> None:
-    """Forward, ranking and generation equal a plain model that reads embeddings, one row at a time."""
+    """Forward, ranking and generation equal the bare model on embeddings."""
     backbone = (Seq2SeqBackbone if kind == "t5" else CausalBackbone)(build_model(kind).double(), kind).eval()
     prompts = torch.randn(2, 3, 32, dtype=torch.double, generator=torch.Generator().manual_seed(0)).requires_grad_()
     ids = torch.tensor([[-1, 7, 8, -2, -3, 0], [9, -1, -2, 10, 11, -3]])

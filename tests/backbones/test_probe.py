@@ -1,4 +1,4 @@
-"""The check at load time: refused models, fallbacks, and models that pass."""
+"""The check at load time: refused models, disabled forward paths, and models that pass."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,8 +25,8 @@ def logits(backbone: CausalBackbone, length: int, **options: Any) -> torch.Tenso
     ("kind", "ways"),
     [
         ("llama", {"packed", "shared"}),
-        ("deepseek_v3", {"packed"}),  # keys are made of a latent behind the cache
-        ("diffllama", {"packed"}),  # values are changed behind the cache
+        ("deepseek_v3", {"packed"}),  # keys are computed from a latent tensor in the cache
+        ("diffllama", {"packed"}),  # values are changed after they are read from the cache
         ("mistral", set()),  # a sliding window
     ],
 )
@@ -128,7 +128,7 @@ ROTATIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", ROTATIONS)
 @pytest.mark.parametrize("gradients", [True, False])
 def test_rotations_that_change_with_length_are_refused(kind: str, gradients: bool) -> None:
-    """At 24 tokens the result is the bare model's; one more would rotate the prompt by other angles."""
+    """24 tokens give the bare model's result; one more would rotate the prompt by other angles."""
     model = build_tiny(kind, False, **ROTATIONS[kind])
     backbone = wrap_model(model, "rotating").eval()
     assert backbone.max_positions == 24

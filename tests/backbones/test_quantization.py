@@ -1,4 +1,4 @@
-"""Prompts train on quantized backbones, if the libraries are installed."""
+"""Prompts can be trained on quantized backbones, if the libraries are installed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +20,9 @@ pytest.importorskip("accelerate")
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 DEMO_T5, DEMO_LLAMA = "mpt_lightning/demo/t5", "mpt_lightning/demo/llama"
 QUANTIZED = ["8bit", "4bit"]
-# Largest distance of the logits from fp32's, relative to these.
+# Largest error of the logits, relative to fp32.
 NEAR = {"8bit": 0.05, "4bit": 0.5}
-# Least cosine of the prompt's gradient with fp32's.
+# Smallest cosine between the prompt's gradient and that in fp32.
 SIMILAR = {"8bit": 0.99, "4bit": 0.8}
 
 

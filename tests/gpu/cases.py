@@ -25,13 +25,13 @@ class Case:
     """A module to run.
 
     Attributes:
-        module: its class.
-        options: its arguments; "{teachers}", "{source}" and "{folder}" stand for paths.
-        full: the models with which it is trained, evaluated, resumed, loaded, served and exported.
-        brief: the models with which it is trained, resumed and loaded.
-        data: its DataModule.
-        draws: its training steps draw random numbers, so that devices and resumed runs differ.
-        kept: index tensors that PEFT keeps on the device until they are used on another one.
+        module: The class of the module.
+        options: Its arguments; "{teachers}", "{source}" and "{folder}" stand for paths.
+        full: Models with which it is trained, evaluated, resumed, loaded, used for inference and exported.
+        brief: Models with which it is trained, resumed and loaded.
+        data: Its DataModule.
+        draws: Whether training steps draw random numbers, so that devices and resumed runs differ.
+        kept: The number of index tensors that PEFT keeps on the device until they are used on another one.
     """
 
     module: type[PromptModule]
@@ -53,18 +53,18 @@ def film() -> TinyData:
 
 
 def tuner(kind: str, draws: bool = False, kept: int = 0, **options: Any) -> Case:
-    """A type of PEFT, on Llama."""
+    """Return the case of a PEFT type on Llama."""
     config = {"peft_type": kind, "target_modules": ["q_proj", "v_proj"], **options}
     return Case(PEFTModule, {"peft_config": config, "lr": 1e-4}, brief=("llama",), draws=draws, kept=kept)
 
 
 def reparameterized(kind: str) -> Case:
-    """Prompt tuning through a network or vocabulary weights."""
+    """Return the case of prompt tuning through a network or vocabulary weights."""
     return Case(PromptTuning, SHORT | {"reparameterization": kind, "lr": 1e-3}, brief=("llama",))
 
 
 def context(full: tuple[str, ...] = (), brief: tuple[str, ...] = (), **options: Any) -> Case:
-    """CPT, with balls that are wide enough for steps to show."""
+    """Return a case of CPT, with balls large enough for visible steps."""
     return Case(CPT, {"epsilon": 2.0, "template_epsilon": 1.0, "lr": 0.01} | options, full, brief, ContextData)
 
 

@@ -1,4 +1,4 @@
-"""The devices that the tests of this folder run on, and small data of two tasks: one ranked, one generated."""
+"""The devices of these tests, and small data of two tasks: one with ranked choices, one with generated answers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,7 +45,7 @@ def loader(rows: list[dict], size: int) -> DataLoader:
 
 
 class TinyData(L.LightningDataModule):
-    """One training batch, and two rows of each task to evaluate."""
+    """One training batch, and two evaluation rows per task."""
 
     max_input_length = 8
 
@@ -65,7 +65,7 @@ class TinyData(L.LightningDataModule):
 
 
 class ContextData(TinyData):
-    """One task; two of its training rows are the context of CPT."""
+    """One task, two of whose training rows are CPT's context."""
 
     def __init__(self) -> None:
         super().__init__(["film"])
@@ -81,11 +81,11 @@ class ContextData(TinyData):
 
 
 class Device:
-    """Where a test runs.
+    """The device of a test.
 
     Attributes:
-        name: "cpu", "cuda".
-        tolerance: of scores, against the CPU's.
+        name: "cpu" or "cuda".
+        tolerance: The largest difference of scores from the CPU's.
     """
 
     def __init__(self, name: str, tolerance: float, open_device=None) -> None:
@@ -113,7 +113,7 @@ ON_CPU = Device("cpu", 0.0)
 
 @pytest.fixture(params=["pretended", pytest.param("real", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> Device:
-    """The pretended GPU, and a real one: `pytest -m gpu -n 0` runs the tests on the latter alone."""
+    """Return the pretended GPU or a real one; `pytest -m gpu -n 0` runs the tests on the latter only."""
     if request.param == "pretended":
         return Device("cuda", 1e-6, PretendedGPU)
     if not torch.cuda.is_available():

@@ -1,20 +1,20 @@
-"""A pretended GPU: finds tensors on the wrong device, and what makes the host wait, on a machine without a GPU.
+"""A pretended GPU, which finds tensors on the wrong device and host waits on a machine without a GPU.
 
-Within `PretendedGPU()` the device "cuda" exists: tensors on it report cuda:0, and a CPU tensor does the work.
-What a real GPU refuses is refused:
+Within `PretendedGPU()` the device "cuda" exists: its tensors report cuda:0 and compute on the CPU.
+What raises on a real GPU raises:
 
 - operations on tensors of both devices, unless CUDA allows them (CPU numbers without dimensions, CPU indices, copies);
 - `numpy()` of a tensor on the GPU;
 - random numbers on the GPU from a CPU generator.
 
-What makes the host wait for a real GPU is recorded as a `Wait`:
+Operations for which the host would wait for a real GPU are recorded as a `Wait`:
 
 - "item": a value is read (`item()`, `bool(tensor)`, `torch.equal`);
 - "shape": the size of a result depends on values (`nonzero`, `unique`, `tensor[mask]`);
 - "download": `cpu()`, `tolist()`, `to("cpu")`;
 - "upload": a copy to the GPU that is not `non_blocking`.
 
-The device has a random state of its own, so that a start drawn on it differs from one drawn on the CPU.
+The device has a separate random state, so that initial values drawn on it differ from those drawn on the CPU.
 
 Example:
     with PretendedGPU() as gpu:
@@ -23,7 +23,7 @@ Example:
         print(number, kind, operation, line, library)
 
 Limits: one device; no streams, no torch.compile, no CUDA kernels, so that memory, speed and numerics are the CPU's.
-A module keeps its device by `module.to()`; assigning to `parameter.data` cannot move it. Saved tensors report the CPU.
+Only `module.to()` moves a module; assigning to `parameter.data` does not. Saved tensors report the CPU.
 Every tensor must be moved to the CPU before the `with` block ends. `torch.cuda.is_available()` stays False.
 """
 
@@ -35,7 +35,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-import torch._dynamo  # lists torch's functions when it is imported, which must be before some of them are replaced
+import torch._dynamo  # lists torch's functions on import, so it must be imported before some are replaced
 from torch.overrides import TorchFunctionMode
 from torch.utils import _device as default_device
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
@@ -60,7 +60,7 @@ class PretendedGPU:
     """The device, for the duration of a `with` block.
 
     Args:
-        package: folder of the package whose lines are reported.
+        package: The folder of the package whose lines are reported.
     """
 
     name = "pretended"
@@ -68,7 +68,7 @@ class PretendedGPU:
     def __init__(self, package: str = "mpt_lightning") -> None:
         self.package = f"/{package}/"
         self.waits: list[Wait] = []
-        self.refused: list[str] = []  # messages of all WrongDevice errors, those that a library caught, too
+        self.refused: list[str] = []  # messages of all WrongDevice errors, including those that a library caught
         self.phase = ""
         self._quiet = 0
         self._stack = ExitStack()
@@ -117,7 +117,7 @@ class PretendedGPU:
 
     @contextmanager
     def quiet(self):
-        """Record no waits, such as those of a test that looks at values."""
+        """Record no waits within a `with` block, such as those of a test that reads values."""
         self._quiet += 1
         try:
             yield
@@ -125,7 +125,7 @@ class PretendedGPU:
             self._quiet -= 1
 
     def table(self, phase: str = "") -> list[tuple[int, str, str, str, str]]:
-        """Count the waits of the phases that start with `phase`: number, kind, operation, line, library."""
+        """Return the waits of the phases that start with `phase` as (number, kind, operation, line, library)."""
         chosen = [wait for wait in self.waits if wait.phase.startswith(phase)]
         counted = Counter((wait.kind, wait.operation, wait.line, wait.library) for wait in chosen)
         return [(number, *key) for key, number in counted.most_common()]
@@ -164,7 +164,7 @@ class PretendedGPU:
     def run(self, operation, args, kwargs):
         """Run an operation on tensors of either device."""
         known = facts(operation)
-        if known.composite:  # in inference mode nothing has decomposed it yet
+        if known.composite:  # in inference mode it is not decomposed yet
             with self._operations:
                 made = operation.decompose(*args, **kwargs)
             if made is not NotImplemented:
@@ -189,12 +189,12 @@ class PretendedGPU:
             made = operation(*plain_args, **plain_kwargs)
         if known.returns_argument:
             if known.reshapes:
-                inner = args[0].inner  # has its new shape
+                inner = args[0].inner  # has the new shape
                 torch.Tensor.data.__set__(args[0], PretendedTensor(inner))
                 args[0].inner = inner
             return args[known.written[0]]
         if on_gpu:
-            # In inference mode a view of a tensor from outside of it is one of outside, too.
+            # In inference mode, a view of a tensor created outside of it is not an inference tensor either.
             outside = known.views and torch.is_inference_mode_enabled() and not pretended[0].is_inference()
             with torch.inference_mode(False) if outside else nullcontext():
                 made = wrapped(made)
@@ -204,7 +204,7 @@ class PretendedGPU:
 
 
 class _Operations(TorchDispatchMode):
-    """Catches the operations that create tensors, which no tensor's own dispatch sees."""
+    """Intercepts the operations that create tensors, which reach no tensor's `__torch_dispatch__`."""
 
     def __init__(self, gpu: PretendedGPU) -> None:
         super().__init__()
@@ -215,7 +215,7 @@ class _Operations(TorchDispatchMode):
 
 
 class _Functions(TorchFunctionMode):
-    """Catches the functions that create or move a tensor before the dispatcher is called."""
+    """Intercepts the functions that create or move a tensor before the dispatcher is called."""
 
     def __init__(self, gpu: PretendedGPU) -> None:
         super().__init__()
@@ -246,7 +246,7 @@ class _Functions(TorchFunctionMode):
 
 
 def index_tensors(index):
-    """Turn lists in an index into tensors, which torch would create on the device without asking the dispatcher."""
+    """Turn lists in an index into tensors, which torch would create on the device without the dispatcher."""
     if isinstance(index, list) and all(type(entry) in (int, bool) for entry in index):
         kind = torch.bool if index and type(index[0]) is bool else torch.long
         return move(torch.tensor(index, dtype=kind, device="cpu"), DEVICE)

@@ -1,4 +1,4 @@
-"""What a real GPU refuses, and what makes the host wait for it: rules over torch's operations."""
+"""Rules over torch's operations: which ones raise on a real GPU, and for which ones the host waits."""
 
 import functools
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ COPIES = {
 INDEXED = {
     aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index, aten._unsafe_index_put,
 }  # fmt: skip
-# Operations that take a CPU tensor without dimensions as a number, beside those that torch tags as pointwise.
+# Operations that take a CPU tensor without dimensions as a number, in addition to those that torch tags as pointwise.
 TAKES_NUMBERS = {
     aten.masked_fill, aten.masked_fill_, aten.fill, aten.fill_, aten.where, aten.index_fill, aten.index_fill_,
 }  # fmt: skip
@@ -28,7 +28,7 @@ SHAPED_BY_VALUES = {
 
 
 class WrongDevice(RuntimeError):
-    """A real GPU would refuse these tensors: they are on different devices."""
+    """Tensors of one operation are on different devices."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Wait:
 
     Attributes:
         kind: "item", "shape", "download" or "upload".
-        operation: torch's name of the operation.
-        line: the innermost line of the package, "file:number", or "".
-        library: the innermost line outside of torch and the package, or "".
-        phase: the part of the run, see `tests.gpu.trainer`.
+        operation: Torch's name of the operation.
+        line: The innermost line of the package, "file:number", or "".
+        library: The innermost line outside of torch and the package, or "".
+        phase: The part of the run, see `tests.gpu.trainer`.
     """
 
     kind: str
@@ -52,18 +52,18 @@ class Wait:
 
 @dataclass(frozen=True)
 class Facts:
-    """What torch's schema says of an operation.
+    """An operation's properties in torch's schema.
 
     Attributes:
-        packet: the operation without its overload.
-        name: torch's name of it.
-        composite: it consists of other operations.
-        draws: it takes random numbers.
-        views: it returns a view of an argument.
-        pointwise: it treats elements one by one.
-        written: the places of the arguments that it writes to.
-        returns_argument: it returns the argument that it wrote to.
-        reshapes: it changes the shape of its argument in place.
+        packet: The operation without its overload.
+        name: Torch's name of the operation.
+        composite: Whether it consists of other operations.
+        draws: Whether it draws random numbers.
+        views: Whether it returns a view of an argument.
+        pointwise: Whether it is elementwise.
+        written: The positions of the arguments that it writes to.
+        returns_argument: Whether it returns the argument that it writes to.
+        reshapes: Whether it changes the shape of its argument in place.
     """
 
     packet: Any
@@ -79,7 +79,7 @@ class Facts:
 
 @functools.cache
 def facts(operation) -> Facts:
-    """Return what torch's schema says of an operation."""
+    """Return an operation's properties in torch's schema."""
     tags, schema, name = operation.tags, operation._schema, operation.name()
     aliases = [argument.alias_info for argument in schema.arguments]
     written = tuple(place for place, alias in enumerate(aliases) if alias is not None and alias.is_write)
@@ -99,12 +99,12 @@ def facts(operation) -> Facts:
 
 
 def values_of(args, kwargs):
-    """Return the values that an indexed assignment writes; None for a read."""
+    """Return the values that an indexed assignment writes, or None for a read."""
     return args[2] if len(args) > 2 else kwargs.get("values")
 
 
 def waits(known: Facts, args, kwargs) -> Iterator[tuple[str, str]]:
-    """Yield the kind and the name of what makes the host wait in an operation."""
+    """Yield the kind and the name of each wait of the host in an operation."""
     packet, name = known.packet, known.name
     here = bool(args) and isinstance(args[0], PretendedTensor)
     if packet in READS_VALUE:
@@ -128,7 +128,7 @@ def waits(known: Facts, args, kwargs) -> Iterator[tuple[str, str]]:
 
 
 def refusal(known: Facts, args, kwargs) -> str:
-    """Return a real GPU's message for an operation on tensors of both devices; "" if it takes them."""
+    """Return a real GPU's error message for an operation on tensors of both devices, or "" if it accepts them."""
     packet = known.packet
     message = f"Expected all tensors to be on the same device, but found cuda:0 and cpu! (in {known.name})"
     if packet in COPIES:

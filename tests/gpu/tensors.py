@@ -8,10 +8,10 @@ from torch import Tensor
 
 DEVICE = torch.device("cuda:0")
 CPU = torch.device("cpu")
-# What torch itself sees: autograd accepts "cuda" only in a build with CUDA, and no backend uses this device.
+# The device that torch itself gets: autograd accepts "cuda" only in a build with CUDA, and no backend uses this one.
 INSIDE = torch.device("lazy:0")
 
-# The devices whose `with` blocks are open, the innermost last.
+# The devices with an open `with` block, innermost last.
 ACTIVE: list = []
 
 
@@ -161,7 +161,7 @@ def move(tensor: Tensor, *args, **kwargs) -> Tensor:
 
 
 def loading_to_device(load):
-    """Wrap `torch.load`, whose storages cannot be on the pretended device: what was loaded is moved there."""
+    """Wrap `torch.load`: storages cannot be on the pretended device, so tensors are moved there after loading."""
 
     def moved(tree):
         if isinstance(tree, Tensor):
@@ -191,7 +191,7 @@ def _swapping(swaps: bool):
 
 
 def keeping_parameters(apply):
-    """Wrap `Module._apply`: a parameter that moves stays the same object, as optimizers and tied weights need."""
+    """Wrap `Module._apply` to keep a moved parameter the same object, as optimizers and tied weights need."""
 
     @functools.wraps(apply)
     def wrapped(module, fn, recurse=True):
@@ -199,7 +199,7 @@ def keeping_parameters(apply):
             with _swapping(True):
                 return apply(module, fn, recurse)
         except RuntimeError as error:
-            # After an error within a step the graph still holds the parameter, and a new object has to do.
+            # After an error within a step the graph still refers to the parameter, so it becomes a new object.
             if "Couldn't swap" not in str(error):
                 raise
             with _swapping(False):

@@ -1,4 +1,4 @@
-"""Where a run keeps its tensors: loaded where they are used, freed when it ends or fails."""
+"""Tensors are loaded onto the device where they are used, and freed when the run ends or fails."""
 
 from pathlib import Path
 

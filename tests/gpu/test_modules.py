@@ -1,4 +1,4 @@
-"""Every module on a GPU: fit, validate, test, predict, resume, load, export; the CPU's numbers and no tensor left."""
+"""Every module on a GPU, from fit to export: results equal the CPU's, and no tensor is left on the device."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
@@ -25,21 +25,21 @@ STEPS = 2
 
 
 def tensors(module: PromptModule) -> dict[str, Tensor]:
-    """All tensors of a module, the frozen ones too, as copies on the CPU."""
+    """Return copies on the CPU of all tensors of a module, including the frozen ones."""
     named = dict(module.named_parameters()) | dict(module.named_buffers())
-    named.pop("_row_of_task", None)  # of the data
+    named.pop("_row_of_task", None)  # depends on the data
     return {name: value.detach().cpu().clone() for name, value in named.items()}
 
 
 class Start(L.Callback):
-    """Keeps the tensors that a fit starts from."""
+    """Stores the tensors at the start of a fit."""
 
     def on_train_start(self, trainer: L.Trainer, module: PromptModule) -> None:
         self.tensors = tensors(module)
 
 
 def held(thing: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """Yield all tensors that can be reached from an object, the Trainer's own excepted."""
+    """Yield all tensors that can be reached from an object, except those of the Trainer."""
     seen = set() if seen is None else seen
     if id(thing) in seen or isinstance(thing, L.Trainer | str | type):
         return
@@ -62,7 +62,7 @@ def left_on_gpu(module: PromptModule) -> int:
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict]:
-    """Return a function that returns the checkpoints which other runs start from, by the kind of the model."""
+    """Return a function that returns, for a kind of model, the checkpoints that other runs need."""
 
     @lru_cache
     def of_kind(kind: str) -> dict[str, str]:
@@ -89,7 +89,7 @@ def make(case: Case, paths: dict[str, str]) -> PromptModule:
 
 
 def answers(path: str, device: Device, tasks: list[str]) -> list[Any]:
-    """What a Predictor says of texts of mixed tasks: probabilities, or the generated text."""
+    """Return a Predictor's probabilities or generated texts for rows of mixed tasks."""
     predictor = Predictor.from_checkpoint(path, device=device.name)
     given = [tasks[number % len(tasks)] for number in range(len(TEXTS))]
     made = predictor.predict(TEXTS, given, max_new_tokens=2)
@@ -97,7 +97,7 @@ def answers(path: str, device: Device, tasks: list[str]) -> list[Any]:
 
 
 def exported(path: str, module: PromptModule, folder: Path) -> dict[str, Tensor]:
-    """The prompts that come back from both exports, where there is a prompt to export."""
+    """Return the prompts of both exports, if the module has a prompt to export."""
     if module.prompt.length == 0 or type(module).__name__ in ("DePT", "PrefixTuning"):
         return {}
     export_prompt_embeds(path, folder / "embeds", backbone=module.backbone)
@@ -107,7 +107,7 @@ def exported(path: str, module: PromptModule, folder: Path) -> dict[str, Tensor]
 
 
 def fit(case: Case, device: Device, paths: dict[str, str], folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """Train two steps, with a checkpoint after each; return the module, and the tensors it started and ended with."""
+    """Train for two steps with a checkpoint after each; return the module, and its tensors before and after."""
     start, saved = Start(), ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
     module = make(case, paths)
     trainer = device.trainer(max_steps=STEPS, max_epochs=-1, callbacks=[start, saved], **RUN | options)
@@ -129,7 +129,7 @@ def evaluate(module: PromptModule, data: TinyData, device: Device) -> dict[str, 
 
 
 def resume_and_load(case: Case, device: Device, paths: dict[str, str], folder: Path, found: dict[str, Any]) -> None:
-    """Resume the run from its first checkpoint, and load its last one: the same tensors, the frozen ones too."""
+    """Resume from the first checkpoint, load the last one, and assert that all tensors equal those of the run."""
     torch.manual_seed(8)
     resumed = case.make(**paths)
     trainer = device.trainer(max_steps=STEPS, max_epochs=-1, limit_val_batches=0)
@@ -144,7 +144,7 @@ def resume_and_load(case: Case, device: Device, paths: dict[str, str], folder: P
 
 
 def equal(got: Any, expected: Any, tolerance: float = 0.0) -> None:
-    """Compare nested results."""
+    """Assert that nested results are equal up to a tolerance."""
     if isinstance(expected, Mapping):
         assert sorted(got) == sorted(expected)
         for name in expected:
@@ -162,9 +162,9 @@ def equal(got: Any, expected: Any, tolerance: float = 0.0) -> None:
 
 
 def same(on_gpu: dict[str, Any], on_cpu: dict[str, Any], device: Device) -> None:
-    """Compare a run with the CPU's: the start bit for bit, scores to the device's tolerance.
+    """Assert that a run equals the CPU's: initial tensors bit for bit, scores up to the device's tolerance.
 
-    Weights and logits agree less closely: AdamW's first steps follow the sign of gradients that may be rounding errors.
+    Weights and logits differ more: AdamW's first steps follow the sign of gradients that may be rounding errors.
     """
     equal(on_gpu.pop("start"), on_cpu.pop("start"))
     for name in ("end", "logits", "exported"):

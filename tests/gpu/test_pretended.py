@@ -1,4 +1,4 @@
-"""The pretended GPU refuses what a real one refuses, and records what the host waits for."""
+"""The pretended GPU raises where a real one raises, and records the waits of the host."""
 
 import pytest
 import torch

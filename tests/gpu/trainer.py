@@ -1,4 +1,4 @@
-"""Lightning on the pretended GPU: a Trainer, and the phases of its run."""
+"""A Lightning Trainer on the pretended GPU, and the phases of its run."""
 
 import lightning.pytorch as L
 from lightning.pytorch.accelerators import Accelerator
@@ -14,7 +14,7 @@ QUIET = {
 
 
 class PretendedAccelerator(Accelerator):
-    """What Lightning asks of an accelerator."""
+    """Lightning's interface of an accelerator."""
 
     def setup_device(self, device): ...
 

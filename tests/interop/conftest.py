@@ -1,4 +1,4 @@
-"""Checkpoints of every kind over the tiny models, made without training."""
+"""Untrained checkpoints of every kind on the tiny models."""
 
 import warnings
 from collections.abc import Callable
@@ -64,12 +64,12 @@ def backbones(model_folder: Callable[[str], str]) -> Callable[[str], Backbone]:
     """Return a function that loads a tiny model by its kind."""
     loaded: dict[str, Backbone] = {}
 
-    def give(kind: str) -> Backbone:
+    def load(kind: str) -> Backbone:
         if kind not in loaded:
             loaded[kind] = load_backbone(model_folder(kind)).eval()
         return loaded[kind]
 
-    return give
+    return load
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def checkpoint(backbones: Callable[[str], Backbone], tmp_path: Path) -> Callable
 
 
 def with_peft(backbone: Backbone, folder: Path) -> PeftModel:
-    """The folder in a fresh copy of the model, as a user of PEFT loads it."""
+    """Return a new copy of the model with the exported folder, loaded by PEFT."""
     cls = AutoModelForSeq2SeqLM if backbone.family == "seq2seq" else AutoModelForCausalLM
     return PeftModel.from_pretrained(cls.from_pretrained(backbone.name), str(folder)).eval()
 
@@ -107,7 +107,7 @@ ROWS = torch.tensor([[11, 25, 40, 31, 17], [90, 8, 33, 52, 61], [7, 7, 21, 14, 1
 
 
 def assert_same_model(backbone: Backbone, prompt: torch.Tensor, peft: PeftModel, **options: Any) -> None:
-    """The prompt `[P, H]` before our backbone and PEFT's model: equal logits, identical greedy answers."""
+    """Assert that a prompt `[P, H]` gives PEFT's logits and greedy answers."""
     labels = torch.tensor([[12, 40, 1], [9, 60, 1], [80, 3, 1]])
     mask, rows, length = torch.ones_like(ROWS), torch.zeros(len(ROWS), dtype=torch.long), len(prompt)
     generation = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
@@ -122,7 +122,7 @@ def assert_same_model(backbone: Backbone, prompt: torch.Tensor, peft: PeftModel,
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
         made = backbone.generate(prompt[None], rows, ROWS, mask, **generation)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Position ids are not supported")  # PEFT's, at each step
+            warnings.filterwarnings("ignore", "Position ids are not supported")  # raised by PEFT at each step
             answers = peft.generate(input_ids=ROWS, attention_mask=mask, **options, **generation)
     skip = 1 if backbone.family == "seq2seq" else ROWS.shape[1]
     assert made.tolist() == answers[:, skip:].tolist()

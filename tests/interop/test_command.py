@@ -19,7 +19,7 @@ from tests.interop.conftest import TASKS
 from tests.modules.conftest import AnyData
 
 Make = Callable[..., Path]
-Give = Callable[[str], Backbone]
+Load = Callable[[str], Backbone]
 MakeTrainer = Callable[..., L.Trainer]
 
 
@@ -74,12 +74,12 @@ def test_mistakes_get_one_message(
 @pytest.mark.parametrize("name", ["best", "{step}"])
 @pytest.mark.parametrize("interval", [1, 3])
 def test_the_best_checkpoint_is_exported(
-    name: str, interval: int, backbones: Give, trainer: MakeTrainer, tmp_path: Path
+    name: str, interval: int, backbones: Load, trainer: MakeTrainer, tmp_path: Path
 ) -> None:
-    """Also where later ones are worse, at the end of a validation and at the end of training."""
+    """Later, worse checkpoints do not replace it, neither after a validation nor at the end of training."""
     seen: list[bool] = []
 
-    class Look(L.Callback):
+    class CheckExport(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: object) -> None:
             best = trainer.checkpoint_callback.best_model_path
             if best:
@@ -95,7 +95,9 @@ def test_the_best_checkpoint_is_exported(
     export = PEFTExport("prompts")
     options = {"limit_val_batches": 1.0, "val_check_interval": interval, "enable_checkpointing": True, "max_epochs": 3}
     module = Worse(backbones("t5").name, prompt_length=4, lr=0.1)
-    trainer(callbacks=[Look(), export, best], num_sanity_val_steps=0, **options).fit(module, datamodule=AnyData())
+    trainer(callbacks=[CheckExport(), export, best], num_sanity_val_steps=0, **options).fit(
+        module, datamodule=AnyData()
+    )
     assert len(seen) > 3
     assert all(seen)
     found = import_peft(tmp_path / "runs/prompts")
@@ -106,7 +108,7 @@ def test_the_best_checkpoint_is_exported(
 
 
 def test_the_callback_needs_a_module_with_a_prompt(
-    backbones: Give, trainer: MakeTrainer, tmp_path: Path, model_folder: Callable[[str], str]
+    backbones: Load, trainer: MakeTrainer, tmp_path: Path, model_folder: Callable[[str], str]
 ) -> None:
     module = PromptTuning(backbones("t5").name, prompt_length=4)
     with pytest.raises(ValueError, match="add a ModelCheckpoint"):

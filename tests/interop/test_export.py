@@ -1,4 +1,4 @@
-"""Exports load in PEFT as the same model, come back bit for bit, and are there whole or not at all."""
+"""Exports give the same model in PEFT, are imported again bit for bit, and are written completely or not at all."""
 
 import json
 import os
@@ -20,12 +20,12 @@ from tests.conftest import KINDS
 from tests.interop.conftest import STAGES, TASKS, assert_same_model, make_prompt, with_peft
 
 Make = Callable[..., Path]
-Give = Callable[[str], Backbone]
+Load = Callable[[str], Backbone]
 ALL = [(kind, stage) for kind in KINDS for stage in STAGES] + [("gpt2", "CPT"), ("llama", "CPT")]
 
 
 def assert_equal(got: PromptCheckpoint, expected: PromptCheckpoint) -> None:
-    """Bit for bit, and word for word but for the machine's paths."""
+    """Assert that two checkpoints are equal, except for local paths."""
     assert got.state_dict.keys() == expected.state_dict.keys()
     for name, value in expected.state_dict.items():
         assert got.state_dict[name].dtype == value.dtype
@@ -37,7 +37,7 @@ def assert_equal(got: PromptCheckpoint, expected: PromptCheckpoint) -> None:
 
 
 @pytest.mark.parametrize(("kind", "stage"), ALL)
-def test_peft_runs_each_task_as_we_do(kind: str, stage: str, checkpoint: Make, backbones: Give, tmp_path: Path) -> None:
+def test_peft_runs_each_task_as_we_do(kind: str, stage: str, checkpoint: Make, backbones: Load, tmp_path: Path) -> None:
     source, backbone = checkpoint(kind, stage), backbones(kind)
     tasks = read_checkpoint(str(source)).tasks
     for number, task in enumerate(tasks):
@@ -71,7 +71,7 @@ def test_only_the_umask_limits_who_may_read(checkpoint: Make, tmp_path: Path) ->
 
 @pytest.mark.parametrize(("kind", "stage"), ALL)
 def test_all_tasks_are_imported_again_and_run_in_peft(
-    kind: str, stage: str, checkpoint: Make, backbones: Give, tmp_path: Path
+    kind: str, stage: str, checkpoint: Make, backbones: Load, tmp_path: Path
 ) -> None:
     source, backbone = checkpoint(kind, stage), backbones(kind)
     expected = read_checkpoint(str(source))
@@ -97,7 +97,7 @@ def test_all_tasks_are_imported_again_and_run_in_peft(
 
 @pytest.mark.parametrize("stage", ["encoded", "superposed"])
 def test_reparameterized_prompts_are_exported_folded(
-    stage: str, checkpoint: Make, backbones: Give, tmp_path: Path
+    stage: str, checkpoint: Make, backbones: Load, tmp_path: Path
 ) -> None:
     source, backbone = checkpoint("llama", stage), backbones("llama")
     expected = read_checkpoint(str(source))
@@ -177,7 +177,7 @@ def test_a_failed_export_leaves_no_files(checkpoint: Make, tmp_path: Path, monke
     assert (kept / "adapter_model.safetensors").read_bytes() == before
 
 
-def test_mistakes_get_one_message(checkpoint: Make, backbones: Give, tmp_path: Path) -> None:
+def test_mistakes_get_one_message(checkpoint: Make, backbones: Load, tmp_path: Path) -> None:
     source = checkpoint("llama", "MPTSource")
     (tmp_path / "other.txt").write_text("text")
     for arguments, options, message in [

@@ -1,4 +1,4 @@
-"""Cards say what was exported with code that runs, embeddings feed plain transformers, and folders get pushed."""
+"""Model cards describe exports with code that runs, embeddings work in plain transformers, and folders are pushed."""
 
 import json
 import re
@@ -22,12 +22,12 @@ from mpt_lightning.interop import export_prompt_embeds, hub, model_card, push
 from tests.conftest import KINDS
 from tests.interop.conftest import CARD, TASKS, make_prompt
 
-Give = Callable[[str], Backbone]
+Load = Callable[[str], Backbone]
 Make = Callable[..., Path]
 
 
 def run_code(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Run the README's examples where its reader would; give their variables."""
+    """Run the README's examples in its folder; return their variables."""
     monkeypatch.chdir(folder)
     blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
     made: list[dict[str, Any]] = []
@@ -44,7 +44,7 @@ def run_code(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, An
     [("t5", "PromptTuning"), ("t5", "MPTTarget"), ("gpt2", "MPTSource"), ("gpt2", "CPT"), ("llama", "superposed")],
 )
 def test_an_exports_readme_has_code_that_runs(
-    kind: str, stage: str, task: str | None, checkpoint: Make, backbones: Give, tmp_path: Path,
+    kind: str, stage: str, task: str | None, checkpoint: Make, backbones: Load, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     folder = export_peft(checkpoint(kind, stage), tmp_path / "export", task)
@@ -64,7 +64,7 @@ def test_a_model_card_describes_the_export(checkpoint: Make, tmp_path: Path) -> 
     found = yaml.safe_load(front)
     assert found["library_name"] == "peft"
     assert found["language"] == ["en"]
-    assert "base_model" not in found  # a folder of this machine is no model of the Hub
+    assert "base_model" not in found  # a local folder is not a model of the Hub
     for words in (
         "Multitask prompt tuning, source training", "2303.02861", "MultitaskPrompt, 5 tokens of width 32",
         "| Trained parameters | 382 |", "**glue/one**: local files, named nyu-mll/glue sst2;",
@@ -75,7 +75,7 @@ def test_a_model_card_describes_the_export(checkpoint: Make, tmp_path: Path) -> 
         assert words in body, words
     context = model_card(read_checkpoint(str(checkpoint("gpt2", "CPT"))))
     assert "The prompt is made of training examples" in context
-    assert "| Trained parameters | 288 |" in context  # nine of sixteen tokens move
+    assert "| Trained parameters | 288 |" in context  # nine of sixteen tokens are trained
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ CASES = [(kind, stage) for kind in KINDS for stage in ("PromptTuning", "MPTSourc
 
 @pytest.mark.parametrize(("kind", "stage"), CASES)
 def test_embeddings_feed_plain_transformers(
-    kind: str, stage: str, checkpoint: Make, backbones: Give, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, stage: str, checkpoint: Make, backbones: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, backbone = checkpoint(kind, stage), backbones(kind)
     folder = export_prompt_embeds(source, tmp_path / "embeds")
@@ -195,7 +195,7 @@ def test_embeddings_of_one_task(checkpoint: Make, tmp_path: Path) -> None:
 
 
 class LocalHub:
-    """The Hub as a folder."""
+    """A folder in place of the Hub."""
 
     root: Path
     calls: list[dict[str, Any]]

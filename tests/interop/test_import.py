@@ -1,4 +1,4 @@
-"""PEFT's own folders become checkpoints with the same logits, and what is wrong with one is told."""
+"""Folders saved by PEFT become checkpoints with the same logits, and wrong folders raise."""
 
 import json
 from collections.abc import Callable
@@ -25,14 +25,14 @@ from tests.conftest import KINDS, build_model, build_tokenizer
 from tests.interop.conftest import IDS, TYPES, assert_same_model
 from tests.modules.conftest import TASKS, AnyData
 
-Give = Callable[[str], Backbone]
+Load = Callable[[str], Backbone]
 Make = Callable[..., Path]
 
 
 def save_with_peft(
     backbone: Backbone, kind: str, folder: Path, safe: bool = True, submodules: int | None = 1
 ) -> PeftModel:
-    """A trained adapter, saved by PEFT itself."""
+    """Save a trained adapter with PEFT."""
     seq2seq = backbone.family == "seq2seq"
     common = {
         "task_type": TaskType.SEQ_2_SEQ_LM if seq2seq else TaskType.CAUSAL_LM,
@@ -67,7 +67,7 @@ CASES += [("gpt2", "CPT"), ("llama", "CPT")]
 
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
 @pytest.mark.parametrize(("name", "kind"), CASES)
-def test_a_peft_folder_has_the_same_logits(name: str, kind: str, safe: bool, backbones: Give, tmp_path: Path) -> None:
+def test_a_peft_folder_has_the_same_logits(name: str, kind: str, safe: bool, backbones: Load, tmp_path: Path) -> None:
     backbone = backbones(name)
     model = save_with_peft(backbone, kind, tmp_path / "peft", safe)
     assert (tmp_path / f"peft/adapter_model.{'safetensors' if safe else 'bin'}").is_file()
@@ -88,7 +88,7 @@ def test_a_peft_folder_has_the_same_logits(name: str, kind: str, safe: bool, bac
     assert all(torch.equal(again.state_dict[key], value) for key, value in found.state_dict.items())
 
 
-def test_a_folder_without_a_fingerprint_can_be_exported_too(backbones: Give, tmp_path: Path, other: str) -> None:
+def test_a_folder_without_a_fingerprint_can_be_exported_too(backbones: Load, tmp_path: Path, other: str) -> None:
     backbone = backbones("t5")
     save_with_peft(backbone, "MULTITASK_PROMPT_TUNING", tmp_path / "peft")
     folder = export_peft(tmp_path / "peft", tmp_path / "ours")
@@ -100,8 +100,8 @@ def test_a_folder_without_a_fingerprint_can_be_exported_too(backbones: Give, tmp
 
 
 @pytest.mark.parametrize("kind", ["PROMPT_TUNING", "MULTITASK_PROMPT_TUNING"])
-def test_the_encoders_half_is_imported(kind: str, backbones: Give, tmp_path: Path) -> None:
-    """PEFT's default for an encoder-decoder has rows for the decoder, which its generate does not use."""
+def test_the_encoders_half_is_imported(kind: str, backbones: Load, tmp_path: Path) -> None:
+    """PEFT's default for an encoder-decoder also has rows for the decoder, which its `generate` does not use."""
     backbone = backbones("t5")
     model = save_with_peft(backbone, kind, tmp_path, submodules=None)
     assert load_file(tmp_path / "adapter_model.safetensors")["prompt_embeddings"].shape == (8, 32)
@@ -117,7 +117,7 @@ def test_the_encoders_half_is_imported(kind: str, backbones: Give, tmp_path: Pat
     assert made.tolist() == theirs[:, 1:].tolist()
 
 
-def test_a_mapping_file_names_the_tasks(backbones: Give, tmp_path: Path) -> None:
+def test_a_mapping_file_names_the_tasks(backbones: Load, tmp_path: Path) -> None:
     save_with_peft(backbones("t5"), "MULTITASK_PROMPT_TUNING", tmp_path)
     for content, message in [
         ({"b": 1, "a": 0}, "must map each of 3 tasks to its number"),
@@ -133,7 +133,7 @@ def test_a_mapping_file_names_the_tasks(backbones: Give, tmp_path: Path) -> None
 
 
 def test_target_tasks_start_from_pefts_multitask_folder(
-    backbones: Give, tmp_path: Path, trainer: Callable[..., L.Trainer]
+    backbones: Load, tmp_path: Path, trainer: Callable[..., L.Trainer]
 ) -> None:
     backbone = backbones("t5")
     save_with_peft(backbone, "MULTITASK_PROMPT_TUNING", tmp_path / "peft")
@@ -148,7 +148,7 @@ def test_target_tasks_start_from_pefts_multitask_folder(
 
 
 def test_teachers_and_initial_prompts_can_be_folders(
-    backbones: Give, tmp_path: Path, trainer: Callable[..., L.Trainer], checkpoint: Make
+    backbones: Load, tmp_path: Path, trainer: Callable[..., L.Trainer], checkpoint: Make
 ) -> None:
     backbone = backbones("llama")
     for task in TASKS:
@@ -189,7 +189,7 @@ def other(tmp_path: Path) -> str:
 
 
 def test_another_backbone_raises(
-    backbones: Give, tmp_path: Path, other: str, trainer: Callable[..., L.Trainer], checkpoint: Make
+    backbones: Load, tmp_path: Path, other: str, trainer: Callable[..., L.Trainer], checkpoint: Make
 ) -> None:
     save_with_peft(backbones("t5"), "MULTITASK_PROMPT_TUNING", tmp_path / "peft")
     wrong = MPTTarget(other, source=str(tmp_path / "peft"))
@@ -202,7 +202,7 @@ def test_another_backbone_raises(
     ours = export_peft(checkpoint("t5", "MPTSource"), tmp_path / "ours")
     with pytest.raises(ValueError, match=r"was trained on the backbone .* A prompt fits only the model"):
         trainer().fit(MPTTarget(other, source=str(ours)), datamodule=AnyData(["new"]))
-    # Another model of equal width: CPT's frozen tokens tell, a plain prompt cannot.
+    # A model of equal width is recognised by CPT's frozen tokens, but not by a plain prompt.
     for kind in ("CPT", "PROMPT_TUNING"):
         save_with_peft(backbones("gpt2"), kind, tmp_path / kind)
     with pytest.raises(ValueError, match="the embeddings of its labels and separators"):
@@ -253,7 +253,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_wrong_folder_raises(case: str, backbones: Give, tmp_path: Path) -> None:
+def test_a_wrong_folder_raises(case: str, backbones: Load, tmp_path: Path) -> None:
     save_with_peft(backbones("t5"), "MULTITASK_PROMPT_TUNING", tmp_path)
     change, message = BAD[case]
     change(tmp_path)
@@ -261,7 +261,7 @@ def test_a_wrong_folder_raises(case: str, backbones: Give, tmp_path: Path) -> No
         import_peft(tmp_path)
 
 
-def test_folders_of_other_kinds_raise(backbones: Give, tmp_path: Path) -> None:
+def test_folders_of_other_kinds_raise(backbones: Load, tmp_path: Path) -> None:
     save_with_peft(backbones("llama"), "LORA", tmp_path / "lora")
     with pytest.raises(ValueError, match=r"has the peft_type 'LORA'\. Expected PROMPT_TUNING or MULTITASK"):
         import_peft(tmp_path / "lora")
@@ -283,7 +283,7 @@ def test_folders_of_other_kinds_raise(backbones: Give, tmp_path: Path) -> None:
         import_peft(tmp_path / "bin")
 
 
-def test_code_in_a_folder_is_not_run(backbones: Give, tmp_path: Path) -> None:
+def test_code_in_a_folder_is_not_run(backbones: Load, tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple:
             return (open, (str(tmp_path / "sprung"), "w"))

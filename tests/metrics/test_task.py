@@ -1,4 +1,4 @@
-"""Scores against values worked out by hand and against plain formulas."""
+"""Scores equal values computed by hand or by plain formulas."""
 
 import json
 import math
@@ -83,13 +83,13 @@ def test_multirc_f1a_and_group_exact_match():
     predictions = ["yes", "no", "yes", "no", "yes", "yes"]
     gold = ["yes", "no", "yes", "yes", "yes", "no"]
     groups = ["q1", "q1", "q2", "q2", "q3", "q4"]
-    # Questions 1 and 3 are wholly right; a question is spread over two batches.
+    # All answers to questions 1 and 3 are right; the rows of one question are in two batches.
     got = scores(card("multirc"), predictions, gold, groups, sizes=[3, 3])
     assert got == pytest.approx({"f1a": 2 * 3 / (2 * 3 + 1 + 1), "em": 2 / 4, "invalid": 0})
 
 
 def ranks(values):
-    """Average ranks."""
+    """Return average ranks."""
     return torch.stack([((values < v).sum() + (values <= v).sum() + 1) / 2 for v in values])
 
 
@@ -201,7 +201,7 @@ SHARES = (5, 1)  # three and two rows, then one and none
 
 
 def rank_scores(folder):
-    """One of two processes: every metric over its share of the rows."""
+    """Write the scores of every metric over this rank's share of the rows."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     results = {}

@@ -25,7 +25,7 @@ class StopAfter(L.Callback):
 def assert_resumes_exactly(
     make: Callable[[], PromptModule], trainer: Callable[..., L.Trainer], folder: Path
 ) -> PromptModule:
-    """Assert that two epochs of three steps give the same weights, bit for bit, in one run and in two; return the latter."""
+    """Assert that two epochs, and two epochs resumed after the first, give equal weights; return the resumed module."""
 
     def module() -> PromptModule:
         L.seed_everything(3)

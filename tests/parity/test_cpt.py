@@ -1,4 +1,4 @@
-"""Equal context and batch give PEFT's CPT loss and gradient, over ten steps with projection, in float64."""
+"""With the same context and batch, loss and gradient equal those of PEFT's CPT over ten projected steps, in float64."""
 
 import copy
 
@@ -45,7 +45,7 @@ def test_ten_steps(kind: str, decay: float, batch: dict[str, torch.Tensor]) -> N
     reference, backbone = with_peft(kind, decay), CausalBackbone(build_model(kind).double(), kind).double()
     prompt = ContextPrompt(IDS, TYPES, dim=32, epsilon=0.4, template_epsilon=0.2).double()
     prompt.attach(backbone.embeddings)
-    # The base model's dropout, which is on in training, would make the two differ.
+    # Dropout in the base model, which PEFT leaves on in training, would make the two differ.
     reference.base_model.eval()
     theirs = reference.prompt_encoder["default"].delta_embedding.weight
     optimizers = [torch.optim.AdamW(p, lr=0.02, weight_decay=0.0) for p in ([theirs], prompt.parameters())]
@@ -70,8 +70,8 @@ def test_ten_steps(kind: str, decay: float, batch: dict[str, torch.Tensor]) -> N
         for optimizer in optimizers:
             optimizer.step()
         norm = prompt.delta_embedding.detach().norm(dim=1)
-        # PEFT projects in its next forward pass; its parameter is outside the balls until then.
+        # PEFT projects in its next forward pass; until then its parameter is outside the balls.
         bound |= bool((theirs.detach().norm(dim=1) > prompt.radius[:, 0] * 1.001).any())
         assert (norm <= prompt.radius[:, 0] * (1 + 1e-12)).all()
-    assert bound, "the projection never did anything"
+    assert bound, "no step was projected"
     assert losses[-1] < losses[0]

@@ -1,4 +1,4 @@
-"""Equal weights give PEFT's logits, loss and gradients, in float64, on right-padded batches of mixed tasks."""
+"""With the same weights, logits, loss and gradients equal PEFT's, in float64, on right-padded mixed batches."""
 
 import copy
 
