@@ -6,9 +6,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mpt_lightning.backbones import Segment
 from mpt_lightning.objectives import (
     IGNORE,
+    Segment,
     bucketed_distillation,
     chosen_states,
     context_cross_entropy,

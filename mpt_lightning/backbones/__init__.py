@@ -4,14 +4,5 @@ from mpt_lightning.backbones.base import Backbone, BackboneOutput, EncodedPrompt
 from mpt_lightning.backbones.causal import CausalBackbone
 from mpt_lightning.backbones.load import load_backbone
 from mpt_lightning.backbones.seq2seq import Seq2SeqBackbone
-from mpt_lightning.objectives import Segment
 
-__all__ = [
-    "Backbone",
-    "BackboneOutput",
-    "CausalBackbone",
-    "EncodedPrompts",
-    "Segment",
-    "Seq2SeqBackbone",
-    "load_backbone",
-]
+__all__ = ["Backbone", "BackboneOutput", "CausalBackbone", "EncodedPrompts", "Seq2SeqBackbone", "load_backbone"]

@@ -29,14 +29,12 @@ def shared_prefix_attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attend to a shared prefix and to own tokens; plain attention without a prefix or a packed pass.
+    """Return attention `[B, S, heads, D]` to a shared prefix and to own tokens, and None in place of its weights.
 
-    The arguments are those of transformers' attention functions: queries `[B, heads, S, D]`; keys and values
-    `[B, key heads, S, D]`; a mask `[B, 1, S, P + S]`, True where attended or 0 where attended. All of the prefix is
-    attended; it is an attribute of the keys (see `PrefixLayer`). `scaling` of the scores is D^-0.5 by default.
-
-    Returns:
-        [B, S, heads, D], and None for the weights.
+    Without a prefix or a packed pass it is plain attention. The arguments are those of transformers' attention
+    functions: queries `[B, heads, S, D]`; keys and values `[B, key heads, S, D]`; a mask `[B, 1, S, P + S]`, True where
+    attended or 0 where attended. All of the prefix is attended; it is an attribute of the keys (see `PrefixLayer`).
+    `scaling` of the scores is D^-0.5 by default.
     """
     layout = LAYOUT.get()
     if layout is not None:

@@ -33,10 +33,9 @@ ARCHITECTURES = (
 
 
 class Bottleneck(nn.Module):
-    """An adapter: down to a few features, a nonlinearity, and up again, added to its input.
+    """An adapter: down to `size` features with dropout, a nonlinearity, and up again, added to its input.
 
-    It starts as the identity, since the up-projection starts at zero. It computes in its own precision. Dropout is that
-    of the features in between, `size` of them.
+    It starts as the identity, since the up-projection starts at zero. It computes in its own precision.
     """
 
     def __init__(self, dim: int, size: int, dropout: float = 0.0) -> None:
@@ -66,16 +65,10 @@ def _projections(model: nn.Module, sublayers: list[tuple[str, ...]]) -> Iterator
 
 
 def add_adapters(backbone: Backbone, size: int, places: Places = "houlsby", dropout: float = 0.0) -> list[Bottleneck]:
-    """Put an adapter after sublayers of each layer of a model, before their output is added to the residual.
+    """Put adapters after sublayers of a model, before their output is added to the residual; return the adapters.
 
     The places are, for "houlsby", after attention (a decoder's cross-attention too) and feed-forward, for "pfeiffer"
-    after feed-forward only.
-
-    Returns:
-        The adapters, trainable, in fp32.
-
-    Raises:
-        MPTError: If the names of the model's layers are unknown.
+    after feed-forward only. Adapters are trainable, in fp32. A model with other names of layers is an MPTError.
     """
     found = {
         "attention": list(_projections(backbone.model, [row.attention for row in ARCHITECTURES])),

@@ -87,10 +87,9 @@ class PrefixLayer(CacheLayerMixin):
 class PrefixCache(Cache):
     """The prefixes of all layers.
 
-    Args:
-        layers: Per layer the prefix's keys and values `[B, heads, P, D]`; or the number of layers without a prefix.
-        shared: Per layer the keys and values `[1, heads, P, D]` that all rows share, before their own; the model's
-            attention must be `shared_prefix_attention`.
+    `layers` are per layer the keys and values `[B, heads, P, D]` of each row's prefix, or the number of layers without
+    one. `shared` are those `[1, heads, P, D]` that all rows share, before their own; they need a model whose attention
+    is `shared_prefix_attention`.
     """
 
     def __init__(self, layers: Sequence[Pair] | int, shared: Sequence[Pair] | None = None) -> None:

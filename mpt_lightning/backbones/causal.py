@@ -28,10 +28,9 @@ from mpt_lightning.prompts import PromptOutput
 
 
 class CausalBackbone(Backbone):
-    """A frozen decoder-only model; see `Backbone` for the arguments.
+    """A frozen decoder-only model whose layers are all attention; see `Backbone` for the arguments.
 
-    Raises:
-        MPTError: If the model has layers other than attention, whose state cannot be split at a prefix.
+    The state of other layers cannot be split at a prefix.
     """
 
     family = "causal"

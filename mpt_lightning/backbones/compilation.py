@@ -32,12 +32,10 @@ def check_compiler(device: torch.device) -> None:
 
 
 def compile_parts(model: PreTrainedModel, name: str) -> None:
-    """Compile feed-forward networks and norms of all layers in place; the model keeps its modules and their names.
+    """Compile feed-forward networks and norms of all layers in place, or raise if the layers have no such parts.
 
-    Each is compiled when it first runs, including layers that PEFT has added until then.
-
-    Raises:
-        MPTError: If the model's layers have no such parts.
+    The model keeps its modules and their names. Each part is compiled when it first runs, together with layers that
+    PEFT has added by then.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     parts = [part for layer in layers for part in _parts(layer)]

@@ -14,19 +14,18 @@ SAMPLES = 4096
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Return a short hash of a model's weights.
+    """Return two short hashes of a model's weights, "<12 digits>-<12 digits>".
 
-    It covers the shape of each parameter and saved buffer and a sample of its values: all of up to 4,096 values, and at
-    least 4,096 of larger tensors at equal distances, over all columns. So it detects merged adapters, a tuned head and
-    further training. It misses a change outside the sample, such as one row of a large embedding table.
+    The second is that of the weights that quantization changes: linear layers except the output layer. For a quantized
+    model it is the word "quantized". The first covers everything else.
+
+    A hash covers the shape of each parameter and saved buffer and a sample of its values: all of up to 4,096 values,
+    and at least 4,096 of larger tensors at equal distances, over all columns. So it detects merged adapters, a tuned
+    head and further training. It misses a change outside the sample, such as one row of a large embedding table.
 
     Values are rounded to bfloat16, so that the hash is the same in another precision or on another device. It does not
     depend on names or tied weights: a tensor counts wherever the model uses it. The model must be neither sharded nor
     adapted.
-
-    Returns:
-        Two hashes, "<12 digits>-<12 digits>". The second is that of the weights that quantization changes: linear
-        layers except the output layer. For a quantized model it is the word "quantized".
     """
     head: Any = model.get_output_embeddings()
     parts: dict[bool, list[Tensor]] = {False: [], True: []}

@@ -11,11 +11,7 @@ from mpt_lightning.resources import backbone_path
 
 
 def load_config(name_or_path: str) -> PreTrainedConfig:
-    """Load a model's configuration.
-
-    Raises:
-        MPTError: If the folder or Hub model does not exist, cannot be reached or read, or needs its own code.
-    """
+    """Load a model's configuration; raise if it cannot be found, reached or read, or needs the model's own code."""
     if not isinstance(name_or_path, str) or not name_or_path:
         raise MPTError(f"The backbone must be a Hub id or a folder, got {name_or_path!r}.")
     if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).expanduser().is_dir():
@@ -26,11 +22,7 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """Load a model's tokenizer.
-
-    Raises:
-        MPTError: If it does not exist, or cannot be reached or read.
-    """
+    """Load a model's tokenizer; raise if it cannot be found, reached or read, or needs the model's own code."""
     expected = "tokenizer files beside the model's, which need no code of their own"
     return _load(AutoTokenizer, name_or_path, f"the tokenizer of {name_or_path!r}", expected)
 

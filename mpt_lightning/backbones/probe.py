@@ -33,10 +33,8 @@ def check_backbone(backbone: Backbone) -> None:
     """Compare a backbone with its bare model on a few tokens, and choose the ways that give the same results.
 
     Large models are represented by a miniature of the same class and settings, in float32. If a miniature cannot be
-    built, or fails the check, the model itself is checked.
-
-    Raises:
-        MPTError: If no way gives the model's own results; it contains the cause and the size of the error.
+    built, or fails the check, the model itself is checked. If no way gives the model's own results, an MPTError
+    contains the cause and the size of the error.
     """
     if backbone.model.num_parameters() > SMALL:
         try:

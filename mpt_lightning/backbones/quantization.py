@@ -28,10 +28,8 @@ def check_quantization(kind: Quantization) -> None:
 def quantized(kind: Quantization, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Return the arguments of `from_pretrained` for a model that is quantized and placed on a device.
 
-    "4bit" is QLoRA's NF4 with double quantization and computations in `dtype`, "8bit" LLM.int8().
-
-    Raises:
-        MPTError: If a library is missing, or does not support this machine.
+    "4bit" is QLoRA's NF4 with double quantization and computations in `dtype`, "8bit" LLM.int8(). A library that is
+    missing, or does not support this machine, is an MPTError.
     """
     check_quantization(kind)
     from transformers import BitsAndBytesConfig

@@ -16,11 +16,7 @@ from mpt_lightning.prompts import PromptOutput
 
 
 class Seq2SeqBackbone(Backbone):
-    """A frozen encoder-decoder; see `Backbone` for the arguments.
-
-    Raises:
-        MPTError: If the model cannot turn labels into its decoder's inputs.
-    """
+    """A frozen encoder-decoder that can turn labels into its decoder's inputs; see `Backbone` for the arguments."""
 
     family = "seq2seq"
     auto_model = AutoModelForSeq2SeqLM
@@ -50,15 +46,9 @@ class Seq2SeqBackbone(Backbone):
         read = self.model.prepare_decoder_input_ids_from_labels(answer)
         return self.model(**inputs(text), decoder_input_ids=read, use_cache=False).logits
 
-    def _encode(
-        self,
-        prompts: Tensor | PromptOutput,
-        rows: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        hidden_states: bool = False,
-    ) -> tuple[Any, Tensor]:
+    def _encode(self, inputs: Inputs, hidden_states: bool = False) -> tuple[Any, Tensor]:
         """Run the encoder over `[prompt, text, padding]`; return its output and the mask `[B, P + L]`."""
+        prompts, rows, input_ids, attention_mask = inputs
         # Positions, relative and absolute, count from the left, so padding goes to the right.
         input_ids, attention_mask = align(input_ids, attention_mask, "right")
         given = PromptOutput.of(prompts)
@@ -99,7 +89,7 @@ class Seq2SeqBackbone(Backbone):
         hidden_states: bool = False,
     ) -> BackboneOutput:
         """Predict the label tokens; see `Backbone.forward`."""
-        encoded, mask = self._encode(prompts, rows, input_ids, attention_mask, hidden_states)
+        encoded, mask = self._encode((prompts, rows, input_ids, attention_mask), hidden_states)
         decoded = self._decode(encoded.last_hidden_state, mask, labels, hidden_states)
         output = BackboneOutput(decoded.logits)
         if hidden_states:
@@ -114,13 +104,13 @@ class Seq2SeqBackbone(Backbone):
         return output
 
     def _choice_logits(self, inputs: Inputs, of_row: Tensor, labels: Tensor) -> Tensor:
-        encoded, mask = self._encode(*inputs)
+        encoded, mask = self._encode(inputs)
         return self._decode(encoded.last_hidden_state[of_row], mask[of_row], labels).logits
 
     def generate(
         self, prompts: Tensor | PromptOutput, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, **options: Any
     ) -> Tensor:
         """Generate label tokens; see `Backbone.generate`."""
-        encoded, mask = self._encode(prompts, rows, input_ids, attention_mask)
+        encoded, mask = self._encode((prompts, rows, input_ids, attention_mask))
         tokens = self.model.generate(encoder_outputs=encoded, attention_mask=mask, **options)
         return tokens[:, 1:]  # without the decoder's start token

@@ -17,12 +17,10 @@ from mpt_lightning.errors import MPTError
 
 
 def shard(backbone: Backbone, mesh: DeviceMesh) -> None:
-    """Shard a backbone over a one-dimensional mesh in place, and move it there part by part, unless it is sharded.
+    """Shard a backbone over a one-dimensional mesh in place, and move it there part by part; do nothing if it is.
 
-    From then on its verbs and `embeddings` gather weights, so all ranks must use them, in the same order.
-
-    Raises:
-        MPTError: If weights of the model are trained, or it has no layers of transformers' own kind.
+    From then on `forward`, `encode_prompts`, `score`, `generate` and `embeddings` gather weights, so all ranks must use
+    them, in the same order. A model with trained weights, or without layers of transformers' own kind, is an MPTError.
     """
     if isinstance(backbone, FSDPModule):
         return

@@ -72,10 +72,9 @@ class PromptCheckpoint:
         check_state(described, prompts, self.path)
 
     def prompt(self, embeddings: Tensor | None = None) -> Prompt:
-        """Build the trained prompt; one that depends on the backbone's embeddings `[V, H]` (CPT) needs these.
+        """Build the trained prompt, or raise if there is none, since the method trains weights of the backbone.
 
-        Raises:
-            MPTError: If the method trains the backbone's weights instead of a prompt.
+        A prompt that depends on the backbone's embeddings `[V, H]` (CPT) needs these.
         """
         if self.prompt_class == EmptyPrompt.__name__:
             raise MPTError(

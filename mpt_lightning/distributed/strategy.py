@@ -66,16 +66,9 @@ class ShardedStrategy(ModelParallelStrategy):
         self.model = self.lightning_module
         super().teardown()
 
-    @property
-    def restore_checkpoint_after_setup(self) -> bool:
-        """False: the optimizer is built for the checkpoint's prompt."""
-        return False
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        """True: its state is not sharded."""
-        return True
-
+    # The optimizer is built for the checkpoint's prompt, and its state is not sharded.
+    restore_checkpoint_after_setup: Any = False
+    lightning_restore_optimizer: Any = True
     # Lightning's methods for models that are not sharded: a state dict holds the prompt alone.
     lightning_module_state_dict: Any = Strategy.lightning_module_state_dict
     optimizer_state: Any = Strategy.optimizer_state

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from mpt_lightning import objectives
-from mpt_lightning.backbones import Backbone, BackboneOutput, Segment
+from mpt_lightning.backbones import Backbone, BackboneOutput
 from mpt_lightning.checkpoint import PromptCheckpoint, read_checkpoint
 from mpt_lightning.errors import MPTError
 from mpt_lightning.modules.batch import Batch
 from mpt_lightning.modules.initialization import check_length
 from mpt_lightning.modules.teacher_cache import Row, TeacherCache, row_key
+from mpt_lightning.objectives import Segment
 
 # Per "<stack>/<part>" the layers that are compared.
 States = dict[str, tuple[Tensor, ...]]
@@ -100,21 +101,14 @@ class Teachers:
         prompts: [T, P, H].
         options: What is distilled.
         cache: Folder of the cache; None for no cache.
-        dropout: Whether the backbone has dropout, so that no pass of it can be kept.
         quantization: The backbone's, which a cache depends on.
     """
 
     def __init__(
-        self,
-        prompts: Tensor,
-        options: Distillation,
-        cache: Path | None = None,
-        dropout: bool = False,
-        quantization: str | None = None,
+        self, prompts: Tensor, options: Distillation, cache: Path | None = None, quantization: str | None = None
     ) -> None:
         self.prompts = prompts.detach().cpu()
-        self.options, self.folder = options, cache
-        self._dropout, self._quantization = dropout, quantization
+        self.options, self.folder, self._quantization = options, cache, quantization
         self._digests = [hashlib.blake2b(prompt.float().cpu().numpy().tobytes()).digest() for prompt in self.prompts]
         self._encoded: Any = None
         self._cache: TeacherCache | None = None
@@ -135,37 +129,14 @@ class Teachers:
     ) -> Targets:
         """Return the teachers' output for a batch with the tasks `distinct` `[U]`, each row's in `rows` `[B]`.
 
-        `any_rank` returns whether something is true on any rank; for a sharded backbone, which runs on all or none.
+        With a cache the teachers run for the rows that it lacks. `any_rank` returns whether something is true on any
+        rank: a sharded backbone runs on all ranks or none.
         """
-        if self.folder is not None:
-            # Opened here, in the process that uses it, and under the precision of the pass.
-            self._cache = self._cache or TeacherCache(self.folder, self._about(backbone, rows.device))
-            return self._cached(self._cache, backbone, distinct, rows, batch, any_rank)
-        output = self._run(backbone, distinct, rows, batch)
-        return Targets(self.options, self.options.chosen(output.hidden), output.logits)
-
-    def _run(self, backbone: Backbone, distinct: Tensor, rows: Tensor, batch: Batch) -> BackboneOutput:
-        inputs = (rows, batch["input_ids"], batch["attention_mask"], batch["labels"])
-        prompts = self._encode(backbone, rows.device)[distinct]
-        return backbone(prompts, *inputs, hidden_states=self.options.hidden_weight > 0)
-
-    def _encode(self, backbone: Backbone, device: torch.device) -> Any:
-        """Compute once what depends on the prompts alone; with dropout each pass computes it anew."""
-        if self._encoded is None:
-            prompts = self.prompts.to(device)
-            self._encoded = prompts if self._dropout else backbone.encode_prompts(prompts)
-        return self._encoded
-
-    def _cached(
-        self,
-        cache: TeacherCache,
-        backbone: Backbone,
-        distinct: Tensor,
-        rows: Tensor,
-        batch: Batch,
-        any_rank: Callable[[bool], bool],
-    ) -> Targets:
-        """Look the rows up, and run the teachers for those that are not there."""
+        if self.folder is None:
+            output = self._run(backbone, distinct, rows, batch)
+            return Targets(self.options, self.options.chosen(output.hidden), output.logits)
+        # Opened here, in the process that uses it, and under the precision of the pass.
+        cache = self._cache = self._cache or TeacherCache(self.folder, self._about(backbone, rows.device))
         keys = self._keys(distinct[rows].tolist(), batch)
         found = cache.get(keys)
         missing = {key: row for row, key in enumerate(keys) if key not in found}
@@ -180,10 +151,21 @@ class Teachers:
         packed = {name: torch.cat([piece[name] for piece in pieces]).to(rows.device) for name in pieces[0]}
         return Targets(self.options, self._of_prompts(backbone, distinct), packed=packed)
 
+    def _run(self, backbone: Backbone, distinct: Tensor, rows: Tensor, batch: Batch) -> BackboneOutput:
+        inputs = (rows, batch["input_ids"], batch["attention_mask"], batch["labels"])
+        prompts = self._encode(backbone, rows.device)[distinct]
+        return backbone(prompts, *inputs, hidden_states=self.options.hidden_weight > 0)
+
+    def _encode(self, backbone: Backbone, device: torch.device) -> Any:
+        """Compute once what depends on the prompts alone; with dropout each pass computes it again."""
+        if self._encoded is None:
+            prompts = self.prompts.to(device)
+            self._encoded = prompts if backbone.dropout else backbone.encode_prompts(prompts)
+        return self._encoded
+
     def _about(self, backbone: Backbone, device: torch.device) -> dict[str, Any]:
         """Return what all rows of a cache depend on; their teachers' prompts are in the rows' keys."""
-        options = self.options
-        table = backbone.model.get_input_embeddings().weight
+        options, table = self.options, backbone.model.get_input_embeddings().weight
         top_k = min(options.top_k, len(table))
         autocast = str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else None
         return {
@@ -238,8 +220,7 @@ def read_teachers(
 ) -> dict[str, PromptCheckpoint]:
     """Read each task's teacher, from a checkpoint of all tasks or one per task by name.
 
-    Raises:
-        MPTError: If a task has none, or its prompt is not of embeddings alone or of another length.
+    A task without one is an MPTError, and so is a prompt of another length or not of embeddings alone.
     """
     paths = {task: given for task in tasks} if isinstance(given, str) else given
     read: dict[str, PromptCheckpoint] = {}

@@ -49,15 +49,10 @@ class PromptOutput:
         )
 
     def embeddings_alone(self) -> Tensor:
-        """Return the embeddings `[U, P, H]`.
-
-        Raises:
-            MPTError: If they are not all of the output.
-        """
-        if self.embeddings is None:
-            raise MPTError("Expected a prompt of embeddings alone, got keys and values.")
-        if self.shift is not None:
-            raise MPTError("Expected a prompt of embeddings alone, got one that shifts the text's embeddings too.")
+        """Return the embeddings `[U, P, H]`; raise an `MPTError` if they are not all of the output."""
+        if self.embeddings is None or self.shift is not None:
+            got = "keys and values" if self.embeddings is None else "one that shifts the text's embeddings too"
+            raise MPTError(f"Expected a prompt of embeddings alone, got {got}.")
         return self.embeddings
 
 
@@ -187,11 +182,7 @@ class TokenPrompt(Prompt):
     _attached = False
 
     def attach(self, embeddings: Tensor) -> None:
-        """Copy the embeddings `[..., H]` of the token ids `[...]` from the backbone's table `[V, H]`.
-
-        Raises:
-            MPTError: If the table has another width, or too few rows.
-        """
+        """Copy the embeddings `[..., H]` of the token ids `[...]` from the backbone's table `[V, H]`, if it fits."""
         ids = torch.tensor(self.token_ids, device=embeddings.device)
         low, high = int(ids.min()), int(ids.max())
         if embeddings.shape[1] != self.dim or not 0 <= low <= high < len(embeddings):

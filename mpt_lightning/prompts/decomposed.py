@@ -13,14 +13,11 @@ from mpt_lightning.prompts.soft import FreePrompt
 class DecomposedPrompt(FreePrompt):
     """Per task a free prompt `[P, H]`, and `A B` `[S, H]` that is added to the embeddings of the text's first S tokens.
 
-    See `Prompt` for the other arguments.
+    See `Prompt` for the other arguments, and for the errors.
 
     Args:
         text_length: S, the longest text in tokens.
         rank: R of A `[S, R]` and B `[R, H]`.
-
-    Raises:
-        MPTError: If a size is below 1.
 
     Example:
         >>> prompt = DecomposedPrompt(num_tasks=1, length=2, dim=8, text_length=5, rank=3)

@@ -64,16 +64,10 @@ class MultitaskPrompt(Prompt):
 
     @classmethod
     def from_source(cls, source: "MultitaskPrompt", tasks: Sequence[str], start: str = "average") -> "MultitaskPrompt":
-        """Start target tasks from a trained source prompt (paper section 3.3).
+        """Start target tasks, which share P*, from the prompt of a source run (paper section 3.3).
 
-        Args:
-            source: The prompt of a source run.
-            tasks: Names of the target tasks; all share P*.
-            start: "average" takes the mean of the source tasks' u and of their v, "shared" takes P* alone with
-                factors near one, any other word is the source task whose factors are copied.
-
-        Raises:
-            MPTError: If `start` is not a task of the source.
+        `start` "average" takes the mean of the source tasks' u and of their v, "shared" takes P* alone with factors
+        near one; any other word names the source task whose factors are copied (an `MPTError` if it is unknown).
         """
         prompt = cls(len(tasks), source.length, source.dim, source.rank, tasks)
         with torch.no_grad():

@@ -13,7 +13,7 @@ from mpt_lightning.prompts.encoded import through_networks
 class PrefixPrompt(Prompt):
     """One prefix per task: P keys and values in each layer, trained directly or through a network.
 
-    See `Prompt` for the other arguments.
+    See `Prompt` for the other arguments, and for the errors.
 
     Args:
         layers: Layers of the model.
@@ -21,9 +21,6 @@ class PrefixPrompt(Prompt):
         width: D, the size of a key head.
         projection: None trains keys and values directly; a number is the inner width of a network of two layers that
             computes them from P embeddings of the size heads * D (the paper's section 4.3).
-
-    Raises:
-        MPTError: If a size is below 1.
 
     Example:
         >>> prefix = PrefixPrompt(num_tasks=1, length=4, layers=2, heads=3, width=5)
@@ -68,11 +65,7 @@ class PrefixPrompt(Prompt):
         return PromptOutput(layers=tuple((both[0], both[1]) for both in split.permute(2, 3, 0, 4, 1, 5)))
 
     def initialize(self, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Start every task from given keys and values, per layer `[1, heads, P, D]` each.
-
-        Raises:
-            MPTError: If this prefix is the output of a network.
-        """
+        """Start every task, if trained without a network, from keys and values, per layer `[1, heads, P, D]` each."""
         if self.projection is not None:
             raise MPTError("A prefix that is the output of a network cannot start from given keys and values.")
         stacked = torch.stack([torch.stack([states[0] for states in pair]) for pair in layers])
