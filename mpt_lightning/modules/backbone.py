@@ -114,7 +114,7 @@ class BackboneModule(L.LightningModule, ABC):
 
     @classmethod
     def needs_checkpoint(cls, arguments: Mapping[str, Any]) -> bool:
-        """Return whether evaluating with these arguments takes a trained prompt."""
+        """Return whether evaluating takes a checkpoint: unless the method trains nothing with these arguments."""
         return True
 
     @property
@@ -135,8 +135,8 @@ class BackboneModule(L.LightningModule, ABC):
         return list(getattr(self._datamodule(), "tasks", self.tasks))
 
     def _builds_prompt(self) -> bool:
-        """Return whether a prompt is built where none was loaded: in a training run."""
-        return self._trainer is not None and self.trainer.state.fn == "fit"
+        """Return whether a prompt is built if none was loaded: in a training run, or if there is none to load."""
+        return self._trainer is not None and (self.trainer.state.fn == "fit" or not self.needs_checkpoint(self.hparams))
 
     def setup(self, stage: str) -> None:
         """Find the tasks' names, and check what can be checked before the backbone is loaded."""
@@ -147,6 +147,13 @@ class BackboneModule(L.LightningModule, ABC):
             if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
                 self.trainer.strategy.checkpoint_io = CheckedCheckpointIO()
             check_strategy(self.trainer.strategy, self.backbone_quantization, self._datamodule())
+        if not self.needs_checkpoint(self.hparams):
+            self.tasks = self._data_tasks()
+            if stage == "fit":
+                raise MPTError(
+                    f"This {type(self).__name__} trains nothing: run `mpt validate` or `mpt test` (in Python "
+                    "trainer.validate or trainer.test), or choose another method (--model, --model.method)."
+                )
         if stage != "fit":
             return
         self.tasks = self.tasks or self._data_tasks()

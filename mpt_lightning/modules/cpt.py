@@ -22,17 +22,13 @@ from mpt_lightning.prompts.init import vocabulary_ids
 TRAINED: dict[str, Trained] = {
     "cpt": "inputs", "prompt_tuning": "all", "instruction": "instruction", "icl": "nothing",
 }  # fmt: skip
-NO_CONTEXT = (
-    "CPT needs examples to put before every row, and the data has no `context`. Set --data.context_shots, or give a "
-    "DataModule with an attribute `context` that has `token_ids` and `token_types`."
-)
 
 
 class CPT(PromptModule):
     """CPT: a few training examples stand before every row, and their embeddings are trained within small balls.
 
-    The examples come from the DataModule's `context`, which has `token_ids` and `token_types` (their meaning is that of
-    `ContextPrompt`); `TaskDataModule(card, context_shots=4)` builds one. Decoder-only backbones only: the method trains
+    The examples come from the DataModule's `context`, which has `token_ids` and `token_types` (see `ContextPrompt`);
+    `TaskDataModule(card, context_shots=4)` builds one. Decoder-only backbones only: the method trains
     on the context's own labels, which an encoder does not predict. The context is run once per step, not once per row.
 
     Args:
@@ -89,13 +85,9 @@ class CPT(PromptModule):
         self.instruction_length, self.instruction_text = instruction_length, instruction_text
         self.lr = lr
 
-    def _builds_prompt(self) -> bool:
-        # In-context learning has no training that a prompt could come from.
-        return super()._builds_prompt() or (self.method == "icl" and self._trainer is not None)
-
     @classmethod
     def needs_checkpoint(cls, arguments: Mapping[str, Any]) -> bool:
-        """Return whether evaluating with these arguments takes a trained prompt."""
+        """Return whether evaluating takes a checkpoint: for all methods except in-context learning."""
         return bool(arguments.get("method") != "icl")
 
     def setup(self, stage: str) -> None:
@@ -107,15 +99,11 @@ class CPT(PromptModule):
                 f"CPT has the context of one task, and the data has {len(names)} ({', '.join(names)}). "
                 "Run it once per task, with --data.class_path TaskDataModule."
             )
-        if self.method == "icl":
-            if stage == "fit":
-                raise MPTError(
-                    "method='icl' trains nothing: run `mpt validate` or `mpt test` (in Python trainer.validate or "
-                    "trainer.test), or choose another --model.method."
-                )
-            self.tasks = names
         if self._builds_prompt() and getattr(self._datamodule(), "context", None) is None:
-            raise MPTError(NO_CONTEXT)
+            raise MPTError(
+                "CPT needs examples to put before every row, and the data has no `context`. Set --data.context_shots, "
+                "or give a DataModule with an attribute `context` that has `token_ids` and `token_types`."
+            )
 
     def build_prompt(self, backbone: Backbone) -> ContextPrompt:
         """Build the prompt from the data's context; with method="instruction" an instruction comes before it."""
@@ -189,13 +177,18 @@ class CPT(PromptModule):
         if not isinstance(backbone, CausalBackbone) or not isinstance(prompt, ContextPrompt):
             raise RuntimeError("build_prompt has not run")
         rows, labels = self.task_rows(batch), batch["labels"]
+        if self.leave_one_out and "context_examples" not in batch:
+            raise MPTError(
+                "leave_one_out needs the context example that each row is: the batch has no `context_examples` [B] "
+                "(-1 for none). Use TaskDataModule(context_shots=...), or set leave_one_out=False."
+            )
         output = backbone(
             prompt(rows[:1]),
             torch.zeros_like(rows),
             batch["input_ids"],
             batch["attention_mask"],
             labels,
-            prompt_mask=prompt.visible(self._own_examples(batch)) if self.leave_one_out else None,
+            prompt_mask=prompt.visible(batch["context_examples"]) if self.leave_one_out else None,
             predict_at=prompt.label_positions - 1 if self.trains_on_context else None,
         )
         row = objectives.token_cross_entropy(output.logits, labels)
@@ -221,15 +214,6 @@ class CPT(PromptModule):
             return super().label_tokens(batch)
         weights = self.decay ** prompt.label_distances.to(prompt.delta_embedding.dtype)
         return objectives.context_tokens(weights, batch["labels"], self.normalize)
-
-    def _own_examples(self, batch: Batch) -> Tensor:
-        if "context_examples" not in batch:
-            raise MPTError(
-                "leave_one_out needs to know which context example each row is: the batch has no `context_examples` "
-                "[B] (-1 for none). Use TaskDataModule(context_shots=...), or set leave_one_out=False."
-            )
-        own: Tensor = batch["context_examples"]
-        return own
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Build the optimizer; each of its steps ends with the projection onto the balls."""

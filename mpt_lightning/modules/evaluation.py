@@ -75,7 +75,7 @@ class EvaluatedModule(CheckpointedModule):
             texts = choice_texts(scores[:, :-1].argmax(dim=1), self.cards.get(task))
             loss = -scores[:counted, -1].sum() / (labels[:counted] != objectives.IGNORE).sum()
         else:
-            texts = self.predict_texts(batch, rows, task) if evaluator.has_metrics(task) else []
+            texts = self.predict_texts(batch, rows, task) if task in evaluator.metrics else []
             loss = objectives.token_cross_entropy(backbone(*inputs, labels).logits[:counted], labels[:counted])
         if counted < len(labels):
             batch, texts = {name: value[:counted] for name, value in batch.items()}, texts[:counted]
@@ -87,7 +87,7 @@ class EvaluatedModule(CheckpointedModule):
         if self.evaluator is not None:
             for name, value in self.evaluator.compute().items():
                 self.log(f"{stage}/{name}", value, prog_bar=name == "average", sync_dist=True)
-        self.release()
+        self.evaluator = None
 
     def predict_texts(self, batch: Batch, rows: Tensor, task: str) -> list[str]:
         """Return each row's answer: the likeliest choice if the batch has choices, else generated text."""
@@ -119,10 +119,6 @@ class EvaluatedModule(CheckpointedModule):
     def on_test_epoch_end(self) -> None:
         """Log `test/<task>/<metric>` and `test/average`."""
         self._end_evaluation("test")
-
-    def on_predict_epoch_end(self) -> None:
-        """Free the device's memory."""
-        self.release()
 
     def teardown(self, stage: str) -> None:
         """Free the device's memory."""

@@ -24,23 +24,19 @@ class Evaluator:
 
     def __init__(self, tasks: Sequence[str], cards: Mapping[str, TaskCard], prompts: Any, device: torch.device) -> None:
         self.tasks, self.prompts = list(tasks), prompts
-        self._metrics = {task: TaskMetrics(cards[task]).to(device) for task in self.tasks if task in cards}
+        self.metrics = {task: TaskMetrics(cards[task]).to(device) for task in self.tasks if task in cards}
         self._losses = {task: MeanMetric().to(device) for task in self.tasks}
-
-    def has_metrics(self, task: str) -> bool:
-        """Return whether the task has a card, and so metrics."""
-        return task in self._metrics
 
     def update(self, task: str, predictions: list[str], batch: Mapping[str, Any]) -> None:
         """Add a batch's predictions; does nothing for a task without metrics."""
-        if task not in self._metrics:
+        if task not in self.metrics:
             return
         if "references" not in batch:
             raise MPTError(
                 f"Task '{task}': got batches without `references`, expected the accepted answers of each row, because "
                 "its card has metrics. Add them to the batches, or leave the card out of the DataModule's `cards`."
             )
-        self._metrics[task].update(predictions, batch["references"], batch.get("groups") or [""] * len(predictions))
+        self.metrics[task].update(predictions, batch["references"], batch.get("groups") or [""] * len(predictions))
 
     def update_loss(self, task: str, loss: Tensor, tokens: int) -> None:
         """Add a batch's loss, weighted by its label tokens."""
@@ -53,8 +49,8 @@ class Evaluator:
         for task in self.tasks:
             values[f"{task}/loss"] = self._losses[task].compute()
             losses.append(values[f"{task}/loss"])
-            if task in self._metrics:
-                found = self._metrics[task].compute()
+            if task in self.metrics:
+                found = self.metrics[task].compute()
                 values |= {f"{task}/{name}": value for name, value in found.items()}
                 means.append(average(found))
         values["loss"] = torch.stack(losses).mean()

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from mpt_lightning.backbones import Backbone
-from mpt_lightning.errors import MPTError
 from mpt_lightning.modules.base import PromptModule
 from mpt_lightning.prompts import EmptyPrompt
 
@@ -13,33 +12,14 @@ class HardPrompt(PromptModule):
     """Patterns and verbalizers (PET; Schick and Schuetze, 2021), scored without training.
 
     The pattern is the card's `input`, or the one of its `patterns` that the DataModule's `pattern` names; the
-    verbalizer is its `choices`. Nothing is trained: `validate`, `test` and `predict` need no checkpoint.
-
-    Args:
-        backbone: Hub id ("google-t5/t5-base") or folder of the model.
-        **kwargs: See `BackboneModule`.
+    verbalizer is its `choices`. Nothing is trained: `validate`, `test` and `predict` need no checkpoint. See
+    `BackboneModule` for the arguments.
     """
-
-    def __init__(self, backbone: str, **kwargs: Any) -> None:
-        super().__init__(backbone=backbone, **kwargs)
 
     @classmethod
     def needs_checkpoint(cls, arguments: Mapping[str, Any]) -> bool:
-        """Return False: evaluating takes no checkpoint."""
+        """Return False: nothing is trained."""
         return False
-
-    def _builds_prompt(self) -> bool:
-        return self._trainer is not None
-
-    def setup(self, stage: str) -> None:
-        """Take the data's tasks; training is an error."""
-        super().setup(stage)
-        if stage == "fit":
-            raise MPTError(
-                "HardPrompt trains nothing: run `mpt validate` or `mpt test` (in Python trainer.validate or "
-                "trainer.test), or train with FineTuning(train='head'), PromptTuning or another method."
-            )
-        self.tasks = self._data_tasks()
 
     def configure_model(self) -> None:
         """Load the backbone; the prompt is built anew for the tasks of this run."""

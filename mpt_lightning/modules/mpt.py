@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -167,7 +167,7 @@ class MPTSource(_MultitaskModule):
         if folder is not None and self._trainer is not None and self.trainer.num_nodes > 1:
             # Processes of one machine share a file; between machines SQLite's locks do not hold.
             folder = folder / f"node{self.trainer.node_rank}"
-        self.teachers = Teachers(prompts, self.distillation, folder, self.backbone_dropout, self.backbone_quantization)
+        self.teachers = Teachers(prompts, self.distillation, folder, self.backbone_quantization)
 
     def release(self) -> None:
         """Free the device's memory, and close the teachers' cache."""
@@ -291,7 +291,5 @@ class MPTTarget(_MultitaskModule):
         """Build the targets' prompt from the source's."""
         source = self._read_source()
         source.check_backbone(backbone.name, backbone.fingerprint, "--model.source")
-        trained = source.prompt()
-        if not isinstance(trained, MultitaskPrompt):
-            raise TypeError("checked in _read_source")
+        trained = cast(MultitaskPrompt, source.prompt())  # checked in `_read_source`
         return MultitaskPrompt.from_source(trained, self.tasks, self.start)

@@ -119,9 +119,10 @@ class PEFTModule(AdaptedModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Build the optimizer; each of its steps ends with AdaLoRA's update of the ranks."""
         built = super().configure_optimizers()
-        if self.adalora is not None:
-            self._plan_ranks(self.adalora.peft_config["default"])
-            built["optimizer"].register_step_post_hook(lambda *_: self._allocate())
+        if (adalora := self.adalora) is not None:
+            self._plan_ranks(adalora.peft_config["default"])
+            # Within the optimizer's step, when the gradients still exist and this step is not yet counted.
+            built["optimizer"].register_step_post_hook(lambda *_: adalora.update_and_allocate(self.global_step))
         return built
 
     def _plan_ranks(self, config: Any) -> None:
@@ -162,11 +163,6 @@ class PEFTModule(AdaptedModule):
         allocator: Any = self.adalora.rankallocator  # not a module, so Lightning does not move it
         for name in (*_STATISTICS, "ipt"):
             setattr(allocator, name, {key: value.to(device) for key, value in getattr(allocator, name).items()})
-
-    def _allocate(self) -> None:
-        if self.adalora is not None:
-            # Within the optimizer's step, when the gradients still exist and this step is not yet counted.
-            self.adalora.update_and_allocate(self.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the state of AdaLoRA's rank schedule."""
