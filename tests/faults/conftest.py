@@ -1,4 +1,4 @@
-"""A small run of each kind through the command line, and what counts as a clear error."""
+"""A small run of each kind through the command line, and a fixture that returns a call's clear error."""
 
 import json
 import sys
@@ -33,7 +33,7 @@ TRAINER = {
 
 @dataclass
 class World:
-    """Runs that were made, with their recipes."""
+    """Finished runs, with their recipes."""
 
     folder: Path
     recipes: dict[str, Path]
@@ -45,7 +45,7 @@ class World:
         return str(self.folder / "data")
 
     def plain(self, stage: str) -> dict[str, Any]:
-        """A checkpoint's content, fresh."""
+        """Return a new copy of a checkpoint's content."""
         return torch.load(self.checkpoints[stage], weights_only=True)
 
 
@@ -95,12 +95,12 @@ def world(model_folder: Callable[[str], str], tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is written anywhere else, and no command line is taken for the process's."""
+    """Use a temporary working directory, and a command line without arguments."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["mpt"])
 
 
-class Sprung:
+class Payload:
     """A payload: unpickling it writes a file."""
 
     def __init__(self, path: Path) -> None:
@@ -115,7 +115,7 @@ Outcome = Callable[[Callable[[], object]], str | None]
 
 @pytest.fixture
 def outcome(capsys: pytest.CaptureFixture[str]) -> Outcome:
-    """Return a function that returns a call's clear error, or None if it is accepted; any other end fails the test."""
+    """Return a function that returns a call's clear error, or None if there is none; other errors fail the test."""
 
     def run(call: Callable[[], object]) -> str | None:
         capsys.readouterr()

@@ -13,7 +13,7 @@ Change = Callable[[Any], None]
 
 
 def flip(position: Callable[[bytes, Random], int]) -> Damage:
-    """Change one bit of one byte."""
+    """Return a function that flips one bit of one byte."""
 
     def change(content: bytes, random: Random) -> bytes:
         place = position(content, random)
@@ -37,7 +37,7 @@ def saved(content: Any) -> bytes:
 
 
 def put(*path: Any, value: Any) -> Callable[[Any], None]:
-    """Put a value in some place of a content."""
+    """Return a function that sets the value at a path of a nested content."""
 
     def change(content: Any) -> None:
         for key in path[:-1]:
@@ -48,7 +48,7 @@ def put(*path: Any, value: Any) -> Callable[[Any], None]:
 
 
 def drop(*path: Any) -> Callable[[Any], None]:
-    """Take something out."""
+    """Return a function that deletes the value at a path of a nested content."""
 
     def change(content: Any) -> None:
         for key in path[:-1]:

@@ -1,4 +1,4 @@
-"""Damaged and hostile checkpoints and exports: each is refused with a clear message, by all that read one."""
+"""Damaged and hostile checkpoints are refused with a clear message by everything that reads one."""
 
 import io
 import pickle
@@ -18,7 +18,7 @@ from safetensors.torch import save
 from mpt_lightning import MPTSource, MPTTarget, Predictor, PromptTuning
 from mpt_lightning.checkpoint import KEY, read_checkpoint
 from mpt_lightning.cli.main import main
-from tests.faults.conftest import STAGES, Outcome, Sprung, World
+from tests.faults.conftest import STAGES, Outcome, Payload, World
 from tests.faults.damage import Change, Damage, drop, flip, put, saved, zipped
 from tests.modules.conftest import AnyData
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 def inside(name: str, part: str) -> Callable[[bytes, Random], int]:
-    """A place in one of the archive's files: its header, or its content."""
+    """Return a function that chooses a position in one of the archive's files, in its header or its content."""
 
     def find(content: bytes, random: Random) -> int:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -51,7 +51,7 @@ def from_end(low: int, high: int) -> Callable[[bytes, Random], int]:
 
 
 def as_folder(content: bytes, random: Random) -> bytes:
-    """Set the one bit of the archive's directory at which torch leaves a tensor uninitialized."""
+    """Set the bit of the archive's directory for which torch would leave a tensor uninitialised."""
     place = content.rindex(b"PK\x01\x02", 0, content.rindex(b"/data/0")) + 38
     return content[:place] + bytes([content[place] | 0x10]) + content[place + 1 :]
 
@@ -93,8 +93,8 @@ def byte_damages() -> Iterator[tuple[str, Damage]]:
 ENTRIES = ("load", "predictor", "export", "teachers", "source", "init", "fit", "test")
 
 
-def enter(entry: str, path: Path, stage: str, world: World) -> object:
-    """Read a checkpoint where a user gives one."""
+def read_by(entry: str, path: Path, stage: str, world: World) -> object:
+    """Pass a checkpoint to one of the functions and commands that read one."""
     backbone = world.backbones["llama" if stage == "CPT" else "t5"]
     trainer = partial(
         L.Trainer, accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, limit_val_batches=0,
@@ -119,14 +119,14 @@ def enter(entry: str, path: Path, stage: str, world: World) -> object:
     return trainer().fit(modules[entry](), datamodule=AnyData(["one", "two"]))
 
 
-def same(left: Any, right: Any) -> bool:
-    """Return whether two contents are the same, tensors bit by bit."""
+def equal_content(left: Any, right: Any) -> bool:
+    """Return whether two contents are equal, tensors bit by bit."""
     if isinstance(left, torch.Tensor):
         return torch.equal(left, right) and left.dtype == right.dtype
     if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+        return left.keys() == right.keys() and all(equal_content(left[key], right[key]) for key in left)
     if isinstance(left, list | tuple):
-        return len(left) == len(right) and all(map(same, left, right))
+        return len(left) == len(right) and all(map(equal_content, left, right))
     return bool(left == right)
 
 
@@ -144,13 +144,13 @@ def test_changed_bytes(
     path = tmp_path / "best.ckpt"
     path.write_bytes(damage(whole, Random(f"{name} {stage}")))
     assert path.read_bytes() != whole
-    message = outcome(lambda: enter("read", path, stage, world))
+    message = outcome(lambda: read_by("read", path, stage, world))
     if message is None:
-        # Accepted only if nothing that is read has changed.
-        assert same(torch.load(path, weights_only=True), world.plain(stage))
+        # Accepted only if the content is unchanged.
+        assert equal_content(torch.load(path, weights_only=True), world.plain(stage))
         return
     assert str(path) in message
-    again = outcome(lambda: enter(entry, path, stage, world))
+    again = outcome(lambda: read_by(entry, path, stage, world))
     assert again is not None
     assert str(path) in again
 
@@ -163,7 +163,7 @@ def test_a_sealed_checkpoint_of_an_earlier_version_loads(world: World, tmp_path:
 
 
 def tensor(change: Callable[[torch.Tensor], Any], name: str = "prompt.prompt_embeddings") -> Callable[[Any], None]:
-    """Change a trained tensor."""
+    """Return a function that changes a trained tensor."""
 
     def run(content: Any) -> None:
         content["state_dict"][name] = change(content["state_dict"][name])
@@ -187,7 +187,7 @@ CONFIG = (KEY, "prompt_config")
 
 
 def content_damages() -> Iterator[tuple[str, str, str, Change]]:
-    """Yield what is wrong, the stage, the entry that must refuse it, and the change."""
+    """Yield the mistake's name, the stage, the reader that must refuse it, and the change."""
     for number, value in enumerate([None, "1", 2]):
         yield f"format {number}", "PromptTuning", "read", put(KEY, "format", value=value)
     for field, value in {"num_tasks": 3, "length": 5, "dim": 31}.items():
@@ -256,13 +256,13 @@ def test_changed_content(
     content, path = world.plain(stage), tmp_path / "best.ckpt"
     change(content)
     torch.save(content, path)
-    assert outcome(lambda: enter(entry, path, stage, world)) is not None
+    assert outcome(lambda: read_by(entry, path, stage, world)) is not None
 
 
 @pytest.mark.parametrize("entry", ["read", *ENTRIES])
 @pytest.mark.parametrize("kind", ["zip", "legacy", "pickle", "nested"])
 def test_code_is_never_run(kind: str, entry: str, world: World, tmp_path: Path, outcome: Outcome) -> None:
-    trap, path = Sprung(tmp_path / "sprung"), tmp_path / "trap.ckpt"
+    trap, path = Payload(tmp_path / "sprung"), tmp_path / "trap.ckpt"
     content: Any = world.plain("PromptTuning")
     if kind == "nested":
         content["state_dict"]["prompt.prompt_embeddings"] = trap
@@ -272,5 +272,5 @@ def test_code_is_never_run(kind: str, entry: str, world: World, tmp_path: Path, 
         path.write_bytes(pickle.dumps({KEY: {}, "state_dict": {}, "trap": trap}))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=kind != "legacy")
-    assert outcome(lambda: enter(entry, path, "PromptTuning", world)) is not None
+    assert outcome(lambda: read_by(entry, path, "PromptTuning", world)) is not None
     assert not (tmp_path / "sprung").exists()

@@ -1,4 +1,4 @@
-"""Damaged and hostile YAML: cards, comparisons, recipes."""
+"""Damaged and hostile YAML files of cards, comparisons and recipes are refused with a clear message."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,7 +76,7 @@ CARD_CASES = [
 
 @pytest.mark.parametrize("values", CARD_CASES)
 def test_a_wrong_field(values: dict[str, Any], tmp_path: Path, outcome: Outcome) -> None:
-    """From Python, and from a file where YAML can write it."""
+    """A wrong field is refused in Python, and in a file if YAML can represent it."""
     card = CARD | values
     assert outcome(lambda: load_card(card)) is not None
     (tmp_path / "card.yaml").write_text(yaml.safe_dump({"init_args": {"card": card}}))
@@ -126,8 +126,8 @@ TAGS = {
 }  # fmt: skip
 
 
-def placed(content: bytes, world: World, path: Path) -> list[Any]:
-    """Every place that reads a card's file."""
+def readers(content: bytes, world: World, path: Path) -> list[Any]:
+    """Return calls of everything that reads a card's file."""
     path.write_bytes(content)
     words = ["--config", str(world.recipes["PromptTuning"]), "--data", str(path)]
     entries = [
@@ -137,14 +137,14 @@ def placed(content: bytes, world: World, path: Path) -> list[Any]:
         lambda: MultitaskDataModule([str(path)]),
         lambda: main(["tasks", str(path)]),
     ]
-    # On the command line, the card may come from a recipe or from Python, and the file may have other arguments alone.
+    # On the command line a file may lack a card, which then comes from a recipe or from Python.
     alone = b"init_args: {batch_size" in content or b"card: glue/sst2" in content
     return entries if alone else [*entries, lambda: main(["fit", *words])]
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_without_a_card(name: str, world: World, tmp_path: Path, outcome: Outcome) -> None:
-    for read in placed(FILES[name], world, tmp_path / "card.yaml"):
+    for read in readers(FILES[name], world, tmp_path / "card.yaml"):
         assert outcome(read) is not None
 
 
@@ -152,7 +152,7 @@ def test_a_file_without_a_card(name: str, world: World, tmp_path: Path, outcome:
 def test_tags_in_a_card_are_not_run(tag: str, world: World, tmp_path: Path, outcome: Outcome) -> None:
     trap = tmp_path / "sprung"
     content = GOOD.replace("name: film", f"name: {TAGS[tag].format(trap=trap)}").encode()
-    for read in placed(content, world, tmp_path / "card.yaml"):
+    for read in readers(content, world, tmp_path / "card.yaml"):
         assert outcome(read) is not None
     assert not trap.exists()
 

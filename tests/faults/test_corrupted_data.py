@@ -1,4 +1,4 @@
-"""Damaged data files, damaged caches of them, and damaged input of `mpt predict`."""
+"""Damaged data files, caches and inputs of `mpt predict` are refused with a clear message or read correctly."""
 
 import gc
 import gzip
@@ -29,12 +29,12 @@ def join(*lines: str) -> bytes:
 
 
 def line(number: int, text: str, lines: list[str] = LINES) -> bytes:
-    """The file with another line in one place."""
+    """Return the file with one line replaced."""
     return join(*lines[:number], text, *lines[number + 1 :])
 
 
 def row(**values: Any) -> bytes:
-    """The file with other values in the fourth row."""
+    """Return the file with other values in the fourth row."""
     return line(3, json.dumps(ROWS[3] | values))
 
 
@@ -44,7 +44,7 @@ def table(**columns: Any) -> bytes:
 
 
 def not_utf8() -> pa.Array:
-    """Two texts, "a\\xff" and "b\\xfe", that Arrow takes for strings."""
+    """Return two texts, "a\\xff" and "b\\xfe", that Arrow accepts as strings."""
     ends = b"".join(end.to_bytes(4, "little") for end in (0, 2, 4))
     return pa.Array.from_buffers(pa.string(), 2, [None, pa.py_buffer(ends), pa.py_buffer(b"a\xffb\xfe")])
 
@@ -190,7 +190,7 @@ def test_a_damaged_file(kind: str, name: str, world: World, tmp_path: Path, writ
     message = outcome(lambda: load(tmp_path, world))
     assert message is not None
     if "UnicodeDecodeError" in message:
-        gc.collect()  # pandas has left the file open
+        gc.collect()  # closes the file, which pandas left open
     assert "Task 'film'" in message
     assert str(file) in message or "column" in message or "row " in message
 
@@ -256,7 +256,7 @@ def test_a_damaged_cache(
     load(tmp_path, world)
     (file,) = (tmp_path / "cache" / cached).rglob("*.arrow")
     whole = file.read_bytes()
-    file.unlink()  # (a file that is mapped into memory must not be written to)
+    file.unlink()  # a file that is mapped into memory must not be written to
     if damage != "gone":
         file.write_bytes({"half": whole[: len(whole) // 2], "empty": b"", "zeros": whole[:100] + bytes(200)}[damage])
     message = outcome(lambda: load(tmp_path, world))

@@ -1,4 +1,4 @@
-"""Damaged and hostile exports: this package's PEFT folders and embeddings, and PEFT's own folders."""
+"""Damaged and hostile exports, of this package and of PEFT, are refused with a clear message."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from mpt_lightning import MPTSource, MPTTarget, Predictor, PromptTuning, export_
 from mpt_lightning.checkpoint.export import digest
 from mpt_lightning.cli.main import main
 from mpt_lightning.interop import export_prompt_embeds
-from tests.faults.conftest import Outcome, Sprung, World
+from tests.faults.conftest import Outcome, Payload, World
 from tests.faults.damage import Change, Damage, flip, put
 from tests.modules.conftest import AnyData
 
@@ -28,7 +28,7 @@ HUGE = 10**14
 
 @pytest.fixture(scope="module")
 def folders(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """An export of each layout; the same as folders of PEFT's own, which have nothing of ours."""
+    """Return an export of each layout, and the same without this package's files, as PEFT itself would write it."""
     root = tmp_path_factory.mktemp("exports")
     made = {
         "task": export_peft(world.checkpoints["PromptTuning"], root / "task", "one"),
@@ -67,8 +67,8 @@ def change_tensors(file: Path, change: Change) -> None:
     save_file(content, file)
 
 
-def enter(folder: Path, world: World) -> list[Callable[[], object]]:
-    """Every place that reads a folder; one kind of them each would not fit."""
+def readers(folder: Path, world: World) -> list[Callable[[], object]]:
+    """Return calls of everything that reads a folder."""
     backbone = world.backbones["llama" if "context" in folder.name or "CPT" in folder.name else "t5"]
 
     def fit(module: L.LightningModule) -> Callable[[], object]:
@@ -91,10 +91,10 @@ def enter(folder: Path, world: World) -> list[Callable[[], object]]:
     ]
 
 
-def refused(folder: Path, number: int, world: World, outcome: Outcome) -> None:
-    """Both `import_peft` and another place tell what is wrong, and with which folder."""
+def assert_refused(folder: Path, number: int, world: World, outcome: Outcome) -> None:
+    """Assert that `import_peft` and one other reader raise an error that names the folder."""
     for entry in (0, 1 + number % 7):
-        message = outcome(enter(folder, world)[entry])
+        message = outcome(readers(folder, world)[entry])
         assert message is not None
         assert str(folder) in message
 
@@ -121,7 +121,7 @@ BYTE_CASES = [
     pytest.param(name, file, what, damage, id=f"{what}-{name}-{file.replace('/', ' ')}")
     for name, file in FILES
     for what, damage in byte_damages()
-    # A description may be edited; what it describes is checked.
+    # A description may be edited: only the files that it describes have digests.
     if file != OURS or what in ("gone", "empty", "half", "png")
 ]
 
@@ -141,11 +141,11 @@ def test_changed_bytes(
     else:
         path.write_bytes(damage(whole, random))
     if file == PICKLED and outcome(lambda: import_peft(folder)) is None:
-        # Accepted only where the change is in no place that anybody reads.
+        # Accepted only if the tensors are unchanged.
         left, right = import_peft(folder).state_dict, import_peft(folders[name]).state_dict
         assert all(torch.equal(value, right[key]) for key, value in left.items())
         return
-    refused(folder, random.randrange(7), world, outcome)
+    assert_refused(folder, random.randrange(7), world, outcome)
 
 
 def description_damages() -> Iterator[tuple[str, Change]]:
@@ -162,7 +162,7 @@ def test_a_wrong_description(
 ) -> None:
     shutil.copytree(folders["task"], folder := tmp_path / "task")
     change_json(folder / OURS, change)
-    refused(folder, 1, world, outcome)
+    assert_refused(folder, 1, world, outcome)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
@@ -238,13 +238,13 @@ def test_a_wrong_peft_folder(
 ) -> None:
     shutil.copytree(folders[name], folder := tmp_path / name)
     change(folder)
-    refused(folder, number, world, outcome)
+    assert_refused(folder, number, world, outcome)
 
 
 def test_code_in_a_folder_is_not_run(folders: dict[str, Path], world: World, tmp_path: Path, outcome: Outcome) -> None:
     shutil.copytree(folders["PEFT bin"], folder := tmp_path / "PEFT bin")
-    torch.save({"prompt_embeddings": Sprung(tmp_path / "sprung")}, folder / PICKLED)
-    for entry in enter(folder, world):
+    torch.save({"prompt_embeddings": Payload(tmp_path / "sprung")}, folder / PICKLED)
+    for entry in readers(folder, world):
         assert outcome(entry) is not None
     assert not (tmp_path / "sprung").exists()
 
@@ -253,4 +253,4 @@ def test_exported_embeddings_are_refused_as_a_checkpoint(world: World, tmp_path:
     folder = export_prompt_embeds(world.checkpoints["PromptTuning"], tmp_path / "embeds")
     tasks = json.loads((folder / "prompt_embeds.json").read_text())["tasks"]
     assert [task["sha256"] for task in tasks.values()] == [digest(folder / task["file"]) for task in tasks.values()]
-    refused(folder, 2, world, outcome)
+    assert_refused(folder, 2, world, outcome)

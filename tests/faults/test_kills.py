@@ -1,4 +1,4 @@
-"""A run that is killed at any moment resumes from its last checkpoint, and ends where it would have ended anyway."""
+"""A run that is killed at any moment and resumed from its last checkpoint ends like an uninterrupted one."""
 
 import os
 import random
@@ -43,7 +43,7 @@ class DieAt(L.Callback):
 
 
 def die_in_write(number: int, whole: bool) -> None:
-    """Kill the process at its n-th write of a file: with half the content under the temporary name, or once renamed."""
+    """Kill the process at its n-th write of a file, after half of the content or after the final renaming."""
     write, replace, left = os.fsync, os.replace, [number]
 
     def fsync(file: int) -> None:
@@ -62,12 +62,12 @@ def die_in_write(number: int, whole: bool) -> None:
 
 
 def die_after(seconds: float) -> None:
-    """Kill the process by its clock."""
-    signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM ends the process, as nobody handles it
+    """Kill the process after some seconds."""
+    signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM has no handler, so it ends the process
 
 
-# What to do at the start of a run that is to be killed; what is returned is one more callback. Two files are written
-# after each validation: the best checkpoint, if the score is higher, and the last one.
+# Functions that are called at the start of a run to have it killed; they may return a callback for the run. Two files
+# are written after each validation: the best checkpoint, if the score is higher, and the last one.
 MOMENTS: dict[str, Callable[[], L.Callback | None]] = {
     "before any checkpoint": partial(DieAt, "on_train_batch_start", 1),
     "with half a first file": partial(die_in_write, 1, whole=False),
@@ -85,11 +85,11 @@ def train(stage: str, folder: str, inputs: str, steps: int = STEPS, moment: str 
 
     Args:
         stage: "teachers", "source" or "cpt".
-        folder: For checkpoints.
-        inputs: Folder with the data's cache and the teachers' checkpoint.
-        steps: Number of optimizer steps.
-        moment: When the run is killed: one of `MOMENTS`.
-        seconds: Or after how many seconds.
+        folder: The folder of the checkpoints.
+        inputs: The folder of the data's cache and the teachers' checkpoint.
+        steps: The number of optimizer steps.
+        moment: The moment of `MOMENTS` at which the run is killed, if any.
+        seconds: The seconds after which the run is killed, if any.
     """
     warnings.simplefilter("ignore")
     L.seed_everything(0, verbose=False)
@@ -132,7 +132,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["source", "cpt"])
 def whole(request: pytest.FixtureRequest, inputs: Path) -> tuple[dict[str, Any], float]:
-    """The content of a stage's last checkpoint when nothing interrupts it, and how long that takes in seconds."""
+    """Return the content of a stage's last checkpoint in an uninterrupted run, and the seconds of that run."""
     folder = inputs / request.param
     finish(start(train, request.param, str(folder), str(inputs)))  # fills the data's cache
     again, begin = inputs / f"{request.param}_again", time.monotonic()
@@ -143,7 +143,7 @@ def whole(request: pytest.FixtureRequest, inputs: Path) -> tuple[dict[str, Any],
 
 
 def last(folder: Path) -> dict[str, Any]:
-    """What the last checkpoint holds, without the paths in it, and without what Lightning does not restore."""
+    """Return the content of the last checkpoint without paths and without the state that Lightning does not restore."""
     content = torch.load(folder / "last.ckpt", weights_only=True)
     paths = ("dirpath", "best_model_path", "last_model_path", "kth_best_model_path", "best_k_models", "current_score")
     for state in content["callbacks"].values():
@@ -154,7 +154,7 @@ def last(folder: Path) -> dict[str, Any]:
 
 
 def assert_equal(found: Any, expected: Any, place: str = "") -> None:
-    """Compare bit for bit, and name what differs."""
+    """Assert that nested contents are equal bit for bit; the message is the path of a difference."""
     assert type(found) is type(expected), place
     if isinstance(expected, dict):
         assert found.keys() == expected.keys(), place

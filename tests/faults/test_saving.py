@@ -1,4 +1,4 @@
-"""What is on the disk when a run ends before its time: by SIGTERM, a full disk, or a loss that is no number."""
+"""Files of runs that end early, by SIGTERM, a full disk or a non-finite loss."""
 
 import errno
 import os
@@ -29,8 +29,8 @@ T5 = "mpt_lightning/demo/t5"
 TASKS = ["demo/voice", "demo/advice"]
 
 
-class At(L.Callback):
-    """Does something once, at a moment of the training."""
+class ActOnce(L.Callback):
+    """Calls a function once, in one hook of one step."""
 
     def __init__(self, hook: str, step: int, action: Callable[[L.LightningModule], None]) -> None:
         self.step, self.action, self.done = step, action, False
@@ -43,7 +43,7 @@ class At(L.Callback):
 
 
 class Steps(L.Callback):
-    """Notes each step's rows, and each validation's step and score."""
+    """Records each step's rows, and each validation's step and score."""
 
     def __init__(self) -> None:
         self.rows: dict[int, list[int]] = {}
@@ -79,8 +79,8 @@ def fit(tmp_path: Path) -> Callable[..., tuple[PromptTuning, Steps]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[PromptTuning, Steps]:
-    return train(tmp_path_factory.mktemp("undisturbed"))
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[PromptTuning, Steps]:
+    return train(tmp_path_factory.mktemp("uninterrupted"))
 
 
 def terminate(_: L.LightningModule) -> None:
@@ -92,18 +92,18 @@ def terminate(_: L.LightningModule) -> None:
     [
         ("on_train_batch_start", 2, 3),  # in the middle of an epoch, no validation due
         ("on_train_batch_start", 3, 4),  # a validation is due, and the epoch ends
-        ("on_validation_start", 4, 5),  # in a validation: the step after it is the next that can end
+        ("on_validation_start", 4, 5),  # during a validation: the run ends after the next step
         ("on_train_epoch_end", 4, 5),
         ("on_before_zero_grad", 5, 6),
     ],
 )
 def test_sigterm_saves_and_the_run_resumes_exactly(
-    hook: str, step: int, left_after: int, fit: Any, undisturbed: tuple[PromptTuning, Steps], tmp_path: Path
+    hook: str, step: int, left_after: int, fit: Any, uninterrupted: tuple[PromptTuning, Steps], tmp_path: Path
 ) -> None:
-    whole, all_steps = undisturbed
+    whole, all_steps = uninterrupted
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SIGTERMException):
-        fit(At(hook, step, terminate))
+        fit(ActOnce(hook, step, terminate))
     assert signal.getsignal(signal.SIGTERM) == before
     saved = tmp_path / "last-terminated.ckpt"
     assert torch.load(saved, weights_only=True)["global_step"] == left_after
@@ -131,7 +131,7 @@ def _raise(error: BaseException) -> Callable[..., None]:
 
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
-    """Build every write beyond `size` bytes of a file fail, as on a full disk."""
+    """Let every write beyond `size` bytes of a file fail, as on a full disk."""
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
     try:
@@ -174,7 +174,7 @@ def test_a_full_disk_ends_the_run_with_one_message(fit: Any, tmp_path: Path) -> 
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         with pytest.raises(ValueError, match=r"cannot be written: File too large.*resume with --ckpt_path last"):
-            fit(At("on_train_batch_start", 5, fill))
+            fit(ActOnce("on_train_batch_start", 5, fill))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
@@ -196,7 +196,7 @@ def test_an_unwritable_folder_gets_one_message(
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_non_finite_loss_names_the_rows(value: float, fit: Any, tmp_path: Path) -> None:
     class Spoil(L.Callback):
-        """Makes the third row of the fifth step's batch have no loss."""
+        """Gives the third row of the fifth step's batch a non-finite loss."""
 
         def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: dict[str, Any], index: int) -> None:
             if trainer.global_step == 5:
@@ -218,29 +218,29 @@ def test_a_non_finite_prompt_is_not_saved(fit: Any, tmp_path: Path) -> None:
             next(module.prompt.parameters())[0, 0, 0] = torch.inf
 
     with pytest.raises(ValueError, match=r"prompt\.\S+ has values that are not finite at step 6"):
-        fit(At("on_validation_end", 6, spoil))
+        fit(ActOnce("on_validation_end", 6, spoil))
     assert read_checkpoint(str(tmp_path / "last.ckpt")).tasks == TASKS
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
 
 
 def test_a_custom_checkpoint_io_is_kept(fit: Any) -> None:
-    class Mine(TorchCheckpointIO):
+    class CustomIO(TorchCheckpointIO):
         pass
 
-    class Look(L.Callback):
+    class RecordIO(L.Callback):
         def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
             self.found = type(trainer.strategy.checkpoint_io)
 
-    ours, theirs = Look(), Look()
+    ours, theirs = RecordIO(), RecordIO()
     fit(ours)
-    fit(theirs, plugins=[Mine()])
-    assert (ours.found, theirs.found) == (CheckedCheckpointIO, Mine)
+    fit(theirs, plugins=[CustomIO()])
+    assert (ours.found, theirs.found) == (CheckedCheckpointIO, CustomIO)
 
 
 @pytest.mark.parametrize("steps", [7, 8])
 def test_the_last_checkpoint_is_of_the_last_step(steps: int, fit: Any, tmp_path: Path) -> None:
     class Worse(L.Callback):
-        """Makes each validation's score worse than the one before."""
+        """Gives each validation a worse score than the one before."""
 
         def on_validation_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
             module.log("val/worse", -float(trainer.global_step))

@@ -1,4 +1,4 @@
-"""Nothing that is read is run, and nothing is written where it was not asked for."""
+"""Files that are read are never executed, and files are written only where the user asked for them."""
 
 import ast
 import json
@@ -24,13 +24,13 @@ from mpt_lightning.data.tokenize import Encoder
 from mpt_lightning.interop import export_prompt_embeds, import_peft, model_card
 from mpt_lightning.interop.folder import task_paths
 from mpt_lightning.io import can_be_path
-from tests.faults.conftest import CARD, Outcome, Sprung, World
+from tests.faults.conftest import CARD, Outcome, Payload, World
 from tests.modules.conftest import AnyData
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 PACKAGE = Path(mpt_lightning.__file__).parent
 
-# The source
+# The package's source
 
 FORBIDDEN_MODULES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "imp", "runpy", "code", "pty"}
 FORBIDDEN_NAMES = {"eval", "exec", "compile", "__import__", "input", "breakpoint"}
@@ -39,12 +39,12 @@ FORBIDDEN_CALLS = {
     "torch.jit.load", "torch.package.PackageImporter", "np.load", "numpy.load",
 }  # fmt: skip
 NEEDED = {"load": ("weights_only", True, "torch.load"), "from_pretrained": ("trust_remote_code", False, "")}
+# Files that import a module by a computed name: for lazy imports, a card's function and PEFT's config class.
 IMPORTERS = {"__init__.py", "data/__init__.py", "data/source.py", "modules/peft_config.py"}
-"""Where a module is imported by a name that is data: the lazy top level, a card's function, PEFT's config class."""
 
 
-def complaints(source: str, file: str = "x.py") -> Iterator[str]:
-    """Return what in a source could execute what is read."""
+def unsafe_calls(source: str, file: str = "x.py") -> Iterator[str]:
+    """Yield a source's imports and calls that could execute the content of a file."""
     for node in ast.walk(ast.parse(source)):
         modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
@@ -66,7 +66,7 @@ def complaints(source: str, file: str = "x.py") -> Iterator[str]:
 
 def test_the_package_has_no_call_that_executes_data() -> None:
     files = {str(path.relative_to(PACKAGE)): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
-    assert {name: found for name, text in files.items() if (found := list(complaints(text, name)))} == {}
+    assert {name: found for name, text in files.items() if (found := list(unsafe_calls(text, name)))} == {}
     assert sum(text.count("torch.load(") for text in files.values()) == 1
     assert sum(text.count("yaml.safe_load(") for text in files.values()) == 1
 
@@ -90,7 +90,7 @@ def test_the_package_has_no_call_that_executes_data() -> None:
     ],
 )
 def test_the_search_finds_each_unsafe_call(source: str) -> None:
-    assert list(complaints(source))
+    assert list(unsafe_calls(source))
 
 
 # Backbones that come with code
@@ -103,8 +103,8 @@ from transformers import PreTrainedTokenizerFast as EvilTokenizer
 
 
 @pytest.fixture
-def evil(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Return a model's folder that names its own code; a prompt on the terminal fails the test."""
+def model_with_code(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Return a function that saves a model with custom code; a question on the terminal fails the test."""
 
     def ask(*_: Any) -> str:
         raise AssertionError("asked on the terminal")
@@ -128,8 +128,10 @@ def evil(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
     return make
 
 
-def test_a_model_that_requires_custom_code_is_refused(evil: Callable, tmp_path: Path, outcome: Outcome) -> None:
-    folder = evil(True, True, "evil")
+def test_a_model_that_requires_custom_code_is_refused(
+    model_with_code: Callable, tmp_path: Path, outcome: Outcome
+) -> None:
+    folder = model_with_code(True, True, "evil")
     trainer = L.Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False)
     for attempt in (
         lambda: load_config(folder),
@@ -146,12 +148,12 @@ def test_a_model_that_requires_custom_code_is_refused(evil: Callable, tmp_path: 
 
 @pytest.mark.parametrize(("config", "tokenizer"), [(True, False), (False, True), (True, True)])
 def test_a_models_custom_code_is_not_used(
-    config: bool, tokenizer: bool, evil: Callable, tmp_path: Path, outcome: Outcome
+    config: bool, tokenizer: bool, model_with_code: Callable, tmp_path: Path, outcome: Outcome
 ) -> None:
-    """Where transformers has the model's type, its own class is used."""
-    folder = evil(config, tokenizer, "t5")
+    """If transformers supports the model's type, its class is used."""
+    folder = model_with_code(config, tokenizer, "t5")
     assert type(load_backbone(folder).model).__module__.startswith("transformers.models.t5")
-    outcome(lambda: load_tokenizer(folder))  # is used without its code, or refused
+    outcome(lambda: load_tokenizer(folder))  # either loads without the custom code or raises
     assert not (tmp_path / "sprung").exists()
     assert not [name for name in sys.modules if "evil" in name.lower()]
 
@@ -256,7 +258,7 @@ def test_lightning_reads_only_tensors_and_plain_values(
 ) -> None:
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     path = tmp_path / "trap.ckpt"
-    torch.save(world.plain("PromptTuning") | {"trap": Sprung(tmp_path / "sprung")}, path)
+    torch.save(world.plain("PromptTuning") | {"trap": Payload(tmp_path / "sprung")}, path)
     module = PromptTuning(world.backbones["t5"], prompt_length=4)
     trainer = L.Trainer(accelerator="cpu", max_steps=9, logger=False, enable_checkpointing=False)
     assert outcome(lambda: trainer.fit(module, datamodule=AnyData(["one"]), ckpt_path=str(path), weights_only=False))
@@ -297,19 +299,19 @@ def test_a_checkpoint_cannot_choose_a_class_to_construct(
 
 # Names that become paths
 
-EVIL_NAMES = [
+UNSAFE_NAMES = [
     "../../evil", "/etc/x", "a\\..\\b", "..", ".", "", "a/../../b", "a//b", "a/", "con:",
     "x" * 300,
     "é" * 150, "a\0b", "a\nb", "a\u2028b", "a\u202eb", "\ud800", " a", "a ", "a/.. /b", "~", 'a"b', "a|b", "a*",
     "a?", "<a>",
     "adapter_model.safetensors", "README.md", "a/prompt_embeds.JSON", "mpt_lightning.json",
 ]  # fmt: skip
-FINE = {"~"}
+ALLOWED = {"~"}
 
 
 @pytest.fixture
 def trained(world: World) -> Callable[[list[str]], PromptCheckpoint]:
-    """Return a function that saves a checkpoint of tasks with any names, as another DataModule may have."""
+    """Return a function that builds a checkpoint of tasks with any names, as from a user's DataModule."""
 
     def make(tasks: list[str]) -> PromptCheckpoint:
         found = read_checkpoint(str(world.checkpoints["PromptTuning"]))
@@ -322,9 +324,9 @@ def trained(world: World) -> Callable[[list[str]], PromptCheckpoint]:
     return make
 
 
-@pytest.mark.parametrize("name", EVIL_NAMES, ids=ascii)
+@pytest.mark.parametrize("name", UNSAFE_NAMES, ids=ascii)
 def test_no_task_name_leads_out_of_the_folder(name: str, trained: Callable, tmp_path: Path, outcome: Outcome) -> None:
-    if name in FINE:
+    if name in ALLOWED:
         assert task_paths([name]) == {name: name}
     else:
         refused = outcome(lambda: load_card(CARD | {"name": name})) is not None
@@ -335,7 +337,7 @@ def test_no_task_name_leads_out_of_the_folder(name: str, trained: Callable, tmp_
         assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-@pytest.mark.parametrize("name", EVIL_NAMES, ids=ascii)
+@pytest.mark.parametrize("name", UNSAFE_NAMES, ids=ascii)
 def test_a_task_of_any_name_can_be_exported(name: str, trained: Callable, tmp_path: Path) -> None:
     if "\ud800" in name:
         return  # cannot be written in UTF-8

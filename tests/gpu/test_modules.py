@@ -135,24 +135,24 @@ def resume_and_load(case: Case, device: Device, paths: dict[str, str], folder: P
     trainer = device.trainer(max_steps=STEPS, max_epochs=-1, limit_val_batches=0)
     trainer.fit(resumed, datamodule=case.data(), ckpt_path=str(folder / "step=1.ckpt"))
     if not case.draws:
-        equal(tensors(resumed), found["end"])
+        assert_equal(tensors(resumed), found["end"])
     path = str(folder / f"step={STEPS}.ckpt")
     loaded = type(resumed).load_from_checkpoint(path, map_location=device.name).cpu().eval()
-    equal(tensors(loaded), found["end"])
+    assert_equal(tensors(loaded), found["end"])
     if not case.draws:
-        equal(loaded(BATCH), found["logits"])
+        assert_equal(loaded(BATCH), found["logits"])
 
 
-def equal(got: Any, expected: Any, tolerance: float = 0.0) -> None:
+def assert_equal(got: Any, expected: Any, tolerance: float = 0.0) -> None:
     """Assert that nested results are equal up to a tolerance."""
     if isinstance(expected, Mapping):
         assert sorted(got) == sorted(expected)
         for name in expected:
-            equal(got[name], expected[name], tolerance)
+            assert_equal(got[name], expected[name], tolerance)
     elif isinstance(expected, list | tuple):
         assert len(got) == len(expected)
         for ours, theirs in zip(got, expected, strict=True):
-            equal(ours, theirs, tolerance)
+            assert_equal(ours, theirs, tolerance)
     elif isinstance(expected, Tensor):
         torch.testing.assert_close(got.cpu(), expected, rtol=tolerance, atol=tolerance)
     elif isinstance(expected, float):
@@ -161,15 +161,15 @@ def equal(got: Any, expected: Any, tolerance: float = 0.0) -> None:
         assert got == expected
 
 
-def same(on_gpu: dict[str, Any], on_cpu: dict[str, Any], device: Device) -> None:
+def assert_same_run(on_gpu: dict[str, Any], on_cpu: dict[str, Any], device: Device) -> None:
     """Assert that a run equals the CPU's: initial tensors bit for bit, scores up to the device's tolerance.
 
     Weights and logits differ more: AdamW's first steps follow the sign of gradients that may be rounding errors.
     """
-    equal(on_gpu.pop("start"), on_cpu.pop("start"))
+    assert_equal(on_gpu.pop("start"), on_cpu.pop("start"))
     for name in ("end", "logits", "exported"):
-        equal(on_gpu.pop(name, {}), on_cpu.pop(name, {}), 1e-3)
-    equal(on_gpu, on_cpu, device.tolerance)
+        assert_equal(on_gpu.pop(name, {}), on_cpu.pop(name, {}), 1e-3)
+    assert_equal(on_gpu, on_cpu, device.tolerance)
 
 
 @pytest.mark.parametrize(("name", "kind"), FULL)
@@ -191,7 +191,7 @@ def test_a_module_matches_the_cpu_from_fit_to_export(
             module.cpu()
         runs.append(found)
     assert any(name.startswith("val/") for name in runs[1]["logged"])
-    same(runs[1], runs[0], device)
+    assert_same_run(runs[1], runs[0], device)
 
 
 # PEFT's SHiRA reads sparse tensors, and PEFT reports the layout of GPT-2's weights.
@@ -207,7 +207,7 @@ def test_a_module_matches_the_cpu_from_fit_to_load(
         resume_and_load(case, device, paths(kind), tmp_path / "gpu", on_gpu)
     if case.draws:
         on_cpu, on_gpu = {"start": on_cpu["start"]}, {"start": on_gpu["start"]}
-    same(on_gpu, on_cpu, device)
+    assert_same_run(on_gpu, on_cpu, device)
 
 
 @pytest.mark.parametrize("name", UNTRAINED)
@@ -216,4 +216,4 @@ def test_an_untrained_method_matches_the_cpu(name: str, device: Device, paths: A
     for run_on in (ON_CPU, device):
         with run_on():
             runs.append(evaluate(make(case, paths(case.full[0])), case.data(), run_on))
-    equal(runs[1], runs[0], device.tolerance)
+    assert_equal(runs[1], runs[0], device.tolerance)
