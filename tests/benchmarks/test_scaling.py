@@ -1,4 +1,4 @@
-"""The benchmarks of scale run in their tiny form, and their arithmetic is right."""
+"""The benchmarks of scale run with tiny shapes, and compute the right numbers."""
 
 import importlib
 import json
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch):
-    """Import a script as its neighbours do; the number of threads stays what it was."""
+    """Return a function that imports a script; restore the number of threads afterwards."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
     threads = torch.get_num_threads()
     yield importlib.import_module
@@ -64,7 +64,9 @@ def test_backbones_runs_and_reports_missing_libraries(
     script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     backbones, output = script("backbones"), tmp_path / "backbones.json"
-    monkeypatch.setattr(backbones, "fresh", lambda function, *arguments: function(*arguments))  # processes take seconds
+    monkeypatch.setattr(
+        backbones, "fresh", lambda function, *arguments: function(*arguments)
+    )  # new processes take seconds
     monkeypatch.setattr("mpt_lightning.backbones.quantization.find_spec", lambda name: None)
     ways = ["bf16", "gradient checkpointing", "4-bit"]
     backbones.main(["--tiny", "--repeats", "2", "--threads", "1", "--only", *ways, "--output", str(output)])
@@ -82,11 +84,11 @@ def test_the_step_model_equals_its_formula(script) -> None:
     model = script("scaling_model")
     network = model.Network(8, nvlink_latency=3e-6, nvlink_bandwidth=4e11, network_latency=1e-5, network_bandwidth=1e11)
     assert network.ring(8e8, 8) == pytest.approx(14 * 3e-6 + 2 * 7 / 8 * 8e8 / 4e11)
-    # 126 hops, of which 2 · 7 between eight machines
+    # 126 hops, 2 · 7 of them between eight machines
     assert network.ring(8e8, 64) == pytest.approx(112 * 3e-6 + 14 * 1e-5 + 2 * 63 / 64 * 8e8 / 1e11)
     assert network.tree(8e8, 64) == pytest.approx(2 * (7 * 3e-6 + 3 * 1e-5) + 2 * 8e8 / 1e11)
     assert model.efficiency(0.1, 0.1, 0.0) == pytest.approx(0.5)
-    assert model.efficiency(0.1, 0.1, 0.2) == 1.0  # the data is what takes longest
+    assert model.efficiency(0.1, 0.1, 0.2) == 1.0  # loading the data takes longest
 
 
 def test_parameters_and_operations_of_the_methods(script) -> None:
@@ -103,7 +105,7 @@ def test_parameters_and_operations_of_the_methods(script) -> None:
 
 
 def work(words: list[str]) -> None:
-    """Run the script in one of several processes that share its work."""
+    """Run the script on one rank."""
     sys.path.insert(0, str(SCRIPTS))
     importlib.import_module("scaling").main(words)
 
@@ -115,7 +117,7 @@ def test_scaling_runs(script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         return subprocess.CompletedProcess(command, 0)
 
     scaling, output = script("scaling"), tmp_path / "scaling.json"
-    monkeypatch.setattr(scaling.subprocess, "run", run)  # fresh processes take seconds to start
+    monkeypatch.setattr(scaling.subprocess, "run", run)  # new processes take seconds to start
     scaling.main([
         "--tiny", "--methods", "MPTSource", "--steps", "1", "--rounds", "1", "--rows", "2", "--length", "8",
         "--model-rows", "2", "--model-length", "8", "--timeout", "200", "--output", str(output),

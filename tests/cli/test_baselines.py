@@ -1,4 +1,4 @@
-"""Every baseline's recipe, as a user types it, on the embedded world."""
+"""Every baseline's recipe runs from the command line, on the embedded tasks."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ import torch
 from mpt_lightning.cli.main import main
 from mpt_lightning.resources import packaged_names
 
-# The data is cached once for all tests.
+# All tests share one cache of the data.
 QUIET = [
     *("--config", "trainer/cpu", "--data.cache_dir", "../cache", "--data.max_eval_rows", "8"),
     *("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"),

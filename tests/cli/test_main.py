@@ -1,4 +1,4 @@
-"""The command line, as a user types it."""
+"""The commands, called with a user's arguments."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def error(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """Run a command that must fail; give its one message."""
+    """Return the message of a command that must fail."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as leaving:
         mpt(*words)
@@ -56,7 +56,7 @@ def test_light_commands_do_not_import_torch(words: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout
-    assert time.perf_counter() - start < 5  # a second where nothing else runs
+    assert time.perf_counter() - start < 5  # about one second on an idle machine
 
 
 def test_importing_the_package_imports_no_model_library() -> None:
@@ -91,8 +91,8 @@ def test_every_recipe_starts_with_its_purpose_and_command() -> None:
 
 
 @pytest.fixture
-def knowing_t5(own_folder: Path) -> str:
-    """A T5 whose tokenizer knows every word of the fixtures and of the cards."""
+def t5_with_all_words(own_folder: Path) -> str:
+    """Save a T5 whose vocabulary contains every word of the fixtures and of the cards."""
     tokenizer, model = build_tokenizer("t5"), build_model("t5")
     trainer = trainers.WordLevelTrainer(special_tokens=["<pad>", "</s>", "<unk>"], show_progress=False)
     files = [*FIXTURES.rglob("*.jsonl"), *(Path(__file__).parents[2] / "tasks").rglob("*.yaml")]
@@ -105,14 +105,14 @@ def knowing_t5(own_folder: Path) -> str:
 
 @pytest.mark.parametrize("family", ["mpt", "demo"])
 def test_every_recipe_runs_from_teachers_to_predictions(
-    family: str, own_folder: Path, knowing_t5: str, monkeypatch: pytest.MonkeyPatch
+    family: str, own_folder: Path, t5_with_all_words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Teachers, source, target, few-shot, test and predict, through the files a user has."""
+    """Each stage reads the checkpoint file of the one before: teachers, source, target, few-shot, test, predict."""
     monkeypatch.setenv("MPT_DATA_ROOT", str(FIXTURES))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(own_folder / "cache"))
     options = [*SHORT, "--data.cache_dir", str(own_folder / "cache"), "--config", "trainer/cpu"]
     if family == "mpt":
-        options += ["--model.backbone", knowing_t5, "--model.warmup_steps", "0"]
+        options += ["--model.backbone", t5_with_all_words, "--model.warmup_steps", "0"]
     else:
         options += ["--data.max_train_rows", "50", "--data.max_eval_rows", "20", "--model.warmup_steps", "0"]
     stages = {"teachers": [], "source": [], "target": [], "few_shot": ["--data.k_shot", "2"]}
@@ -165,7 +165,7 @@ def test_cpt_runs_from_training_to_predictions(
     assert {record["prediction"] for record in records} <= {"positive", "negative"}
 
 
-# The tests' tokenizer knows whole words only, and no line break.
+# The tests' tokenizer has tokens for whole words only, and none for line breaks.
 CPT_WORDS = ["--data.separator", ".", "--data.answer_prefix", "is :", "--data.max_input_length", "20"]
 
 
@@ -199,14 +199,14 @@ def test_the_demos_context_recipe_runs(
     of_cpt = scores(capsys.readouterr().out)
     mpt("test", *recipe, "--config", "cpt/icl")
     of_context = scores(capsys.readouterr().out)
-    # Four classes, and a model that learns from its context.
+    # Four classes: 0.25 is the accuracy of guessing.
     assert of_context["test/demo/topic/accuracy"] > 0.25
     assert of_cpt["test/demo/topic/invalid"] == of_context["test/demo/topic/invalid"] == 0
     assert of_cpt["test/demo/topic/loss"] != of_context["test/demo/topic/loss"]
 
 
 def scores(printed: str) -> dict[str, float]:
-    """The numbers of the Trainer's table."""
+    """Return the scores in the Trainer's printed table."""
     return {name: float(value) for name, value in re.findall(r"(test/\S+)\s+[│|]?\s*([-\d.e]+)", printed)}
 
 
@@ -224,7 +224,7 @@ def test_every_overlay_is_accepted_on_top_of_a_recipe(name: str, capsys: pytest.
 
 
 def within(part: dict, whole: dict) -> bool:
-    """Return whether all of a nested mapping is in another one."""
+    """Return whether a nested mapping contains all values of another one."""
     return all(
         within(value, whole[key]) if isinstance(value, dict) else whole[key] == value for key, value in part.items()
     )

@@ -17,23 +17,23 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["mpt"])
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("multiprocessing.get_context", lambda method: PROCESSES)  # fresh processes take seconds
+    monkeypatch.setattr("multiprocessing.get_context", lambda method: PROCESSES)  # new processes take seconds to start
     return tmp_path
 
 
-def leave(code: int, *words: str) -> None:
+def run_and_exit(code: int, *words: str) -> None:
     with pytest.raises(SystemExit) as leaving:
         main(["compare", *words])
     assert leaving.value.code == code
 
 
 def test_from_the_file_to_the_report(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Run a comparison with a method that fails, then once more after a result was deleted."""
+    """A comparison with a failing method is reported; a second call repeats a deleted result only."""
     text = packaged("configs", "compare/few").read_text()
     (own_folder / "few.yaml").write_text(
         text + "  wrong: {recipe: baselines/ia3, arguments: {model.lr: -1}, seeds: [0]}\n"
     )
-    leave(1, "few.yaml", "--jobs", "1", "--output", "out")
+    run_and_exit(1, "few.yaml", "--jobs", "1", "--output", "out")
     printed = " ".join(capsys.readouterr().out.split())
     assert "wrong/demo/topic/8/0 failed: lr: got -1.0, expected a number at least 0" in printed
     assert "4 of 5 runs done; 1 failed." in printed
@@ -58,13 +58,13 @@ def test_from_the_file_to_the_report(own_folder: Path, capsys: pytest.CaptureFix
     lost = Path("out/results/lora/demo/topic/8/1.json")
     before = {path: path.stat().st_mtime_ns for path in results}
     lost.unlink()
-    leave(1, "few.yaml", "--jobs", "1", "--output", "out")
+    run_and_exit(1, "few.yaml", "--jobs", "1", "--output", "out")
     again = {path for path in results if path.stat().st_mtime_ns != before[path]}
     assert again == {lost, Path("out/results/wrong/demo/topic/8/0.json")}
-    # A run in a process that ran another one before gives the same result.
+    # The result does not depend on an earlier run in the same process.
     same = ("value", "metrics", "trained_parameters", "checkpoint_bytes", "commands")
     assert all(json.loads(lost.read_text())[key] == results[lost][key] for key in same)
-    leave(1, "few.yaml", "--report", "--output", "out")
+    run_and_exit(1, "few.yaml", "--report", "--output", "out")
     assert {path for path in results if path.stat().st_mtime_ns != before[path]} == again
 
 
@@ -82,7 +82,7 @@ def test_mistakes_get_one_message(
 ) -> None:
     (own_folder / "mine").mkdir()
     (own_folder / "mine" / "thesis.txt").write_text("")
-    leave(2, *words)
+    run_and_exit(2, *words)
     printed = capsys.readouterr()
     assert message in printed.err
     assert printed.err.count("mpt: error:") == 1

@@ -1,4 +1,4 @@
-"""The runs of a comparison's file, and mistakes in it."""
+"""The runs that a comparison's file defines, and errors for mistakes in it."""
 
 from collections.abc import Callable
 from pathlib import Path

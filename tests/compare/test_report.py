@@ -1,4 +1,4 @@
-"""The numbers of a report, against values computed by hand."""
+"""The numbers of a report equal values computed by hand."""
 
 import csv
 from pathlib import Path
@@ -12,7 +12,7 @@ from mpt_lightning.compare.report import Report
 from mpt_lightning.compare.results import Outcome, Result, Store
 
 TASKS = ["demo/topic", "demo/voice"]
-# [task][seed]; None: no result.
+# Scores [task][seed]; None stands for a missing result.
 VALUES: dict[str, list[list[float | str | None]]] = {
     "lora": [[0.5, 0.7, 0.9], [0.6, 0.6, 0.3]],
     "ia3": [[0.25, "out of luck", 0.75], [0.5, 0.5, None]],

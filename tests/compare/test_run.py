@@ -1,4 +1,4 @@
-"""Which runs are started and what is stored of them, with a function in place of the runs."""
+"""Which runs are started and what is stored of them; a function replaces the runs."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ def make(lr: float = 1, **options: Any) -> Comparison:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The runs that were started, in order."""
+    """Replace the runs by a function, and return the list of started runs."""
     done: list[str] = []
 
     def work(words: list[str], folder: Path, *, fit: bool, test: bool, keep: bool) -> Outcome:
@@ -54,11 +54,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     return done
 
 
-def answer(place: str, given: Callable[[Outcome], Outcome]) -> None:
+def set_outcome(place: str, given: Callable[[Outcome], Outcome]) -> None:
     running.work.answers[place] = given
 
 
-def go(comparison: Comparison, output: Path, jobs: int = 1) -> Store:
+def run_comparison(comparison: Comparison, output: Path, jobs: int = 1) -> Store:
     store = Store(output, comparison.name)
     run_all(comparison, store, Console(quiet=True), jobs)
     return store
@@ -74,7 +74,7 @@ EVERY = {"prepare/teachers", "prepare/source"} | {f"{m}/demo/topic/8/{s}" for m 
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_all_runs_start_once_and_prepared_runs_first(calls: list[str], tmp_path: Path, jobs: int) -> None:
     comparison = make()
-    found = results(comparison, go(comparison, tmp_path, jobs))
+    found = results(comparison, run_comparison(comparison, tmp_path, jobs))
     assert set(calls) == EVERY
     assert len(calls) == len(EVERY)
     order = [calls.index(name) for name in ("prepare/teachers", "prepare/source", "mpt/demo/topic/8/0")]
@@ -91,59 +91,59 @@ def test_all_runs_start_once_and_prepared_runs_first(calls: list[str], tmp_path:
 
 def test_a_second_call_runs_what_is_missing(calls: list[str], tmp_path: Path) -> None:
     comparison = make()
-    go(comparison, tmp_path)
+    run_comparison(comparison, tmp_path)
     calls.clear()
-    go(comparison, tmp_path)
+    run_comparison(comparison, tmp_path)
     assert calls == []
     lost = tmp_path / "results/lora/demo/topic/8/0.json"
     whole = lost.read_text()
     lost.unlink()
     (lost.parent / ".0.json.part").write_text(whole[:40])
-    go(comparison, tmp_path)
+    run_comparison(comparison, tmp_path)
     assert calls == ["lora/demo/topic/8/0"]
     assert lost.read_text() == whole
     assert sorted(file.name for file in lost.parent.iterdir()) == ["0.json", "1.json"]
     calls.clear()
     (tmp_path / "results/mpt/demo/topic/8/1.json").write_text(whole[:40])
-    go(comparison, tmp_path)
+    run_comparison(comparison, tmp_path)
     assert calls == ["mpt/demo/topic/8/1"]
 
 
 def test_changed_arguments_run_again(calls: list[str], tmp_path: Path) -> None:
-    go(make(), tmp_path)
+    run_comparison(make(), tmp_path)
     calls.clear()
-    go(make(lr=2), tmp_path)
+    run_comparison(make(lr=2), tmp_path)
     assert calls == ["lora/demo/topic/8/0", "lora/demo/topic/8/1"]
 
 
 def test_prepared_runs_are_repeated_if_a_run_needs_them(calls: list[str], tmp_path: Path) -> None:
     comparison = make()
-    go(comparison, tmp_path)
+    run_comparison(comparison, tmp_path)
     calls.clear()
     (tmp_path / "runs/prepare/source/best.ckpt").unlink()
-    go(comparison, tmp_path)
+    run_comparison(comparison, tmp_path)
     assert calls == []  # every run has its result
     (tmp_path / "results/mpt/demo/topic/8/1.json").unlink()
-    go(comparison, tmp_path)
+    run_comparison(comparison, tmp_path)
     assert calls == ["prepare/source", "mpt/demo/topic/8/1"]
 
 
 def test_a_failure_is_stored_and_repeated(calls: list[str], tmp_path: Path) -> None:
     comparison, place = make(), "lora/demo/topic/8/0"
-    answer(place, lambda outcome: Outcome(error="no luck"))
-    found = results(comparison, go(comparison, tmp_path))
+    set_outcome(place, lambda outcome: Outcome(error="no luck"))
+    found = results(comparison, run_comparison(comparison, tmp_path))
     assert (found[place].status, found[place].error, found[place].value) == ("failed", "no luck", None)
     assert {result.status for key, result in found.items() if key != place} == {"done"}
     calls.clear()
-    answer(place, lambda outcome: outcome)
-    assert results(comparison, go(comparison, tmp_path))[place].status == "done"
+    set_outcome(place, lambda outcome: outcome)
+    assert results(comparison, run_comparison(comparison, tmp_path))[place].status == "done"
     assert calls == [place]
 
 
 def test_runs_fail_with_the_prepared_run_they_need(calls: list[str], tmp_path: Path) -> None:
     comparison = make()
-    answer("prepare/teachers", lambda outcome: Outcome(error="no luck"))
-    found = results(comparison, go(comparison, tmp_path))
+    set_outcome("prepare/teachers", lambda outcome: Outcome(error="no luck"))
+    found = results(comparison, run_comparison(comparison, tmp_path))
     reason = "source, which it starts from, failed: teachers, which it starts from, failed: no luck"
     assert found["mpt/demo/topic/8/0"].error == reason
     assert found["lora/demo/topic/8/0"].status == "done"
@@ -154,15 +154,15 @@ def test_a_process_that_dies_is_one_failure(calls: list[str], tmp_path: Path) ->
     def die(outcome: Outcome) -> Outcome:
         raise BrokenProcessPool
 
-    answer("lora/demo/topic/8/0", die)
+    set_outcome("lora/demo/topic/8/0", die)
     comparison = make()
-    found = results(comparison, go(comparison, tmp_path))
+    found = results(comparison, run_comparison(comparison, tmp_path))
     assert [key for key, result in found.items() if result.error == DIED] == ["lora/demo/topic/8/0"]
 
 
 def test_an_unknown_metric_is_a_failure(calls: list[str], tmp_path: Path) -> None:
     comparison = make(metric="$task/f1")
-    found = results(comparison, go(comparison, tmp_path))["lora/demo/topic/8/0"]
+    found = results(comparison, run_comparison(comparison, tmp_path))["lora/demo/topic/8/0"]
     assert found.error == "there is no test metric 'demo/topic/f1'; set `metric` to one of average."
 
 
@@ -171,14 +171,14 @@ def test_an_interruption_leaves_complete_results(calls: list[str], tmp_path: Pat
         raise KeyboardInterrupt
 
     comparison = make()
-    answer("lora/demo/topic/8/1", interrupt)
+    set_outcome("lora/demo/topic/8/1", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        go(comparison, tmp_path)
+        run_comparison(comparison, tmp_path)
     for file in (tmp_path / "results").rglob("*"):
         assert file.is_dir() or json.loads(file.read_text())["status"] == "done"
     assert not (tmp_path / "results/lora/demo/topic/8/1.json").exists()
-    answer("lora/demo/topic/8/1", lambda outcome: outcome)
-    found = results(comparison, go(comparison, tmp_path))
+    set_outcome("lora/demo/topic/8/1", lambda outcome: outcome)
+    found = results(comparison, run_comparison(comparison, tmp_path))
     assert {result.status for result in found.values()} == {"done"}
     assert sorted(calls) == sorted([*EVERY, "lora/demo/topic/8/1"])
 

@@ -12,7 +12,7 @@ yes no 4 5 6 7 8 9 not entailment neutral contradiction positive negative True F
 
 
 def save_backbone(folder: Path, kind: str) -> str:
-    """A word-level tokenizer and a config; no weights are needed to prepare data."""
+    """Save a word-level tokenizer and a config; data is prepared without weights."""
     special = ["<pad>", "</s>", "<unk>", "<s>"]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -27,7 +27,7 @@ def save_backbone(folder: Path, kind: str) -> str:
 
 
 def save_byte_backbone(folder: Path) -> str:
-    """A decoder-only byte-level BPE (of "Ġgood", "Ġfilm" and single bytes) that puts BOS first."""
+    """Save a byte-level BPE tokenizer ("Ġgood", "Ġfilm", single bytes) that prepends BOS, with a Llama config."""
     merges = ["Ġ g", "Ġg o", "Ġgo o", "Ġgoo d", "Ġ f", "Ġf i", "Ġfi l", "Ġfil m"]
     tokens = [
         "<pad>",
@@ -73,7 +73,7 @@ def make_card():
 
 @pytest.fixture
 def write_split(tmp_path: Path):
-    """Write rows as `<tmp_path>/data/<task>/<split>.jsonl` and return the data root."""
+    """Return a function that writes rows to `<tmp_path>/data/<task>/<split>.jsonl` and returns the data root."""
 
     def write(rows: list[dict], task: str = "film", split: str = "train") -> str:
         file = tmp_path / "data" / task / f"{split}.jsonl"
@@ -87,7 +87,7 @@ def write_split(tmp_path: Path):
 @pytest.fixture
 def film_rows():
     def rows(count: int, words: int = 3) -> list[dict]:
-        """Rows whose text contains their number in digits and whose label alternates."""
+        """Return rows with alternating labels, whose text contains the row's number in digits."""
         texts = [" ".join([*str(n), *["film"] * (words - 1)]) for n in range(count)]
         return [{"text": text, "label": n % 2} for n, text in enumerate(texts)]
 
@@ -96,7 +96,7 @@ def film_rows():
 
 @pytest.fixture
 def film(make_card, write_split, film_rows, tmp_path, backbones):
-    """Arguments of a DataModule over 40 training rows and 7 each of validation and test."""
+    """Return arguments of a DataModule with 40 training rows, and 7 rows each for validation and test."""
     for split, count in (("train", 40), ("validation", 7), ("test", 7)):
         root = write_split(film_rows(count), split=split)
     return {

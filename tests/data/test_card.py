@@ -72,7 +72,7 @@ def test_load_from_file_mapping_and_card(tmp_path):
     assert load_card(card) is card
 
 
-def test_unknown_name_suggests_near_ones():
+def test_unknown_name_suggests_similar_names():
     with pytest.raises(ValueError, match=r"unknown task 'glue/sst'. Expected .*glue/sst2.*`mpt tasks` lists"):
         load_card("glue/sst")
 

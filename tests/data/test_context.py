@@ -1,4 +1,4 @@
-"""Contexts: examples with their answers as typed tokens, and the rows that follow them."""
+"""Contexts of examples with token types, and the rows that follow them."""
 
 from collections import Counter
 from dataclasses import replace
@@ -15,13 +15,13 @@ from mpt_lightning.data.tokenize import Encoder
 
 @pytest.fixture
 def words(backbones):
-    """A word-level encoder: every word and punctuation mark is a token, whitespace is not."""
+    """Return a word-level encoder: words and punctuation marks are tokens, whitespace is dropped."""
     return Encoder.from_backbone(backbones["causal"], 20, with_bos=False)
 
 
 @pytest.fixture
 def letters(backbones):
-    """A byte-level encoder: " good", " film" and single characters are tokens."""
+    """Return a byte-level encoder: " good", " film" and single characters are tokens."""
     return Encoder.from_backbone(backbones["bytes"], 60, with_bos=False)
 
 
@@ -38,7 +38,7 @@ def pairs(context, encoder):
 
 
 def spans(context, encoder):
-    """Ids and types (less 4k) of each example, without separators."""
+    """Return the token ids and kinds (1 to 4) of each example, without separators."""
     found = {}
     for token, kind in zip(context.token_ids, context.token_types, strict=True):
         if kind:
@@ -50,7 +50,7 @@ def spans(context, encoder):
 # The layout
 
 
-def test_two_examples_by_hand(make_card, words):
+def test_two_examples_have_the_expected_tokens(make_card, words):
     card = make_card(input="task: {text} . {more} question")
     rows = [example("good", 7, text="a film", more="one"), example("bad", 5, text="the", more="two 3")]
     encoder = replace(words, answer_prefix="yes no:")
@@ -64,7 +64,7 @@ def test_two_examples_by_hand(make_card, words):
     assert build_context(card, rows, encoder, "", None).row_ids == [7, 5]
 
 
-def test_bytes_by_hand(make_card, letters):
+def test_byte_level_tokens_have_the_expected_types(make_card, letters):
     rows = [example("good", text="a film"), example("b", 1, text="é")]
     encoder = replace(letters, answer_prefix="\nT:")
     context = build_context(make_card(input="i {text} o", choices=["good", "b"]), rows, encoder, "\n", None)
@@ -81,13 +81,13 @@ def test_bytes_by_hand(make_card, letters):
 @pytest.mark.parametrize(
     ("template", "text", "expected"),
     [
-        # A token that overlaps the column is input, also where it begins in the template or ends in the prefix's space.
+        # A token that overlaps the column is input, also if it starts in the template or ends in the prefix's space.
         ("task o{text}", "ne", [("task", 1), ("one", 2), (":", 3)]),
         ("{text}e task", "on", [("one", 2), ("task", 1), (":", 3)]),
-        # An empty column leaves its neighbours what they are.
+        # An empty column does not change the types around it.
         ("task: {text}", "", [("task", 1), (":", 1), (":", 3)]),
         ("{text} task", "", [("task", 1), (":", 3)]),
-        # The words of the template, said by the column.
+        # The column contains words of the template.
         ("task {text}", "task : yes", [("task", 1), ("task", 2), (":", 2), ("yes", 2), (":", 3)]),
         ("{text} a {text}", "a", [("a", 2), ("a", 1), ("a", 2), (":", 3)]),
     ],
@@ -118,7 +118,7 @@ def test_an_encoder_with_bos_gives_the_same_context(make_card, words):
 
 
 def test_no_bos_where_the_tokenizer_adds_none(make_card, backbones):
-    # The tokenizer only appends </s>, which the input drops.
+    # The tokenizer only appends </s>, which is removed from inputs.
     encoder = replace(Encoder.from_backbone(backbones["seq2seq"], 20), family="causal")
     context = build_context(make_card(input="{text}"), [example(text="a film")], encoder, "", None)
     assert pairs(context, encoder) == [("a", 2), ("film", 2), ("good", 4), ("</s>", 4)]
@@ -134,7 +134,7 @@ def test_long_inputs_are_cut_like_rows(make_card, words):
     assert context.token_ids[1:7] == next(encoder.encode(card, iter([row]), "train"))["input_ids"]
 
 
-# Bad input: one message before any training
+# Invalid input raises before training.
 
 
 def test_budget(make_card, words):
@@ -163,7 +163,7 @@ def test_answer_prefix_that_cannot_be_written(make_card, words):
 
 
 def test_choice_that_cannot_be_written(make_card, words):
-    # No example of that class is in the context: its rows are met in evaluation.
+    # The context has no example of that class, but evaluation has its rows.
     with pytest.raises(ValueError, match=r"'film': got the choices 'very good', which becomes \['<unk>', 'good'\];"):
         build_context(make_card(choices=["good", "very good"]), [example(text="a")], words, "", None)
 
@@ -210,7 +210,7 @@ def kind(request):
 
 @pytest.fixture
 def make(film, backbones):
-    """A DataModule after setup."""
+    """Return a function that builds a DataModule and runs its setup."""
 
     def make(kind="causal", stage="fit", **options):
         separator = "\n" if kind == "bytes" else "."
@@ -223,7 +223,7 @@ def make(film, backbones):
 
 
 def train_rows(module):
-    """`(input_ids, labels, context_examples)` of every training row, in the order of the batches."""
+    """Return `(input_ids, labels, context_examples)` of every training row, in the order of the batches."""
     rows = []
     for batch in module.train_dataloader():
         assert batch["context_examples"].dtype == torch.long
@@ -294,7 +294,7 @@ def test_order_follows_the_seed(make):
     first, again, other = (make(context_shots=4, seed=seed).context for seed in (1, 1, 2))
     assert first == again
     assert set(first.row_ids) != set(other.row_ids)
-    # The whole split, so that the draw is the same and the order alone differs.
+    # With the whole split, both seeds draw the same rows in another order.
     whole = [make(context_shots=20, seed=seed).context.row_ids for seed in range(4)]
     assert all(sorted(rows) == list(range(40)) for rows in whole)
     assert len({tuple(rows) for rows in whole}) == 4
@@ -365,7 +365,7 @@ def test_several_tasks_have_no_context(film):
 
 
 def test_rows_that_share_a_row_id(make, make_card):
-    # One raw row may become several: places in the context go by position, not by the row's number.
+    # One raw row may become several rows, so `context_examples` are positions and not row ids.
     card = make_card(preprocess=f"{__name__}.twice")
     module = make(card=card, context_shots=2, seed=1)
     found = spans(module.context, module.encoder)
@@ -391,7 +391,7 @@ def test_options_are_saved(film):
 
 
 class Nothing(L.LightningModule):
-    """Trains nothing and stores its batches."""
+    """A module without a loss that stores its batches."""
 
     def __init__(self):
         super().__init__()

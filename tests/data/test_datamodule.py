@@ -12,7 +12,7 @@ from mpt_lightning.data import MultitaskDataModule, TaskDataModule, load_task
 
 @pytest.fixture
 def two_tasks(film, make_card, write_split):
-    """Arguments of a MultitaskDataModule over `film` and a task of numbers."""
+    """Return arguments of a MultitaskDataModule with `film` and a numeric task."""
     rows = [{"text": "a film", "score": n % 6} for n in range(16)]
     for split in ("train", "validation", "test"):
         write_split(rows, task="stars", split=split)
@@ -196,7 +196,7 @@ def test_load_task_reads_options_of_the_file(film, tmp_path):
 
 
 class Recorder(L.LightningModule):
-    """Trains nothing and stores its batches."""
+    """A module without a loss that stores its batches."""
 
     def __init__(self):
         super().__init__()

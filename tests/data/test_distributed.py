@@ -1,4 +1,4 @@
-"""Several processes on one machine: disjoint training rows, evaluation rows once, one cache."""
+"""Several processes have disjoint training rows, evaluate each row once, and share one cache."""
 
 import json
 import os
@@ -37,7 +37,7 @@ class Recorder(L.LightningModule):
 
 
 def train(kind, card, again, options, folder):
-    """One of two processes: an epoch over the rows."""
+    """Train for an epoch on one of two ranks."""
     if kind == "task":
         data = TaskDataModule(TaskCard(**card), **options)
     else:
@@ -58,7 +58,7 @@ def train(kind, card, again, options, folder):
 
 @pytest.mark.parametrize("kind", ["task", "multitask"])
 def test_ranks_share_the_rows(film, film_rows, make_card, write_split, tmp_path, kind):
-    # Texts of 0 to 3 words of four numbers, so that every row is another list of ids.
+    # Texts of up to three words with different numbers, so that no two rows have the same ids.
     digits = ["one", "two", "three", "four"]
     rows = [{"text": f"{digits[n % 4]} {digits[n // 4 % 4]} {digits[n // 16]}", "label": n % 2} for n in range(40)]
     write_split(rows)
@@ -72,19 +72,19 @@ def test_ranks_share_the_rows(film, film_rows, make_card, write_split, tmp_path,
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     expected = {"task": 5, "multitask": 10}[kind]
     assert len(first["train"]) == len(second["train"]) == expected
-    # Padding differs between batches: compare without it.
+    # Rows are compared without padding, which differs between batches.
     steps = [[[i for i in row if i] for row in [*a, *b]] for a, b in zip(first["train"], second["train"], strict=True)]
     if kind == "task":
         assert len({tuple(row) for step in steps for row in step}) == 40
     for step in steps:
         assert len({tuple(row) for row in step}) == len(step) == 8
-    # Seven rows, or seven and one: one rank has no row of the second task.
+    # Seven rows, or seven and one; one rank has no row of the second task.
     whole = [*range(7), 0] if kind == "multitask" else [*range(7)]
     assert sorted(first["val"] + second["val"]) == sorted(whole)
 
 
 def prepare(card, options, folder):
-    """One of several machines that share a cache and fill it at the same time."""
+    """Prepare the data on one of several machines that share a cache."""
     Path(folder, f"ready{os.environ['RANK']}").touch()
     while len(list(Path(folder).glob("ready*"))) < int(os.environ["WORLD_SIZE"]):
         time.sleep(0.001)

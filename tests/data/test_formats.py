@@ -1,4 +1,4 @@
-"""Joint tokenisation: the ids of an input and of its answer are those of both tokenised together."""
+"""Joint tokenisation: the ids of an input and its answer equal those of the joined text."""
 
 from collections import Counter
 from itertools import product
@@ -23,7 +23,7 @@ def corpus() -> list[str]:
 
 
 def build(kind: str) -> PreTrainedTokenizerFast:
-    """A trained tokenizer: byte-level BPE, Llama's, one with tokens across words, WordPiece, Unigram across words."""
+    """Train a tokenizer: byte-level BPE, Llama's, BPE with tokens across words, WordPiece, or Unigram across words."""
     special = ["<unk>", "<s>", "</s>"]
     if kind == "words":
         tokenizer, trainer = Tokenizer(models.WordPiece(unk_token="<unk>")), trainers.WordPieceTrainer
@@ -104,7 +104,7 @@ def test_free_answers_are_tokenised_with_the_text(kind: str, formats: dict[str, 
     for (text, answer), place, labels in zip(
         pairs, placed, reader.answers(placed, [answer for _, answer in pairs]), strict=True
     ):
-        # What comes before an answer must not depend on it: when it is generated it is not known.
+        # The tokens before an answer must not depend on it, since a generated answer is not known in advance.
         assert place == reader.encode_inputs([text], None)[0]
         together = ids_of(reader, f"{text} {answer}")
         if is_prefix(place.ids, together):

@@ -1,4 +1,4 @@
-"""The row functions of the tasks that need code: exact outputs, unchanged inputs, clear errors."""
+"""The preprocess functions of the shipped tasks: exact outputs, unchanged inputs, clear errors."""
 
 import copy
 

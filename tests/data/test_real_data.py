@@ -1,4 +1,4 @@
-"""Shipped cards on real data in the Hub's layout (MPT_DATA_ROOT), without a network."""
+"""Shipped cards load real data in the Hub's layout (MPT_DATA_ROOT) without a network."""
 
 from itertools import pairwise
 

@@ -1,4 +1,4 @@
-"""N + M steps equal N, stop, M bit for bit, wherever the checkpoint was made."""
+"""A run that is stopped and resumed equals a whole run bit for bit, wherever its checkpoint was saved."""
 
 import lightning.pytorch as L
 import pytest
@@ -9,7 +9,7 @@ from mpt_lightning.data import MultitaskDataModule, TaskDataModule
 
 
 class Learner(L.LightningModule):
-    """A weight that depends on every row and on their order."""
+    """A module whose weight depends on every row and on their order."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Labels, split rules and draws, on rows in local files."""
+"""Labels, split rules, and draws of rows from local files."""
 
 import csv
 from collections import Counter
@@ -14,7 +14,7 @@ from mpt_lightning.data.rows import Draw, select_rows, source_rows
 
 @pytest.fixture
 def read(tmp_path):
-    """Examples of a split."""
+    """Return a function that reads the examples of a split."""
 
     def read(card, root, split="train", **draw):
         raw = source_rows(card, split, root, str(tmp_path / "cache"))
@@ -80,7 +80,7 @@ def test_data_root_from_the_environment(make_card, write_split, read, monkeypatc
     assert len(read(make_card(), None)) == 1
 
 
-# Bad input: one message with what was got, what was expected and what to change.
+# Invalid input: the message contains the value, the expected one and what to change.
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def double(row, split):
 
 @pytest.fixture
 def functions(monkeypatch):
-    """Add functions under a dotted path, since a card names what can be imported."""
+    """Return a function that makes a preprocess function importable, and returns its dotted path."""
 
     def add(function):
         monkeypatch.setattr(function, "__module__", rows_module.__name__)

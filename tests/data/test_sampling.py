@@ -38,7 +38,7 @@ def test_ranks_share_one_draw_without_overlap(sampling, world):
     assert {len(rank) for rank in ranks} == {len(list(rank)) for rank in ranks} == {1000 // (6 * world) * 6}
     together = zip(*(batches(rank, 6) for rank in ranks), strict=True)
     for batch, parts in zip(batches(whole, 6 * world), together, strict=True):
-        # Every rank's share is mixed as the whole batch is.
+        # Every rank has each `world`-th row of the whole batch.
         assert [list(part) for part in parts] == [batch[rank::world] for rank in range(world)]
         if sampling == "proportional":
             assert len(set(batch)) == len(batch)
@@ -171,7 +171,7 @@ def test_an_epoch_has_every_row_over_all_ranks(grouped, size, world):
     parts = [list(rank) for rank in ranks]
     seen = Counter(row for part in parts for row in part)
     assert set(seen) == set(range(size))
-    # As many rows twice as make the ranks' shares equal; others with every epoch.
+    # To make the ranks' shares equal, some rows are drawn twice, which change with the epoch.
     assert sum(seen.values()) - size == -size % world == sum(count == 2 for count in seen.values())
     assert {len(part) for part in parts} == {len(ranks[0])}
     if -size % world and not grouped:
@@ -199,12 +199,12 @@ def test_fewer_rows_than_devices():
 
 
 @pytest.mark.parametrize(("size", "world"), [(10, 3), (2, 3), (0, 2)])
-def test_evaluation_sees_every_row_once(size, world):
+def test_evaluation_has_every_row_once(size, world):
     ranks = [EvalSampler(range(size), world, rank) for rank in range(world)]
     assert sorted(row for rank in ranks for row in rank) == list(range(size))
     assert [len(rank) for rank in ranks] == [len(list(rank)) for rank in ranks]
     even = [EvalSampler(range(size), world, rank, even=True) for rank in range(world)]
     assert {len(rank) for rank in even} == {-(-size // world)}
-    # What fills up is the last row again, at the end, and is counted as such.
+    # The shares are made equal by repeating the last row at their ends, which `filling` counts.
     assert [list(rank)[: len(rank) - rank.filling] for rank in even] == [list(rank) for rank in ranks]
     assert {row for rank in even for row in list(rank)[len(rank) - rank.filling :]} <= {size - 1}

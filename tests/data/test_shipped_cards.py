@@ -1,7 +1,7 @@
-"""The shipped cards, each against rows in the schema of its Hub data set, and against real data if available.
+"""The shipped cards, tested on rows in the schema of their Hub data sets, and on real data if available.
 
-`fixtures/` is laid out like a data root: `<last part of the Hub id>[/<subset>]/<Hub split>.jsonl`, with invented
-rows. `fixtures/expected.yaml` contains what the first of them becomes.
+`fixtures/` has the layout of a data root: `<last part of the Hub id>[/<subset>]/<Hub split>.jsonl`, with invented
+rows. `fixtures/expected.yaml` contains the expected input and target of the first row.
 """
 
 import json
@@ -24,7 +24,7 @@ EXPECTED = yaml.safe_load((FIXTURES / "expected.yaml").read_text(encoding="utf-8
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory):
-    """Load a split of a task as examples."""
+    """Return a function that loads a split of a task as examples."""
     cache = str(tmp_path_factory.mktemp("cache"))
 
     def load(name, split, root=FIXTURES, most=None):
@@ -47,7 +47,7 @@ def render(name, example):
     return "".join(text + (example.values[column] if column else "") for text, column in load_card(name).parts)
 
 
-def test_every_card_is_expected_here():
+def test_every_card_has_an_expected_row():
     assert set(EXPECTED) == set(HUB_TASKS)
 
 
@@ -66,7 +66,7 @@ def test_card_is_a_data_config_named_like_its_file(name):
 
 @pytest.mark.parametrize("name", HUB_TASKS)
 def test_first_row_renders(name, load):
-    # Some rows are held out of training, so the first row is looked for in both splits.
+    # Some training rows are held out for validation, so the first row may be in either split.
     rows = [(render(name, row), row.target) for split in ("train", "validation") for row in load(name, split)]
     assert (EXPECTED[name]["text"], EXPECTED[name]["target"]) in rows
 
@@ -97,7 +97,7 @@ def test_splits_do_not_share_rows(name, load):
 
 @pytest.mark.parametrize("name", [name for name in HUB_TASKS if not load_card(name).preprocess])
 def test_columns_are_rendered_completely(name, load):
-    # The reference registry takes the first character of two columns, and the first option twice.
+    # The authors' code renders only the first character of two columns, and the first option twice.
     card = load_card(name)
     texts = [render(name, row) for split in ("train", "validation") for row in load(name, split)]
     for row in raw_rows(name, "train"):
@@ -116,7 +116,7 @@ def test_winogrande_shows_both_options(load):
 
 
 def test_every_card_has_its_own_data():
-    # The reference registry loads Yelp under the name of Amazon.
+    # The authors' code loads Yelp under the name of Amazon.
     sources = {name: (load_card(name).path, load_card(name).subset) for name in HUB_TASKS}
     assert len(set(sources.values())) == len(sources)
     for name, (path, subset) in sources.items():
@@ -127,7 +127,7 @@ def test_every_card_has_its_own_data():
 
 def test_stsb_targets_lie_on_the_grid(load):
     targets = {row.target for split in SPLITS for row in load("glue/stsb", split)}
-    assert "3.2" in targets, "3.267 is written 3.2"
+    assert "3.2" in targets, "3.267 becomes 3.2"
     assert all(round(float(target) * 10) % 2 == 0 for target in targets)
 
 
@@ -149,7 +149,7 @@ def test_scitail_uses_the_official_test_split(load):
 
 
 def test_tasks_keep_their_own_metrics():
-    # The reference registry scores every task with the metrics of the first.
+    # The authors' code evaluates every task with the first task's metrics.
     cards = [load_card(name) for name in ("glue/sst2", "glue/stsb", "glue/cola", "squad", "super_glue/multirc")]
     assert len({tuple(card.metrics) for card in cards}) == len(cards)
 

@@ -1,4 +1,4 @@
-"""The Hub's side of loading, without a network."""
+"""Loading from a simulated Hub, without a network."""
 
 import pytest
 from datasets import Dataset
@@ -9,7 +9,7 @@ from mpt_lightning.data import source
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Replace the Hub: record what is requested, and answer."""
+    """Return a function that replaces the Hub's answer and returns the list of requests."""
     monkeypatch.delenv("MPT_DATA_ROOT", raising=False)
     asked = []
 

@@ -1,4 +1,4 @@
-"""Labels and inputs that the tokenizer cannot write are reported before training."""
+"""Labels and inputs with unknown tokens are reported before training."""
 
 import warnings
 
@@ -12,7 +12,7 @@ from mpt_lightning.data.vocabulary import check_choices
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Lower-case letters without an unknown token: others vanish."""
+    """Return a tokenizer of lower-case letters without an unknown token, which drops other characters."""
     core = Tokenizer(models.BPE({token: number for number, token in enumerate(["</s>", "▁", *"abcdef"])}, []))
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
@@ -52,8 +52,8 @@ def test_unknown_choices_raise_before_any_row(film, make_card, backbones, kind):
 
 
 @pytest.fixture
-def free(film, make_card, write_split):
-    """A task of free text: of ten targets one has an unknown word, and `lost` of them nothing else."""
+def free_text(film, make_card, write_split):
+    """Return a function that builds a free-text task: one of ten targets has an unknown word, `lost` have no other."""
 
     def make(lost: int, split: str = "train") -> TaskDataModule:
         targets = ["good film"] * (9 - lost) + ["good zebra"] + ["zebra"] * lost
@@ -66,25 +66,25 @@ def free(film, make_card, write_split):
     return make
 
 
-def test_training_targets_that_cannot_be_written(free):
+def test_training_targets_that_cannot_be_written(free_text):
     with pytest.raises(
         ValueError,
         match=r"'free', row 8: got the target 'zebra', which the tokenizer .* turns into \['<unk>', '</s>'\], expected "
         r"a text that it can write; so are 2 of 10 targets\. Change or drop these rows, or change `backbone`",
     ):
-        free(lost=2).setup("fit")
+        free_text(lost=2).setup("fit")
 
 
-def test_other_targets_with_unknown_words_warn(free):
+def test_other_targets_with_unknown_words_warn(free_text):
     with pytest.warns(UserWarning, match="'free': 3 of 10 validation targets have tokens that the tokenizer"):
-        free(lost=2, split="validation").setup("fit")
+        free_text(lost=2, split="validation").setup("fit")
     with pytest.warns(UserWarning, match="'free': 1 of 10 train targets have tokens"):
-        free(lost=0).setup("fit")
+        free_text(lost=0).setup("fit")
 
 
 def test_many_unknown_input_tokens_warn_once(film, write_split):
     for split in ("train", "validation"):
-        # "task text : a zebra": a fifth of the tokens, and of the closing one a sixth.
+        # "task text : a zebra": one of five tokens is unknown, or one of six with the end of the sequence.
         write_split([{"text": "a zebra", "label": n % 2} for n in range(10)], split=split)
     with pytest.warns(
         UserWarning, match=r"'film': 16\.7% of the train inputs' tokens are unknown to the token"

@@ -1,4 +1,4 @@
-"""`mpt demo` with runs that return known scores."""
+"""`mpt demo`, with its runs replaced by known scores."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -50,7 +50,7 @@ def test_files_and_tables(known_results: None, tmp_path: Path, capsys: pytest.Ca
     assert content["environment"]["cores"] >= 1
     assert (tmp_path / "out" / "demo.png").stat().st_size > 10_000
     lines = [[cell.strip() for cell in line.split("│")] for line in capsys.readouterr().out.splitlines()]
-    table = {line[1]: line[2:-1] for line in lines if len(line) == 7}  # of the last table
+    table = {line[1]: line[2:-1] for line in lines if len(line) == 7}  # the last table
     assert table["demo/voice"] == ["15.0 ± 7.1"] * 4
     assert table["average"] == ["20.0 ± 7.1"] * 4
     assert table["trained parameters"] == ["1,000"] * 4

@@ -1,4 +1,4 @@
-"""The context prompt: which tokens move, how far, and around which centre."""
+"""The context prompt: which tokens are trained, how far they may move, and from where."""
 
 import copy
 import io
@@ -140,7 +140,7 @@ def test_frozen_tokens_have_no_gradient_in_copies(again) -> None:
     assert (prompt.delta_embedding.grad[INPUTS + TEMPLATES].norm(dim=1) > 0).all()
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's own while it compiles
+@pytest.mark.filterwarnings("ignore")  # warnings of torch while it compiles
 def test_the_prompt_compiles_to_one_graph() -> None:
     prompt = pushed(make())
     compiled = torch.compile(copy.deepcopy(prompt), fullgraph=True, backend="aot_eager")

@@ -1,4 +1,4 @@
-"""Prompts that are trained through a network, or as weights over embeddings."""
+"""Prompts that are computed by a network, or as weighted sums of embeddings."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_a_residual_prompt_starts_as_the_prompt_itself() -> None:
     prompt.initialize(start)
     torch.testing.assert_close(prompt(BOTH).embeddings, start, rtol=0, atol=0)
     prompt(BOTH).embeddings.square().sum().backward()
-    assert prompt.encoders[0].network[-1].weight.grad.abs().max() > 0  # and leaves it
+    assert prompt.encoders[0].network[-1].weight.grad.abs().max() > 0  # the layer, which starts at zero, is trained
 
 
 def test_a_superposed_prompt_is_a_weighted_sum_of_embeddings() -> None:
@@ -54,7 +54,7 @@ def test_tasks_do_not_share_anything(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_saving_loading_and_folding_agree(kind: str) -> None:
-    """Loading twice changes nothing: the network's input is saved, not its output."""
+    """A second load changes nothing: the network's input is saved, not its output."""
     prompt = make(kind)
     again = type(prompt)(**prompt.config())
     again.attach(table())

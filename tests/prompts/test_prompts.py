@@ -1,4 +1,4 @@
-"""The prompts' mathematics, sizes and task management."""
+"""Values, sizes and tasks of all prompts."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ from mpt_lightning.prompts import (
     init,
 )
 
-# One of each registered prompt but `ContextPrompt`, which has one task.
+# One of each registered prompt, except `ContextPrompt`, which has one task.
 PROMPTS: dict[str, Callable[[], Prompt]] = {
     "SoftPrompt": lambda: SoftPrompt(2, 3, 8),
     "MultitaskPrompt": lambda: MultitaskPrompt(2, 3, 8, rank=2),
@@ -166,7 +166,7 @@ def test_dept_has_a_prompt_and_a_shift_for_each_task() -> None:
     left = prompt(torch.tensor([0, 1]))
     torch.testing.assert_close((left.embeddings, left.shift), (start[1:], shifts[1:]))
     wide = DecomposedPrompt(1, 1, 1, text_length=2000, rank=16)
-    assert 0.24 < wide.shift_cols.std() < 0.26  # 1/sqrt(R), so that the product's scale does not grow with R
+    assert 0.24 < wide.shift_cols.std() < 0.26  # 1/sqrt(R), so that the product's scale does not depend on R
 
 
 def test_sampled_vocabulary_is_distinct_and_frequent() -> None:
@@ -189,7 +189,7 @@ def test_text_and_label_starts() -> None:
 
 
 class ScaledPrompt(Prompt):
-    """A user's prompt: one matrix and a number per task."""
+    """A user's prompt: a matrix and a factor per task."""
 
     per_task = ("scales",)
 

@@ -1,4 +1,4 @@
-"""The demo's decoder-only model: its tokenizer, its size, and how it learns from examples in its context."""
+"""The demo's decoder-only model: its tokenizer, its size, and its accuracy with examples in the context."""
 
 from pathlib import Path
 from random import Random
@@ -38,11 +38,11 @@ def test_the_model_is_small_and_learns_from_its_context() -> None:
 def test_a_target_task_is_never_pretrained_with_its_label_words(task: str) -> None:
     assert set(world.TARGETS[task].choices) <= TARGET_WORDS <= set(POOL)
     rng = Random(0)
-    assert any(judgement(rng).target for _ in range(20))  # such tasks are drawn without TARGET_WORDS
+    assert any(judgement(rng).target for _ in range(20))  # some of the drawn tasks must avoid TARGET_WORDS
 
 
 def test_the_modules_context_is_laid_out_as_in_pretraining(tmp_path: Path) -> None:
-    """The DataModule's context and rows have the tokens of an episode of the pretraining."""
+    """The DataModule's context and rows have the same tokens as an episode of the pretraining."""
     data = load_task(
         "demo/advice", backbone=LLAMA, context_shots=1, answer_prefix="label :", separator="",
         cache_dir=str(tmp_path), max_eval_rows=100,

@@ -1,4 +1,4 @@
-"""The demo's world, its cards, its tokenizer and the T5 that ships with it."""
+"""The demo's generated sentences, task cards, tokenizer and T5."""
 
 from collections import Counter
 from pathlib import Path
@@ -74,7 +74,7 @@ def test_every_word_is_in_the_shipped_vocabulary(task: str, tokenizer: PreTraine
     card, unknown = load_card(f"demo/{task}"), tokenizer.unk_token_id
     texts = [card.input.format(**row) for row in read(DATA / task / "train.parquet")]
     assert not [text for text in texts if unknown in tokenizer(text)["input_ids"]]
-    for word in TASKS[task].choices:  # a label is one word, so ranking compares like with like
+    for word in TASKS[task].choices:  # each label is one token, so ranking compares sequences of equal length
         assert len(tokenizer(word)["input_ids"]) == 2
         assert unknown not in tokenizer(word)["input_ids"]
 
@@ -84,7 +84,7 @@ def test_instructions_avoid_the_label_words_of_targets(target: str) -> None:
     answers = {word for skill in pretrain_t5.SKILLS for word in skill.answers}
     answers |= {word for code in pretrain_t5.CODES.values() for word in code} | {"yes", "no"}
     assert not answers & set(TARGETS[target].choices)
-    assert set(TARGETS[target].choices) <= set(pretrain_t5.SAYABLE)  # but plain text contains them
+    assert set(TARGETS[target].choices) <= set(pretrain_t5.SAYABLE)  # plain text does contain them
 
 
 def test_the_script_builds_the_shipped_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
