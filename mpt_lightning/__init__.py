@@ -8,21 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# The public names by the module that defines them.
+# The modules that define the public names.
 _HOMES = {
-    name: f"{__name__}.{home}"
-    for home, names in {
-        "prompts": "SoftPrompt MultitaskPrompt ContextPrompt",
-        "backbones": "load_backbone",
-        "modules": "PromptTuning MPTSource MPTTarget CPT PrefixTuning DePT PEFTModule Adapters FineTuning HardPrompt",
-        "data": "TaskDataModule MultitaskDataModule load_task",
-        "predictor": "Predictor",
-        "distributed.strategy": "ShardedStrategy",
-        "interop": "export_peft import_peft",
-    }.items()
-    for name in names.split()
+    "prompts": "SoftPrompt MultitaskPrompt ContextPrompt",
+    "backbones": "load_backbone",
+    "modules": "PromptTuning MPTSource MPTTarget CPT PrefixTuning DePT PEFTModule Adapters FineTuning HardPrompt",
+    "data": "TaskDataModule MultitaskDataModule load_task",
+    "predictor": "Predictor",
+    "distributed.strategy": "ShardedStrategy",
+    "interop": "export_peft import_peft",
 }
-__all__ = list(_HOMES)
+__all__ = [name for names in _HOMES.values() for name in names.split()]
 
 if TYPE_CHECKING:  # `as` marks a re-export for type checkers
     from mpt_lightning.backbones import load_backbone as load_backbone
@@ -49,10 +45,11 @@ if TYPE_CHECKING:  # `as` marks a re-export for type checkers
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    for home, names in _HOMES.items():
+        if name in names.split():
+            return getattr(import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *__all__])

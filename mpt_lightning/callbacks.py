@@ -139,6 +139,14 @@ class PEFTExport(L.Callback):
                 "Remove PEFTExport from the callbacks."
             )
 
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Export what was saved since the last batch."""
+        self._export(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Export what was saved last."""
+        self._export(trainer, pl_module)
+
     def _export(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         saved = trainer.checkpoint_callback
         if not trainer.is_global_zero or not isinstance(saved, ModelCheckpoint) or not isinstance(module, PromptModule):
@@ -154,16 +162,6 @@ class PEFTExport(L.Callback):
             backbone = None if module.backbone is None or module.backbone.sharded else module.backbone
             export_peft(best, best.parent / self.folder, self.task, backbone=backbone, replace=True)
             self._exported = version
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Export what was saved since the last batch."""
-        self._export(trainer, pl_module)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Export what was saved last."""
-        self._export(trainer, pl_module)
 
 
 def prompt_similarity(prompt: Prompt) -> torch.Tensor:

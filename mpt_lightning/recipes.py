@@ -19,7 +19,7 @@ from mpt_lightning.errors import MPTError, find_error
 from mpt_lightning.io import one_line, read_yaml
 from mpt_lightning.modules.base import PromptModule
 from mpt_lightning.modules.evaluation import NO_PROMPT
-from mpt_lightning.resources import Kind, find_packaged, packaged
+from mpt_lightning.resources import Kind, find_file, packaged
 
 # Imported, so that these and all modules are known by their short names.
 DATA_MODULES = (TaskDataModule, MultitaskDataModule)
@@ -167,4 +167,4 @@ def _find(kind: Kind, name: str) -> str:
         return name
     if kind == "configs" and name.startswith("compare/") and packaged(kind, name):
         raise MPTError(f"{name} is a comparison and not a recipe. Run it with: mpt compare {name}")
-    return str(find_packaged(kind, name)) if re.fullmatch(r"[a-z][\w/-]*(\.yaml)?", name) else name
+    return str(find_file(kind, name)) if re.fullmatch(r"[a-z][\w/-]*(\.yaml)?", name) else name

@@ -1,6 +1,8 @@
 """The package's own files by name: task cards, recipes, the embedded models and their tasks' rows."""
 
 import difflib
+import os
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -17,40 +19,41 @@ LLAMA = f"{EMBEDDED}/llama"
 
 def packaged(kind: Kind, name: str) -> Path | None:
     """Return a shipped task card or recipe by name, with or without ".yaml", or None if it does not exist."""
-    root = Path(str(resources.files(f"mpt_lightning.{kind}")))
-    file = (root / (name if name.endswith(".yaml") else f"{name}.yaml")).resolve()
-    return file if file.is_file() and root.resolve() in file.parents else None
+    name = name.removesuffix(".yaml")
+    return _folder(kind) / f"{name}.yaml" if name in packaged_names(kind) else None
 
 
-def find_packaged(kind: Kind, name: str) -> Path:
-    """Return a shipped task card or recipe by name; raise with similar names if it does not exist."""
-    file = packaged(kind, name)
+def find_file(kind: Kind, name: str, prefix: str = "") -> Path:
+    """Return the file `name`, or the shipped one of that name; raise with similar names that begin with `prefix`."""
+    file = Path(name) if os.path.isfile(name) else packaged(kind, name)
     if file is None:
-        known, what = packaged_names(kind), "recipe" if kind == "configs" else "task"
+        known = [shipped for shipped in packaged_names(kind) if shipped.startswith(prefix)]
+        what = "task" if kind == "tasks" else "comparison" if prefix else "recipe"
         near = difflib.get_close_matches(name, known) or known
         raise MPTError(
-            f"unknown {what} {name!r}. Expected a file or one of: {', '.join(near)}. `mpt {kind}` lists all."
+            f"unknown {what} {name[:200]!r}. Expected a file or one of: {', '.join(near)}. `mpt {kind}` lists all."
         )
     return file
 
 
+@cache
 def packaged_names(kind: Kind) -> list[str]:
     """List the shipped YAML files by name."""
-    root = Path(str(resources.files(f"mpt_lightning.{kind}")))
+    root = _folder(kind)
     return sorted(file.relative_to(root).with_suffix("").as_posix() for file in root.rglob("*.yaml"))
 
 
 def backbone_path(name: str) -> str:
     """Return the folder of an embedded model; any other name or folder is returned as it is, with `~` resolved."""
     if name in (T5, LLAMA):
-        return str(_embedded() / name.rpartition("/")[2])
+        return str(_folder("demo") / name.rpartition("/")[2])
     return str(Path(name).expanduser()) if name.startswith("~") else name
 
 
 def embedded_data(path: str) -> Path | None:
     """Return the folder of an embedded task's rows, or None for any other `path` of a card."""
-    return _embedded() / "data" if path == EMBEDDED else None
+    return _folder("demo") / "data" if path == EMBEDDED else None
 
 
-def _embedded() -> Path:
-    return Path(str(resources.files("mpt_lightning"))) / "demo"
+def _folder(package: str) -> Path:
+    return Path(str(resources.files(f"mpt_lightning.{package}")))

@@ -1,17 +1,21 @@
 """`mpt`: the command line. Light commands do not import torch; training is a LightningCLI."""
 
 import argparse
+import os
 import shutil
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from mpt_lightning import __version__
-from mpt_lightning.cli.exit import fail
 from mpt_lightning.errors import MPTError
-from mpt_lightning.resources import find_packaged, packaged, packaged_names
+from mpt_lightning.resources import find_file, packaged_names
 
+# Seconds after which a process that fails alone prints its message.
+PATIENCE = 10.0
 TRAINER_COMMANDS = {
     "fit": "train: mpt fit --config mpt/source --data.data_root DATA",
     "validate": "evaluate a checkpoint on the validation split",
@@ -21,20 +25,34 @@ TRAINER_COMMANDS = {
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line, with the process's arguments by default."""
+    """Run the command line, with the process's arguments by default; a user's mistake ends in one message."""
     argv = list(sys.argv[1:] if args is None else args)
     # With --input, `mpt predict` needs neither a DataModule nor a Trainer.
     own_texts = argv[:1] == ["predict"] and any(word.partition("=")[0] == "--input" for word in argv)
-    if argv and argv[0] in TRAINER_COMMANDS and not own_texts:
-        from mpt_lightning.cli.trainer import run
-
-        run(argv)
-        return
-    options = _parser().parse_args(argv)
+    trains = bool(argv) and argv[0] in TRAINER_COMMANDS and not own_texts
     try:
-        options.run(options)
+        if trains:
+            from mpt_lightning.cli.trainer import run
+
+            run(argv)
+        else:
+            options = _parser().parse_args(argv)
+            options.run(options)
     except (MPTError, OSError) as error:
-        fail(str(error))
+        if trains and not isinstance(error, MPTError):
+            raise
+        _fail(str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    """Print one message and exit; of several processes that fail for the same reason, only the first one prints."""
+    if int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_PROCID") or 0) > 0:
+        parent = os.getppid()
+        time.sleep(PATIENCE)  # when the first process fails, torchrun and srun end this one
+        if os.getppid() != parent:  # with Lightning's own launcher the parent is the first process
+            raise SystemExit(2)
+    print(f"mpt: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -104,7 +122,7 @@ def _tasks(options: Namespace) -> None:
 
     if options.name is not None:
         load_card(options.name)
-        print((packaged("tasks", options.name) or Path(options.name)).read_text(encoding="utf-8"), end="")
+        print(find_file("tasks", options.name).read_text(encoding="utf-8"), end="")
         return
     from rich.console import Console
     from rich.table import Table
@@ -119,10 +137,10 @@ def _tasks(options: Namespace) -> None:
 def _configs(options: Namespace) -> None:
     if options.name is None:
         for name in packaged_names("configs"):
-            headline = find_packaged("configs", name).read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+            headline = find_file("configs", name).read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
             print(f"{name:28} {headline}")
         return
-    file = find_packaged("configs", options.name)
+    file = find_file("configs", options.name)
     if options.dest is None:
         print(file.read_text(encoding="utf-8"), end="")
         return

@@ -10,8 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from mpt_lightning.callbacks import PredictionWriter
-from mpt_lightning.cli.exit import fail
-from mpt_lightning.errors import find_error
+from mpt_lightning.errors import MPTError, find_error
 from mpt_lightning.recipes import MPTCLI
 
 
@@ -31,7 +30,7 @@ class CommandLine(MPTCLI):
 
 
 def run(args: Sequence[str]) -> None:
-    """Run a trainer command; a user's mistake ends in one message, not in a traceback."""
+    """Run a trainer command; raise MPTError for a user's mistake, whatever the libraries made of it."""
     try:
         # The process keeps its own arguments: with several devices, Lightning starts the others with the same ones.
         CommandLine(args)
@@ -41,7 +40,9 @@ def run(args: Sequence[str]) -> None:
     except Exception as error:
         known = find_error(error) or (error if isinstance(error, MisconfigurationException) else None)
         if known is not None:
-            fail(str(known))
+            raise MPTError(str(known)) from error
         if isinstance(error, OSError) and error.filename and error.strerror:
-            fail(f"{error.filename}: {error.strerror}. Check the path, its permissions, and the free disk space.")
+            raise MPTError(
+                f"{error.filename}: {error.strerror}. Check the path, its permissions, and the free disk space."
+            ) from error
         raise

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
-from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from jsonargparse import ArgumentParser
 from mpt_lightning.data.card import load_card, read_card_file
 from mpt_lightning.errors import MPTError
 from mpt_lightning.io import read_yaml
-from mpt_lightning.resources import find_packaged, packaged, packaged_names
+from mpt_lightning.resources import find_file
 
 # The folder of the prepared runs, where others have the method's name.
 PREPARED = "prepare"
@@ -50,8 +49,7 @@ class Recipe:
     @cached_property
     def contents(self) -> list[Any]:
         """The recipes' values, without comments and formatting; a path has precedence over a shipped recipe."""
-        files = [Path(name) if Path(name).is_file() else find_packaged("configs", name) for name in self.recipes]
-        return [read_yaml(file) for file in files]
+        return [read_yaml(find_file("configs", name)) for name in self.recipes]
 
 
 @dataclass
@@ -173,27 +171,17 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run.
+    """One run; a prepared one has no task, k and seed."""
 
-    Attributes:
-        method: The method's name; "prepare" for a prepared run, which has no task, k and seed.
-        name: The name in `prepare`, or "task/k/seed".
-        k: The number of training rows; None for the full data.
-        words: The arguments of `mpt fit` and `mpt test`, with `${name}` for the checkpoints of prepared runs.
-        fit: Whether it is trained.
-        needs: The prepared runs that it starts from.
-        fingerprint: A hash of everything that can change its result: arguments, recipes, the card, `needs`.
-    """
-
-    method: str
-    name: str
+    method: str  # "prepare" for a prepared run
+    name: str  # in `prepare`, or "task/k/seed"
     task: str | None = None
-    k: int | None = None
+    k: int | None = None  # number of training rows; None for the full data
     seed: int | None = None
-    words: tuple[str, ...]
-    fit: bool
-    needs: tuple["Run", ...]
-    fingerprint: str
+    words: tuple[str, ...]  # arguments of `mpt fit` and `mpt test`, with `${name}` for checkpoints of prepared runs
+    fit: bool  # whether it is trained
+    needs: tuple["Run", ...]  # the prepared runs that it starts from
+    fingerprint: str  # hash of everything that can change its result: arguments, recipes, the card, `needs`
 
     @property
     def place(self) -> str:
@@ -207,10 +195,7 @@ class Run:
 
 def read_comparison(name: str) -> Comparison:
     """Read a comparison's file, or a shipped one (`compare/demo`), and check types, recipes and tasks."""
-    file = Path(name) if Path(name).is_file() else packaged("configs", name)
-    if file is None:
-        shipped = [known for known in packaged_names("configs") if known.startswith("compare/")]
-        raise MPTError(f"Unknown comparison {name!r}. Expected a YAML file or one of: {', '.join(shipped)}.")
+    file = find_file("configs", name, "compare/")
     content = read_yaml(file)
     if not isinstance(content, dict):
         raise MPTError(f"{name}: got {type(content).__name__}, expected a mapping with tasks, shots, seeds, methods.")

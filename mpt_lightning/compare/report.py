@@ -104,15 +104,7 @@ def rich_table(title: str, corner: str, strings: pd.DataFrame, sections: Collect
 
 
 class Report:
-    """The results of a comparison, whether or not all runs are done.
-
-    Attributes:
-        results: The compared runs, each with its result.
-        prepared: The prepared runs, likewise.
-        scores: See `summarize`.
-        shots: Every k, in the order of the runs.
-        failures: The failed runs and their errors.
-    """
+    """The results of a comparison, whether or not all runs are done; see `summarize` for its `scores`."""
 
     def __init__(self, comparison: Comparison, store: Store) -> None:
         self.comparison = comparison

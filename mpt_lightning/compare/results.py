@@ -17,37 +17,25 @@ from mpt_lightning.io import write_file
 class Outcome:
     """What a run returned.
 
-    Attributes:
-        error: The error message, in one line; None if the run did not fail.
-        metrics: All test metrics by name.
-        checkpoint_bytes: The size of the best checkpoint; 0 without training.
-        seconds_per_step: Median time of a training step, without loading data, validating and saving.
-        peak_memory_bytes: The GPU's peak memory, or else the memory that the process took beyond what it had before the
-            run; None if the system does not report it.
-        checkpoint: The path of the best checkpoint if it was kept.
+    `peak_memory_bytes` is the GPU's peak memory, or else the memory that the process took beyond what it had before the
+    run; None if the system does not report it.
     """
 
-    error: str | None = None
+    error: str | None = None  # the message, in one line, of a run that failed
     commands: list[str] = field(default_factory=list)
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)  # all test metrics by name
     trained_parameters: int = 0
-    checkpoint_bytes: int = 0
+    checkpoint_bytes: int = 0  # of the best checkpoint; 0 without training
     steps: int = 0
-    seconds_per_step: float | None = None
+    seconds_per_step: float | None = None  # median training step, without loading data, validating and saving
     peak_memory_bytes: int | None = None
     seconds: float = 0.0
-    checkpoint: str | None = None
+    checkpoint: str | None = None  # path of the best checkpoint if it was kept
 
 
 @dataclass(kw_only=True)
 class Result(Outcome):
-    """The outcome of a named run.
-
-    Attributes:
-        method: The method's name; see `Run` for this, `task`, `k`, `seed` and `fingerprint`.
-        metric: The name of the compared test metric.
-        value: Its value; None if the run failed.
-    """
+    """The outcome of a `Run`; `value` is the compared test metric's, None if the run failed."""
 
     method: str
     task: str | None

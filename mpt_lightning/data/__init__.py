@@ -6,20 +6,16 @@ Names load on first use, so that `import mpt_lightning.data.card` imports neithe
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# The public names by the module that defines them.
+# The modules that define the public names.
 _HOMES = {
-    name: f"{__name__}.{home}"
-    for home, names in {
-        "card": "TaskCard card_names list_cards load_card",
-        "context": "Context build_context",
-        "datamodule": "PromptDataModule",
-        "loader": "PromptCollator",
-        "task": "TaskDataModule load_task",
-        "multitask": "MultitaskDataModule",
-    }.items()
-    for name in names.split()
+    "card": "TaskCard card_names list_cards load_card",
+    "context": "Context build_context",
+    "datamodule": "PromptDataModule",
+    "loader": "PromptCollator",
+    "task": "TaskDataModule load_task",
+    "multitask": "MultitaskDataModule",
 }
-__all__ = list(_HOMES)
+__all__ = [name for names in _HOMES.values() for name in names.split()]
 
 if TYPE_CHECKING:  # `as` marks a re-export for type checkers
     from mpt_lightning.data.card import TaskCard as TaskCard
@@ -36,10 +32,11 @@ if TYPE_CHECKING:  # `as` marks a re-export for type checkers
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    for home, names in _HOMES.items():
+        if name in names.split():
+            return getattr(import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *__all__])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from datasets.arrow_dataset import Dataset
@@ -36,19 +37,15 @@ _ENCODED = Features(
 
 @dataclass(frozen=True)
 class RowCache:
-    """The drawn rows of tasks' splits, made once and then read from files; see `load_raw` for the arguments.
-
-    If the data or the card does not fit, nothing is left in the cache.
-    """
+    """The drawn rows of tasks' splits, made once and then read from files; see `PromptDataModule` for the arguments."""
 
     data_root: str | None = None
     cache_dir: str | None = None
 
     def encoded(self, card: TaskCard, split: Split, draw: Draw, encoder: Encoder) -> Dataset:
         """Return the encoded rows of a split; `choices` is empty if the choices' ids do not depend on the input."""
-        return self._read(
-            card, split, draw, lambda drawn: encoder.encode(card, drawn, split), _ENCODED, encoder.identity
-        )
+        to_rows = partial(encoder.encode, card, split=split)
+        return self._read(card, split, draw, to_rows, _ENCODED, encoder.identity)
 
     def examples(self, card: TaskCard, split: Split, draw: Draw) -> list[Example]:
         """Return the rows of a split as texts, in the order of `encoded`; they all go into memory."""

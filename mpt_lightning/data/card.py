@@ -17,7 +17,7 @@ from mpt_lightning.data.template import Pattern, apply_pattern, parse_template, 
 from mpt_lightning.errors import MPTError
 from mpt_lightning.io import LONGEST_NAME, can_be_path, read_yaml
 from mpt_lightning.metrics.registry import METRICS
-from mpt_lightning.resources import find_packaged, packaged_names
+from mpt_lightning.resources import find_file, packaged_names
 
 _SPLITS = ("train", "validation", "test")
 
@@ -185,10 +185,7 @@ def list_cards() -> dict[str, TaskCard]:
 
 
 def load_card(card: str | Path | TaskCard | Mapping[str, Any]) -> TaskCard:
-    """Return a checked card.
-
-    Args:
-        card: Name of a shipped card (`glue/sst2`), path of a YAML file, the fields as a mapping, or a card.
+    """Return a checked card, by the name of a shipped one (`glue/sst2`), the path of a YAML file, or a card's fields.
 
     Raises:
         MPTError: If there is no such card or file, or if a field is wrong.
@@ -213,22 +210,8 @@ def load_card(card: str | Path | TaskCard | Mapping[str, Any]) -> TaskCard:
 
 
 def read_card_file(card: str | Path) -> dict[str, Any]:
-    """Return the content of a card's YAML file: `class_path`, and `init_args` with the `card` and other options.
-
-    Args:
-        card: Name of a shipped card or path of a YAML file.
-
-    Raises:
-        MPTError: If there is no such card or file, or if it is not a YAML mapping.
-    """
-    file = Path(card)
-    # The system cannot even look up longer names and those with zero bytes.
-    if len(file.name) >= 256 or "\0" in str(card) or not file.is_file():
-        if file.suffix in (".yaml", ".yml"):
-            raise MPTError(f"Task card: got the path '{card}', which does not exist; change the path.")
-        _check_name(str(card))
-        file = find_packaged("tasks", str(card))
-    content = read_yaml(file)
+    """Return the content of a card's YAML file: `class_path`, and `init_args` with the `card` and other options."""
+    content = read_yaml(find_file("tasks", str(card)))
     if not isinstance(content, dict):
         raise MPTError(f"Task card '{card}': got {type(content).__name__}, expected a YAML mapping; change the file.")
     return content

@@ -19,17 +19,15 @@ TEMPLATE, INPUT, PREFIX, ANSWER = 1, 2, 3, 4
 
 @dataclass(frozen=True)
 class Context:
-    """K examples as they stand before every row: `[BOS] input prefix answer eos separator input ...`.
+    """K examples that precede every row, as N tokens: `[BOS] input prefix answer eos separator input ...`.
 
-    An example's tokens up to its answer are the `input_ids` of the same row in a batch, its answer and end of sequence
-    are that row's `labels`.
+    An example's tokens up to its answer equal the `input_ids` of the same row in a batch, and its answer and end of
+    sequence equal that row's `labels`.
 
     Args:
-        task: Name of the task.
-        token_ids: Ids of the N tokens.
-        token_types: Type of each [N]. Example k, from 0: 4k + 1 the template's words, 4k + 2 the text of its columns,
-            4k + 3 the answer prefix, 4k + 4 the answer and the end of sequence. 0: BOS and separators.
-        row_ids: Row of each example in the Hub's split [K], in the order of the examples.
+        token_types: Type of each token [N]. Example k, from 0: 4k + 1 the template's words, 4k + 2 the text of its
+            columns, 4k + 3 the answer prefix, 4k + 4 the answer and the end of sequence. 0: BOS and separators.
+        row_ids: Row of each example in the Hub's split [K].
     """
 
     task: str
@@ -41,14 +39,10 @@ class Context:
 def build_context(
     card: TaskCard, examples: Sequence[Example], encoder: Encoder, separator: str, max_length: int | None
 ) -> Context:
-    """Build a context of examples.
+    """Build the context of K examples in this order; an input that is too long is cut like that of a row.
 
-    Args:
-        card: The task.
-        examples: The K examples, in order; an input that is too long is cut like that of a row.
-        encoder: How the backbone reads and writes text.
-        separator: Text after every example, the last one too. Empty: none.
-        max_length: Most tokens N. Unset: no limit.
+    `separator` is the text after every example, the last one too; empty is none. Without `max_length`, the number of
+    tokens N has no limit.
 
     Raises:
         MPTError: If the backbone cannot have a context, if its tokenizer cannot write the separator, the answer

@@ -200,9 +200,9 @@ class PromptDataModule(L.LightningDataModule):
             raise MPTError(f"Got no '{split}' rows, expected them to be loaded; call `setup` first.")
         return self._splits[split]
 
-    def _ranks(self) -> tuple[int, int]:
+    def _ranks(self) -> dict[str, Any]:
         trainer = self.trainer
-        return (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
+        return {} if trainer is None else {"num_replicas": trainer.world_size, "rank": trainer.global_rank}
 
     def _train_rows(self) -> Dataset:
         return concatenate_datasets(self._rows("train")).select_columns(_TRAIN_COLUMNS)
@@ -223,7 +223,7 @@ class PromptDataModule(L.LightningDataModule):
             # Choices that depend on the input come with the rows.
             choices = None if self.encoder.format.continues else self.encoder.format.targets(card.choices or [])
             options = self._loading(self.eval_batch_size, PromptCollator(self.encoder.pad_id, choices or None))
-            sampler = EvalSampler(rows, *self._ranks(), even=in_step)
+            sampler = EvalSampler(rows, **self._ranks(), even=in_step)
             loaders.append(DataLoader(rows, sampler=sampler, **options))
         return loaders
 

@@ -16,21 +16,13 @@ from mpt_lightning.errors import MPTError
 
 @dataclass(frozen=True)
 class Example:
-    """One row as text.
+    """One row as text."""
 
-    Args:
-        row_id: Number of the row in the Hub's split.
-        values: Text of each column of the template.
-        target: Text that the model learns to write.
-        references: Texts that count as right.
-        group: Id of the group of rows that are scored together, or "".
-    """
-
-    row_id: int
-    values: dict[str, str]
-    target: str
-    references: list[str]
-    group: str
+    row_id: int  # in the Hub's split
+    values: dict[str, str]  # by the columns of the template
+    target: str  # what the model learns to write
+    references: list[str]  # what counts as right
+    group: str  # id of the rows that are scored together, or ""
 
 
 def read_examples(card: TaskCard, rows: Dataset) -> Iterator[Example | None]:

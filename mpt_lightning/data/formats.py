@@ -20,13 +20,10 @@ _CACHED = 100_000
 
 @dataclass(frozen=True)
 class EncodedInput:
-    """An input up to its answer.
+    """An input up to its answer: its text, and its token ids, with -1, -2, ... in the slots for a prompt's tokens.
 
-    Args:
-        text: The text as it was tokenised. It ends with the space before the answer if the tokenizer joins that space
-            to the text's last word.
-        ids: Token ids of the text; -1, -2, ... in the slots for a prompt's tokens.
-        gap: What stands between the text and the answer: a space or nothing.
+    `gap` is what stands between the text and the answer: a space, or nothing if the tokenizer joins that space to the
+    text's last word, so that the text ends with it.
     """
 
     text: str

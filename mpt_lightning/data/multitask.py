@@ -66,7 +66,6 @@ class MultitaskDataModule(PromptDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Return mixed training batches."""
         sizes = [len(rows) for rows in self._rows("train")]
-        world_size, rank = self._ranks()
         return self._train_loader(
-            TaskMixSampler(sizes, self.batch_size, **self.mixing, num_replicas=world_size, rank=rank, seed=self.seed)
+            TaskMixSampler(sizes, self.batch_size, **self.mixing, **self._ranks(), seed=self.seed)
         )

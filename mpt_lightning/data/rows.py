@@ -24,11 +24,9 @@ HELD_OUT_ROWS = 1000
 class Draw:
     """Which of a split's rows are used; see `PromptDataModule` for `k_shot` and `shots_per`.
 
+    A larger draw with the same seed contains the smaller one.
+
     Args:
-        k_shot: Number of rows. Unset: all.
-        shots_per: What `k_shot` counts.
-        max_rows: Most rows to use. Unset: all.
-        seed: Seed of the draw; a larger draw with the same seed contains the smaller one.
         beside: Another draw, whose rows are removed before this one. Training rows only.
         options: Names of the user's options behind `k_shot` and `shots_per`, for error messages.
     """

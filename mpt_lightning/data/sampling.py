@@ -60,27 +60,20 @@ class GlobalBatchSampler(DistributedSampler[int]):
 class ShuffleSampler(GlobalBatchSampler):
     """Yields every row of one task once an epoch; a few twice if the rows do not divide over the ranks.
 
-    With the rows' `lengths` in tokens [N], rows of similar length are in one batch. The last batch may be smaller.
+    With the rows' `lengths` in tokens [N], rows of similar length are in one batch. The last batch may be smaller. See
+    `GlobalBatchSampler` for the other arguments.
     """
 
     # Rows are sorted by length within so many batches: enough for little padding, few enough to stay random.
     WINDOW = 50
 
-    def __init__(
-        self,
-        size: int,
-        batch_size: int,
-        num_replicas: int = 1,
-        rank: int = 0,
-        seed: int = 42,
-        lengths: Sequence[int] | np.ndarray | None = None,
-    ) -> None:
-        super().__init__(size, batch_size, num_replicas, rank, seed)
-        if size < num_replicas:
+    def __init__(self, size: int, batch_size: int, *, lengths: np.ndarray | None = None, **options: int) -> None:
+        super().__init__(size, batch_size, **options)
+        if size < self.num_replicas:
             raise MPTError(
-                f"Got {size} training rows for {num_replicas} devices, expected one or more each; lower `devices`."
+                f"Got {size} training rows for {self.num_replicas} devices, expected one or more each; lower `devices`."
             )
-        self.lengths = None if lengths is None else np.asarray(lengths)
+        self.lengths = lengths
 
     def __len__(self) -> int:
         return -(-self.size // self.num_replicas)
@@ -106,7 +99,7 @@ class TaskMixSampler(GlobalBatchSampler):
     """Yields rows of several tasks, which are stored one task after the other, mixed in each batch.
 
     A task's probability is p ~ min(rows, size_limit), its 1/temperature-th power with `temperature`, or equal. See
-    `MultitaskDataModule` for the options.
+    `MultitaskDataModule` for these options, and `GlobalBatchSampler` for the others.
 
     - `stochastic`: K ~ U{2..kappa} tasks are drawn with p; each gets batch/K rows and one of them the remainder. With
       fewer rows than K, as many tasks as rows get one row each.
@@ -126,11 +119,9 @@ class TaskMixSampler(GlobalBatchSampler):
         temperature: float = 2.0,
         size_limit: int = 2**18,
         replace: bool = True,
-        num_replicas: int = 1,
-        rank: int = 0,
-        seed: int = 42,
+        **options: int,
     ) -> None:
-        super().__init__(sum(sizes), batch_size, num_replicas, rank, seed)
+        super().__init__(sum(sizes), batch_size, **options)
         if sampling == "all" and self.global_size < len(sizes):
             raise MPTError(
                 f"Got batches of {self.global_size} rows for {len(sizes)} tasks with sampling='all', expected one row "

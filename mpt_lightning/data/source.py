@@ -39,14 +39,9 @@ Preprocess = Callable[[dict[str, Any], str], list[dict[str, Any]]]
 
 
 def load_raw(card: TaskCard, hub_split: str, data_root: str | None = None, cache_dir: str | None = None) -> Dataset:
-    """Load one split as it is stored, with the rows' numbers in column `__row__`.
+    """Load one split of the Hub as it is stored, with the rows' numbers in column `__row__`.
 
-    Args:
-        card: The task.
-        hub_split: Name of the split on the Hub.
-        data_root: Folder to read instead of the Hub: `<data_root>/<last part of path>[/<subset>]/<split>.parquet`
-            (or .jsonl, .json, .csv). Unset: the environment variable MPT_DATA_ROOT, else the Hub.
-        cache_dir: Folder for cached data. Unset: the `datasets` default.
+    See `PromptDataModule` for `data_root` and `cache_dir`.
     """
     root = embedded_data(card.path) or data_root or os.environ.get("MPT_DATA_ROOT")
     where = f"'{card.path}'" + (f" ({card.subset})" if card.subset else "") + f", split '{hub_split}'"
@@ -152,9 +147,9 @@ def preprocess(card: TaskCard, raw: Dataset, split: str) -> Dataset:
 def import_preprocess(card: TaskCard) -> Preprocess:
     """Import the function that `card.preprocess` names.
 
-    A card may come from somebody else. So the function must be written for cards: outside of Python's standard library,
-    defined in the module that the path names (not a method, a lambda or something that the module imports), with
-    parameters named `row` and `split`.
+    A card may come from somebody else, so the function must be one that was written for cards: outside of Python's
+    standard library, defined in the module that the path names (not imported there), with the parameters `row` and
+    `split`.
     """
     module, _, name = str(card.preprocess).rpartition(".")
     where = f"Task '{card.name}': got preprocess={card.preprocess!r}"

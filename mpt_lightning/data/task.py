@@ -104,8 +104,10 @@ class TaskDataModule(PromptDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Return shuffled training batches; the last of an epoch may be smaller."""
         (rows,) = self._rows("train")
-        lengths = rows.data.column("input_ids").combine_chunks().value_lengths() if self.group_by_length else None
-        sampler = ShuffleSampler(len(rows), self.batch_size, *self._ranks(), seed=self.seed, lengths=lengths)
+        lengths = (
+            rows.data.column("input_ids").combine_chunks().value_lengths().to_numpy() if self.group_by_length else None
+        )
+        sampler = ShuffleSampler(len(rows), self.batch_size, **self._ranks(), seed=self.seed, lengths=lengths)
         return self._train_loader(sampler)
 
 

@@ -30,12 +30,9 @@ class Encoder:
     """How a backbone reads a task's examples; `format` is how its family writes inputs and answers.
 
     Args:
-        tokenizer: The backbone's tokenizer.
-        family: The backbone's family; see `Format`.
-        max_input_length: Most tokens of an input.
         answer_prefix: Words at the end of every input, joined with one space unless there is whitespace.
-        with_bos: Whether inputs begin with what the tokenizer puts before a text. False if a context comes before
-            them, which begins with it. Decoder-only models.
+        with_bos: Whether the inputs of a decoder-only model begin with BOS; False if they follow a context, which
+            begins with it.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -75,10 +72,9 @@ class Encoder:
         return f"{text}{self.answer_prefix}" if joined else f"{text} {self.answer_prefix}"
 
     def fit(self, card: TaskCard, examples: list[Example]) -> list[tuple[Example, EncodedInput]]:
-        """Cut one column of each example, the card's `truncate` or else the row's longest, until its input fits.
+        """Return B examples, each with one column cut until its input fits, and their inputs.
 
-        Returns:
-            Each example as it fits (the same object if nothing was cut) and its input [B].
+        The column is the card's `truncate`, or else the row's longest; an example that fits is the same object.
         """
         return [
             (example, encoded) if 0 < len(encoded.ids) <= self.max_input_length else self._cut(card, example, encoded)

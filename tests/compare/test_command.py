@@ -71,7 +71,7 @@ def test_from_the_file_to_the_report(own_folder: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["compare/fe"], "Unknown comparison 'compare/fe'. Expected a YAML file or one of: compare/demo, compare/few."),
+        (["compare/fe"], "unknown comparison 'compare/fe'. Expected a file or one of: compare/few, compare/demo."),
         (["compare/few", "--jobs", "0"], "--jobs must be at least 1, got 0."),
         (["compare/few", "--report"], "There are no results in runs/compare/few"),
         (["compare/few", "--output", "mine"], "mine is not empty and contains no comparison"),

@@ -139,7 +139,7 @@ def test_mistakes_get_one_message(
 
 
 def test_unknown_and_wrong_files(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"Unknown comparison 'compare/dem'.*compare/demo, compare/few"):
+    with pytest.raises(ValueError, match=r"unknown comparison 'compare/dem'.*compare/demo, compare/few"):
         read_comparison("compare/dem")
     (tmp_path / "list.yaml").write_text("[1]")
     with pytest.raises(ValueError, match="got list, expected a mapping"):

@@ -167,7 +167,7 @@ def test_start_batch_skips_exactly(make, world):
 @pytest.mark.parametrize(("size", "world"), [(100, 1), (101, 2), (7, 3), (2, 2), (1003, 4)])
 def test_an_epoch_has_every_row_over_all_ranks(grouped, size, world):
     lengths = np.random.default_rng(0).integers(1, 50, size) if grouped else None
-    ranks = [ShuffleSampler(size, 8, world, rank, lengths=lengths) for rank in range(world)]
+    ranks = [ShuffleSampler(size, 8, num_replicas=world, rank=rank, lengths=lengths) for rank in range(world)]
     parts = [list(rank) for rank in ranks]
     seen = Counter(row for part in parts for row in part)
     assert set(seen) == set(range(size))
@@ -195,7 +195,7 @@ def test_grouped_batches_have_less_padding():
 
 def test_fewer_rows_than_devices():
     with pytest.raises(ValueError, match="Got 1 training rows for 2 devices"):
-        ShuffleSampler(1, 8, 2, 0)
+        ShuffleSampler(1, 8, num_replicas=2)
 
 
 @pytest.mark.parametrize(("size", "world"), [(10, 3), (2, 3), (0, 2)])

@@ -19,7 +19,7 @@ import yaml
 from machines import Machine, family, free_port, kill, two_machines
 from processes import launch
 
-from mpt_lightning.cli import exit as leaving
+from mpt_lightning.cli import main as command_line
 from mpt_lightning.cli.main import main
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -243,7 +243,7 @@ def test_slurm_requeues_a_job_that_goes_on(whole: Path, machines: list[Machine])
 
 def resume(folder: str) -> None:
     """One of two machines that do not share their checkpoints: the first one alone has one."""
-    leaving.PATIENCE = 0
+    command_line.PATIENCE = 0
     words = ["fit", "--config", recipe(Path(folder, os.environ["RANK"])), "--config", "trainer/cpu", *TWO]
     printed = io.StringIO()
     with pytest.raises(SystemExit), contextlib.redirect_stderr(printed):
