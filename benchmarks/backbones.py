@@ -1,4 +1,4 @@
-"""Precisions and memory options of a big frozen backbone: what each saves and costs, relative to fp32 in the same run.
+"""Precisions and memory options of a large frozen backbone: their time and memory relative to fp32 in the same run.
 
     python benchmarks/backbones.py [--device cpu] [--threads 2] [--repeats 15] [--only bf16 8-bit ...]
 
@@ -9,7 +9,7 @@ fp32 alternate.
 - **logits**: the difference to the logits of fp32 at the label positions, largest and mean; the caption contains the
   standard deviation of these logits. Random weights have no outliers, which make 8 and 4 bits difficult: the difference
   checks that an option works, and does not estimate the loss of a trained model.
-- **first** is the first forward pass and the first step, in seconds. They compile, or load from torch's cache on disk.
+- **first**: seconds of the first forward pass and step, including compilation, or loading from torch's cache on disk.
 - **peak memory** is measured in a new process: weights, activations, gradients, optimizer, from before loading to the
   maximum of two steps. CPU: growth of the resident set (Linux). GPU: the memory that torch has allocated.
 - A line whose library is missing, or that the machine does not support, is reported as not run.
@@ -36,7 +36,7 @@ from typing import Any
 import torch
 import transformers
 from cpt import resident
-from measure import RESULTS, Line, Step, in_turns, train_step
+from measure import RESULTS, Line, Step, alternate, train_step
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -133,12 +133,12 @@ def peak(setting: Setting, folder: str, way: str) -> float:
     prepare(setting)
     for library in ("torch._inductor.compile_fx", "bitsandbytes"):
         if find_spec(library) is not None:
-            import_module(library)  # its code does not count as the backbone's memory
+            import_module(library)  # so that the library's code is not part of the measured memory
     on_gpu = setting.device != "cpu"
     before = 0.0 if on_gpu else resident("VmRSS")
     run = build(setting, folder, way)
     run.step()
-    run.step()  # compiled code and optimizer state exist from here on
+    run.step()  # creates compiled code and optimizer state
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -149,8 +149,8 @@ def peak(setting: Setting, folder: str, way: str) -> float:
     return torch.cuda.max_memory_allocated() / 2**20 if on_gpu else resident("VmHWM") - before
 
 
-def fresh(function: Callable[..., float], *arguments: Any) -> float:
-    """Return the result of a function that runs in a new process."""
+def in_new_process(function: Callable[..., float], *arguments: Any) -> float:
+    """Run a function in a new process, and return its result."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -159,7 +159,7 @@ def measure(setting: Setting, folder: str, ways: Sequence[str], repeats: int) ->
     """Return one row of results per set of options."""
     reference = build(setting, folder, REFERENCE)
     expected = reference.logits()
-    reference_peak = fresh(peak, setting, folder, REFERENCE)
+    reference_peak = in_new_process(peak, setting, folder, REFERENCE)
     rows = []
     for way in ways:
         try:
@@ -171,8 +171,8 @@ def measure(setting: Setting, folder: str, ways: Sequence[str], repeats: int) ->
         difference = (run.logits() - expected).abs()
         run.step()
         first = time.perf_counter() - begin
-        times = in_turns(run.step, reference.step, repeats, way)
-        own_peak = reference_peak if way == REFERENCE else fresh(peak, setting, folder, way)
+        times = alternate(run.step, reference.step, repeats, way)
+        own_peak = reference_peak if way == REFERENCE else in_new_process(peak, setting, folder, way)
         line = Line(way, REFERENCE, None, False, *times, memory=(own_peak, reference_peak))
         rows.append(
             asdict(line)

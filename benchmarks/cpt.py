@@ -11,8 +11,8 @@ tokens, no padding, and one label token to predict. Both sides start from the sa
   to the input embeddings, over P + B·L tokens, with logits and cross-entropy at the step's label positions only.
   No optimizer, no projection, no mask, no cache. There are two variants. "One sequence": all tokens in one causal
   sequence `[1, P + B·L]`, so that, as in a step, later tokens attend to the context; they also attend to earlier rows.
-  "Apart": the context `[1, P]` and the rows `[B, L]` in two passes. No row attends to the context, so B·L·P pairs of
-  attention are missing. No exact CPT step can be as fast, and this variant has no goal.
+  "Apart": the context `[1, P]` and the rows `[B, L]` in two passes. Rows do not attend to the context, which saves
+  B·L·P pairs of attention. An exact CPT step cannot be as fast, so this variant has no goal.
 - **evaluation**: two one-token answers are ranked for 256 rows, 32 at a time; at most 5 rounds. This package computes
   the context's keys and values once, within the measured time. PEFT's forward pass repeats the context in every row and
   computes logits at all positions. Rows have L=40 tokens, or L=18, the length of the context's examples.
@@ -31,7 +31,7 @@ from pathlib import Path
 
 import peft
 import torch
-from measure import RESULTS, Line, Step, difference, in_turns, main, small_llama, train_step
+from measure import RESULTS, Line, Step, alternate, difference, main, small_llama, train_step
 from peft import CPTConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
@@ -234,7 +234,7 @@ def resident(what: str) -> float:
 
 
 def growth(build: Callable[[Shape], Run], shape: Shape, threads: int) -> float:
-    """Return by how many MiB this process grows in two steps."""
+    """Return the growth of this process's memory in two steps, in MiB."""
     torch.set_num_threads(threads)
     warnings.filterwarnings("ignore")
     step = build(shape).step
@@ -247,13 +247,13 @@ def growth(build: Callable[[Shape], Run], shape: Shape, threads: int) -> float:
 
 
 def peak_memory(shape: Shape, *builds: Callable[[Shape], Run]) -> tuple[float, ...]:
-    """Return the memory growth of each in MiB, each measured in a new process, one after the other."""
+    """Return the memory growth of each side in MiB, each measured in a new process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         jobs = [pool.submit(growth, build, shape, torch.get_num_threads()) for build in builds]
         return tuple(job.result() for job in jobs)
 
 
-# -- the lines -----------------------------------------------------------------------------------------------------
+# -- parts of the benchmark -----------------------------------------------------------------------------------------
 
 
 def steps(repeats: int) -> Iterator[Line]:
@@ -266,7 +266,7 @@ def steps(repeats: int) -> Iterator[Line]:
             loss.backward()
         of_loss = difference(*(loss.detach() for loss in losses))
         note = f"relative difference: loss {of_loss:.0e}, gradient {difference(ours.delta.grad, theirs.delta.grad):.0e}"
-        times = in_turns(ours.step, theirs.step, repeats, f"step, {shape}")
+        times = alternate(ours.step, theirs.step, repeats, f"step, {shape}")
         yield Line(f"CPT step, {shape}", PEFT, shape.goal, True, *times, note, memory)
 
 
@@ -276,7 +276,7 @@ def floors(repeats: int) -> Iterator[Line]:
         for name, goal in (("one sequence", 1.15), ("apart", None)):
             build = partial(floor, apart=name == "apart")
             memory = peak_memory(shape, our_training, build)
-            times = in_turns(our_training(shape).step, build(shape).step, repeats, f"floor, {name}, {shape}")
+            times = alternate(our_training(shape).step, build(shape).step, repeats, f"floor, {name}, {shape}")
             yield Line(f"CPT step, {shape}", f"bare model, {name}", goal, False, *times, memory=memory)
 
 
@@ -290,7 +290,7 @@ def evaluation(repeats: int) -> Iterator[Line]:
         note = f"relative difference of scores {difference(*scores):.0e}, same answer in {same} of {shape.rows} rows"
         title = f"evaluation of {shape.rows} rows, P={shape.context} L={shape.length}"
         # A PEFT round takes half a minute on one thread.
-        times = in_turns(ours.step, theirs.step, min(repeats, 5), title)
+        times = alternate(ours.step, theirs.step, min(repeats, 5), title)
         yield Line(title, PEFT, shape.goal, True, *times, note, memory)
 
 

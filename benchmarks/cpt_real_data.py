@@ -69,14 +69,14 @@ BALLS: dict[str, dict[str, Any]] = {
 }
 AUTHORS = {"lr": 1e-4, "epsilon": 0.2, "template_epsilon": 0.1, "epsilon_scale": "width"}
 VARIANTS = [f"{method} {bound}" for method in ("prompt_tuning", "instruction", "cpt") for bound in ("free", "ball")]
-# Changes of "cpt ball"; run at the middle k only.
+# Variants of "cpt ball", for the middle k only.
 EXTRAS: dict[str, dict[str, Any]] = {
     "ball, weights": {"normalize": "weights"},
     "ball, leave-one-out": {"leave_one_out": True},
     "authors": AUTHORS,
 }
 Method = Literal["cpt", "prompt_tuning", "instruction", "icl"]
-# Everything that all results depend on.
+# Settings that all results depend on.
 SETTINGS: dict[str, Any] = {
     "tasks": TASKS,
     "wordings": WORDINGS,
@@ -180,7 +180,7 @@ class Benchmark:
         return self.runs.once(key, lambda: self.learn(data, method, "test", **options))
 
     def run(self) -> list[dict[str, Any]]:
-        """Run everything that has not been run, and return the rows of the tables."""
+        """Run everything that is not in the file of finished runs, and return the rows of the tables."""
         kinds = {kind: self.choose_wording(kind) for kind in WORDINGS}
         self.wordings = {task: kinds[options["kind"]] for task, options in TASKS.items()}
         variants: dict[str, tuple[Method, dict[str, Any]]] = {"icl": ("icl", {})}
@@ -205,7 +205,7 @@ class Benchmark:
 
 
 def moved(prompt: Any) -> float:
-    """Return how far the trained tokens have moved, relative to their embeddings' norms, as a mean."""
+    """Return the mean distance of trained tokens from their embeddings, relative to the embeddings' norms."""
     share = (prompt.delta_embedding.detach() * prompt.moves).norm(dim=1) / prompt.embeddings.norm(dim=1)
     return share[prompt.moves[:, 0] > 0].mean().item()
 
@@ -223,7 +223,7 @@ def summary(rows: list[dict[str, Any]]) -> list[list[str]]:
             spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
             means += [statistics.mean(values)] if values else []
             line.append(f"{means[-1]:.1f}{spread}" if values else "")
-        # A mean over some of the columns could be mistaken for a mean over all.
+        # The mean is shown only if all columns have a value.
         line.append(f"{statistics.mean(means):.1f}" if len(means) == len(columns) else "")
         for name in also:
             values = [row[name] * (100 if name == "macro_f1" else 1) for row in own if name in row]

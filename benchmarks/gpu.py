@@ -12,10 +12,10 @@ Random weights in bfloat16, prompts and losses in fp32, random tokens, rows with
 - **prompt_tuning**: prompt tuning on the same model: P=100, B=32, L=128, two label tokens.
 
 A step is forward, backward, AdamW; its time is the median of `--repeats` steps after a warm-up, on a GPU by events.
-**Tokens** are those of the rows, input and label. **Positions** are all that the model runs, including prompts and
-every pass. **FLOPs** are counted on a real step by torch.utils.flop_counter, with unfused attention, so that all its
-products are counted. The **ceiling** is the rate of a bfloat16 product of two 8192 x 8192 matrices on this device,
-measured before the steps.
+**Tokens** are the input and label tokens of the rows. **Positions** are all positions of all passes, including prompts.
+**FLOPs** are counted on a real step by torch.utils.flop_counter, with unfused attention, so that all its products are
+counted. The **ceiling** is the rate of a bfloat16 product of two 8192 x 8192 matrices on this device, measured before
+the steps.
 """
 
 import argparse
@@ -60,7 +60,7 @@ TINY_LLAMA = LlamaConfig(
 
 @dataclass(frozen=True)
 class Shape:
-    """P, B, L, M and T, and how many positions the passes of a step run."""
+    """P, B, L, M and T, and the number of positions in the passes of a step."""
 
     prompt: int
     rows: int

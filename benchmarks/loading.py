@@ -1,4 +1,4 @@
-"""The cost of checking a backbone's results when it is loaded, and of its fingerprint.
+"""The cost of a backbone's check at load time, and of its fingerprint.
 
     python benchmarks/loading.py [--threads 2] [--repeats 15] [--only check fingerprint]
 
@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 import transformers
-from measure import RESULTS, Line, in_turns, main
+from measure import RESULTS, Line, alternate, main
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, T5Config
 from transformers import T5ForConditionalGeneration as T5
 
@@ -42,7 +42,7 @@ def check(repeats: int) -> Iterator[Line]:
             size = model.num_parameters() / 1e6
             model.save_pretrained(path)
             checked, unchecked = partial(load_backbone, path), partial(load_backbone, path, check=False)
-            times = in_turns(checked, unchecked, repeats, name)
+            times = alternate(checked, unchecked, repeats, name)
         yield Line(f"load {name}, {size:.0f} M, checked", "unchecked", 1.05, False, *times)
 
 
@@ -60,7 +60,7 @@ def of_fingerprint(repeats: int) -> Iterator[Line]:
     def one_pass() -> None:
         model(input_ids=ids, use_cache=False)
 
-    times = in_turns(lambda: fingerprint(model), one_pass, repeats, "fingerprint")
+    times = alternate(lambda: fingerprint(model), one_pass, repeats, "fingerprint")
     size = model.num_parameters() / 1e9
     yield Line(f"fingerprint of {size:.1f} B parameters", "a pass over 40 tokens", None, False, *times)
 

@@ -35,7 +35,7 @@ class Line:
         name: Name of the measured step.
         reference: Name of the reference.
         goal: Bound of the ratio, or None.
-        at_least: The ratio is a speed-up (reference / measured), else a cost (measured / reference).
+        at_least: Whether the ratio is a speed-up (reference / measured) or a cost (measured / reference).
         seconds: Seconds of the measured step, per round.
         reference_seconds: Seconds of the reference, per round.
         note: Evidence that both computed the same.
@@ -64,7 +64,7 @@ class Line:
         return median(self.ratios) >= self.goal if self.at_least else median(self.ratios) <= self.goal
 
 
-def in_turns(ours: Step, theirs: Step, repeats: int, text: str) -> tuple[list[float], list[float]]:
+def alternate(ours: Step, theirs: Step, repeats: int, text: str) -> tuple[list[float], list[float]]:
     """Return the seconds of two alternating steps after two warm-up rounds; the order changes every round."""
     times: dict[Step, list[float]] = {ours: [], theirs: []}
     for turn in track(range(repeats + 2), description=f"{text:32}", transient=True):

@@ -4,7 +4,7 @@
 
 64 rows of four tasks, L tokens each, with two one-token answers to rank, one MPT prompt of 100 tokens per task, on a
 small Llama with random weights, CPU, fp32. The measured step is the whole of `Predictor.predict`: tokenisation,
-ranking, probabilities; the prompts' keys and values are computed before, as in a server. PEFT's step is one forward
+ranking, probabilities; the prompts' keys and values are computed beforehand, as in a server. PEFT's step is one forward
 pass with `task_ids` over token ids, and the log-probabilities of both answers at the last position.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import peft
 import torch
-from measure import RESULTS, Line, difference, in_turns, main, small_llama
+from measure import RESULTS, Line, alternate, difference, main, small_llama
 from peft import MultitaskPromptTuningConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -73,7 +73,7 @@ def against_peft(length: int, repeats: int) -> Line:
         return logits.log_softmax(1)[:, [100, 101]].softmax(1)
 
     note = f"relative difference of the probabilities {difference(ours(), theirs()):.0e}"
-    times = in_turns(ours, theirs, repeats, f"predict, L={length}")
+    times = alternate(ours, theirs, repeats, f"predict, L={length}")
     title = f"{ROWS} rows of {len(TASKS)} tasks, P={PROMPT} L={length}"
     return Line(title, f"PEFT {peft.__version__} forward", 5.0 if length <= 20 else None, True, *times, note)
 

@@ -51,8 +51,8 @@ PLAIN: dict[str, dict[str, Any]] = {
     "sick": {"input": "{sentence_A} {sentence_B} true?", "choices": ["yes", "maybe", "no"]},
     "super_glue/wic": {"input": "{word}. {sentence1} {sentence2} same?", "choices": ["no", "yes"]},
 }
-# Everything that all results depend on. k counts rows per task: whether the paper balances classes is not known. All
-# trained tensors have a linear schedule and the same warm-up.
+# Settings that all results depend on. k is the number of rows per task; the paper does not state whether classes are
+# balanced. All trained tensors have a linear schedule and the same warm-up.
 SETTINGS: dict[str, Any] = {
     "prompt_length": 20,
     "max_input_length": 128,
@@ -70,11 +70,11 @@ SETTINGS: dict[str, Any] = {
 
 
 class Runs:
-    """The finished runs, stored on disk so that none is repeated.
+    """The finished runs, stored on disk so that they are not repeated.
 
     Args:
         file: JSON lines; the first contains the settings.
-        settings: Everything that all runs depend on; a file with other settings is an error.
+        settings: The settings that all runs depend on; a file with other settings is an error.
     """
 
     def __init__(self, file: Path, settings: dict[str, Any]) -> None:
@@ -87,7 +87,7 @@ class Runs:
             raise SystemExit(f"{file} was written with other settings. Choose another --output, or delete the file.")
 
     def once(self, key: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return the row that contains `key`, from the file or by running."""
+        """Return the row that contains `key` from the file, or run it and store its row."""
         for row in self.rows:
             if key.items() <= row.items():
                 return row
@@ -100,7 +100,7 @@ class Runs:
 
 
 def trainer(steps: int = -1) -> L.Trainer:
-    """Return a Trainer that neither logs, validates nor saves by itself."""
+    """Return a Trainer without logging, validation and checkpoints."""
     quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
     validation = {"limit_val_batches": 0} if steps > 0 else {}
     options = {"max_steps": steps, "max_epochs": -1, "gradient_clip_val": 1.0}
@@ -200,7 +200,7 @@ class Benchmark:
         return {"accuracy": statistics.mean(gold == common for gold in golds(test.test_dataloader()))}
 
     def run(self) -> list[dict[str, Any]]:
-        """Run everything that has not been run, and return the rows of the target tasks."""
+        """Run everything that is not in the file of finished runs, and return the rows of the target tasks."""
         # Teachers and source use the best learning rate of prompt tuning with all rows.
         rates = {("prompt_tuning", "full"): self.choose_rate("prompt_tuning", "full")}
         lr, steps = rates["prompt_tuning", "full"], SETTINGS["source"]

@@ -64,7 +64,7 @@ class Clock(L.Callback):
         self.times.append(time.perf_counter())
 
     def seconds_per_step(self) -> float:
-        """Return the mean; a step ends on all processes together, since they exchange gradients."""
+        """Return the mean seconds; a step ends on all processes together, since they exchange gradients."""
         counted = self.times[UNCOUNTED - 1 :]
         return (counted[-1] - counted[0]) / (len(counted) - 1)
 

@@ -6,8 +6,8 @@
     step         compute + the part of the exchange that is not hidden; at least the seconds of the data
     efficiency   the step without any exchange / the step
 
-"Lowest" is the ring without overlap. "Highest" is the faster of ring and tree, overlapped with the backward pass;
-without overlap for prompts, whose gradient is the last result of the backward pass.
+"Lowest" is the ring without overlap. "Highest" is the faster of ring and tree, overlapped with the backward pass,
+except for prompts, whose gradient is the last result of the backward pass.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def efficiency(compute: float, exposed: float, data: float) -> float:
 
 
 def flops_per_row(method: str, config: T5Config, length: int) -> tuple[int, int]:
-    """Return the floating-point operations of a step of one row: of the forward pass, and of the whole step."""
+    """Return the floating-point operations for one row, of the forward pass and of the whole step."""
     module = assembled(method, T5ForConditionalGeneration(config))
     batch = {name: value[None] for name, value in Rows(1, length, config.vocab_size)[0].items()}
     with torch.no_grad():

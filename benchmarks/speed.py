@@ -15,7 +15,7 @@ from pathlib import Path
 import lightning.pytorch as L
 import peft
 import torch
-from measure import RESULTS, Line, Step, difference, in_turns, main, small_llama, train_step
+from measure import RESULTS, Line, Step, alternate, difference, main, small_llama, train_step
 from peft import MultitaskPromptTuningConfig, PromptTuningConfig, get_peft_model
 from rich.progress import track
 from torch import Tensor, nn
@@ -100,7 +100,7 @@ def against_peft(method: type[Prompt], rows: int, length: int, repeats: int) -> 
     note = f"relative difference: loss {difference(*(loss.detach() for loss in losses)):.0e}, gradient {gradients:.0e}"
     theirs = train_step((p for p in reference.parameters() if p.requires_grad), peft_loss)
     name = "MPT" if multitask else "prompt tuning"
-    times = in_turns(train_step(prompt.parameters(), our_loss), theirs, repeats, f"causal step, {name}")
+    times = alternate(train_step(prompt.parameters(), our_loss), theirs, repeats, f"causal step, {name}")
     title = f"causal {name} step, P={LENGTH} L={length} B={rows}, {tasks} task{'s' if tasks > 1 else ''}"
     return Line(title, f"PEFT {peft.__version__} {config.peft_type.value}", 2.5, True, *times, note)
 
@@ -191,7 +191,7 @@ def distillation(repeats: int) -> Iterator[Line]:
     for backbone, batch in cases:
         modules = [source(backbone, distil) for distil in (True, False)]
         steps = [train_step(m.prompt.parameters(), lambda m=m, b=batch: m.losses(b)["loss"]) for m in modules]
-        times = in_turns(*steps, repeats, f"distillation, {backbone.name}")
+        times = alternate(*steps, repeats, f"distillation, {backbone.name}")
         rows, length = batch["input_ids"].shape
         title = f"MPTSource step with teachers, {backbone.name}, P={LENGTH} L={length} B={rows}, 4 tasks"
         yield Line(title, "the same without (both weights 0)", 1.5, False, *times)

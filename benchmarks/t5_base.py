@@ -33,7 +33,7 @@ T5_BASE = T5Config(
     vocab_size=32128, d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12, feed_forward_proj="relu",
     tie_word_embeddings=True, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
 )  # fmt: skip
-# By recipe: the number of parameters that the paper trains (P=100, H=768). Each stage starts from the previous one.
+# The number of trained parameters in the paper by recipe (P=100, H=768). Each stage starts from the previous one.
 STAGES = {"teachers": 6 * 76_800, "source": 82_008, "target": 77_668}
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/teachers.py [--threads 1] [--repeats 15] [--seeds 3] [--only steps scores]
 
-Steps: source steps of the demo's size, four at a time, alternating with the same steps without teachers. Scores: for
-each variant and seed, the demo's source run initialised with the seed, then every target task from 16 rows.
+Steps: groups of four source steps of the demo's size alternate with the same steps without teachers. Scores: for each
+variant and seed, the demo's source training, initialised with the seed, and then every target task with 16 rows.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import RESULTS, Line, Step, environment, in_turns, plain, show
+from measure import RESULTS, Line, Step, alternate, environment, plain, show
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -53,12 +53,12 @@ class Stepped(MPTSource):
 
     @property
     def global_step(self) -> int:
-        """The number of steps done."""
+        """Number of finished steps."""
         return self.step
 
 
 def steps_of(batches: list[dict[str, Any]], **options: Any) -> Step:
-    """Return a function that does four optimizer steps, each on the next batch."""
+    """Return a function that runs four optimizer steps, each on the next batch."""
     module = Stepped(T5, tasks=list(SOURCES), prompt_length=LENGTH, prompt_init="random", **options)
     module.backbone = load_backbone(T5)
     module.prompt = module.build_prompt(module.backbone)
@@ -98,7 +98,7 @@ def steps(repeats: int, folder: Path) -> Iterator[Line]:
         torch.manual_seed(0)  # the same teachers, so that later epochs use the cache
         ours = steps_of(batches, **options)
         theirs = steps_of(batches, **VARIANTS[NONE])
-        times = in_turns(ours, theirs, repeats, name)
+        times = alternate(ours, theirs, repeats, name)
         yield Line(f"{STEPS} source steps, {name}", NONE, None, False, *times)
 
 
@@ -158,7 +158,7 @@ def scores_table(rows: list[dict[str, Any]], seeds: int) -> Table:
     table.add_column("difference", justify="right")
 
     def of(variant: str, tasks: Sequence[str], seed: int) -> float:
-        """Return the mean over some tasks."""
+        """Return the mean score over some tasks."""
         found = [r["value"] for r in rows if (r["variant"], r["seed"]) == (variant, seed) and r["task"] in tasks]
         return 100 * statistics.fmean(found)
 
@@ -191,7 +191,7 @@ def main() -> None:
         parser.error("--repeats and --seeds must be at least 2, for a deviation")
     torch.set_num_threads(options.threads)
     found = environment(options.threads, options.repeats) | ({"note": options.note} if options.note else {})
-    # Parts that are not run keep their results in the file.
+    # The results of parts that are not run stay in the file.
     results = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else {}
 
     def keep(**part: Any) -> None:

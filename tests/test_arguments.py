@@ -29,7 +29,7 @@ class Child(Base):
         {"size": 1, "kind": "b", "rate": None, "share": 0.99, "names": None, "source": "x", "unknown": object()},
     ],
 )
-def test_possible_values_pass(values: dict[str, Any]) -> None:
+def test_valid_values_pass(values: dict[str, Any]) -> None:
     check_arguments(Child, values)
 
 
@@ -49,7 +49,7 @@ def test_possible_values_pass(values: dict[str, Any]) -> None:
         ("source", None, None),
     ],
 )
-def test_impossible_values_are_named(name: str, value: Any, expected: str | None) -> None:
+def test_invalid_values_are_named(name: str, value: Any, expected: str | None) -> None:
     if expected is None:  # a union with an unchecked type accepts anything
         check_arguments(Child, {name: value})
         return

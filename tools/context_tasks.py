@@ -1,6 +1,6 @@
 """Classification tasks that the small Llama is pretrained to learn from examples in its context.
 
-They go from single words to relations of two sentences; `tools.pretrain_llama` draws one for each row of its text.
+They range from single words to relations between two sentences; `tools.pretrain_llama` draws one per row.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ GROUPS = (world.PEOPLE, world.ANIMALS, world.THINGS, world.FOODS, world.VERBS, C
 
 @dataclass(frozen=True)
 class Distinction:
-    """A classification task: `draw` returns a row of a class. If `target`, no target task's label word is used."""
+    """A classification task: `draw` returns a row of a class. If `target`, no label is a target task's label word."""
 
     draw: Draw
     classes: int
@@ -37,13 +37,13 @@ def some(rng: Random, most: int) -> int:
 
 
 def word(rng: Random) -> Distinction:
-    """Which of some words is it?"""
+    """Draw a task whose classes are single words."""
     words = rng.sample([w for words in GROUPS for w in words], rng.choice((2, 3, 4, 6, 8)))
     return Distinction(lambda rng, label: {"sentence": words[label]}, len(words))
 
 
 def group(rng: Random) -> Distinction:
-    """Of which kind is the word, alone or in a pair with a word of any kind?"""
+    """Draw a task whose classes are kinds of words; another word of any kind may follow."""
     groups = rng.sample(GROUPS, some(rng, 4))
     if rng.random() < 0.5:
         return Distinction(lambda rng, label: {"sentence": rng.choice(groups[label])}, len(groups))
@@ -61,7 +61,7 @@ def valued(rng: Random, slot: str, classes: int) -> Callable[[Random, int], worl
 
 
 def phrase(rng: Random) -> Distinction:
-    """What is in one slot of a few words?"""
+    """Draw a task whose classes differ in one slot of a phrase."""
     slots = sorted(rng.sample(list(SLOTS), rng.choice((1, 2, 2, 3))), key=list(SLOTS).index)
     classes = some(rng, 4)
     draw = valued(rng, rng.choice(slots), classes)
@@ -74,7 +74,7 @@ def phrase(rng: Random) -> Distinction:
 
 
 def slot(rng: Random) -> Distinction:
-    """What is in one slot of a sentence?"""
+    """Draw a task whose classes differ in one slot of a sentence."""
     classes = some(rng, 4)
     draw = valued(rng, rng.choice(list(SLOTS)), classes)
     return Distinction(lambda rng, label: {"sentence": draw(rng, label).told(rng)}, classes)
@@ -86,19 +86,19 @@ def place_first(rng: Random, label: int) -> Row:
 
 
 def detail(rng: Random, label: int) -> Row:
-    """Is the colour said, the place, or neither?"""
+    """Does the sentence mention the colour, the place, or neither?"""
     event = world.draw_event(rng)
     unsaid = {"colour": {"place": ""}, "place": {"colour": ""}, "": {"colour": "", "place": ""}}
     return {"sentence": replace(event, **unsaid[("colour", "place", "")[label]]).told(rng)}
 
 
 def about(rng: Random, label: int) -> Row:
-    """Is the opinion one of a work or of goods?"""
+    """Is the opinion about a work or about goods?"""
     return {"sentence": world.opinion(rng, rng.random() < 0.5, (world.WORKS, world.GOODS)[label])}
 
 
 def genre(rng: Random, label: int) -> Row:
-    """Is it an event, an opinion or a remark on the world?"""
+    """Is the sentence an event, an opinion or a remark on the world?"""
     if label == 0:
         return {"sentence": world.draw_event(rng).told(rng)}
     if label == 1:
@@ -107,12 +107,12 @@ def genre(rng: Random, label: int) -> Row:
 
 
 def opinion(rng: Random, label: int) -> Row:
-    """Is the opinion of anything good?"""
+    """Is the opinion, of a work or of goods, positive?"""
     return {"sentence": world.opinion(rng, label == 1, world.WORKS | world.GOODS)}
 
 
 def feeling(rng: Random, label: int) -> Row:
-    """Is a bare quality or feeling good?"""
+    """Is a single quality or feeling positive?"""
     words = (world.GOOD, world.LIKED) if label else (world.BAD, world.LOATHED)
     if rng.random() < 0.4:
         return {"sentence": f"not {rng.choice((world.BAD, world.GOOD)[1 - label])}"}
@@ -129,14 +129,14 @@ JUDGED = [
 
 
 def judgement(rng: Random) -> Distinction:
-    """What does a sentence say, and how? Some of the classes of one of these distinctions."""
+    """Draw some classes of one of the tasks in `JUDGED`."""
     whole = rng.choice(JUDGED)
     labels = rng.sample(range(whole.classes), some(rng, whole.classes))
     return replace(whole, draw=lambda rng, label: whole.draw(rng, labels[label]), classes=len(labels))
 
 
 def matched(rng: Random) -> Distinction:
-    """Do two words or phrases share one part, or all?"""
+    """Draw a task on whether two words or phrases agree in one part or in all."""
     slots = sorted(rng.sample(list(SLOTS), rng.choice((1, 1, 2))), key=list(SLOTS).index)
     asked = rng.choice([[s] for s in slots] + [slots])
 

@@ -47,8 +47,8 @@ class Stage:
 
 
 ASKED: dict[Kind, float] = {judged: 0.08, compared: 0.08, told_again: 0.04, plain: 0.03}
-# Words come first: there the model learns to use examples, and then on sentences. Training stops early, since a model
-# trained for longer reaches 100% on most tasks from the context alone, which leaves a trained context nothing to gain.
+# The model learns to use examples first on words and then on sentences. Training stops early: after more steps,
+# in-context learning reaches 100% on most tasks, which a trained context could not improve.
 STAGES = (
     Stage(200, (64,), {word: 0.35, group: 0.4, phrase: 0.2, plain: 0.05}),
     Stage(800, (128,), {word: 0.04, group: 0.12, phrase: 0.18, slot: 0.18, judgement: 0.24, matched: 0.1, **ASKED}),
@@ -96,9 +96,9 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 def wire(model: LlamaForCausalLM) -> None:
     """Initialise some heads as induction heads, which would otherwise take most of the training to appear.
 
-    Heads of the first and third layer attend some words back, by the bias of their queries and keys. In the third layer
-    they copy what precedes a label word to that word; heads of the last two layers attend to label words whose copy
-    resembles the current word, and predict them.
+    Heads of the first and third layer attend to earlier words at fixed distances, by the bias of their queries and
+    keys. In the third layer they copy the words before a label word to that word; heads of the last two layers attend
+    to label words whose copy resembles the current word, and predict them.
     """
     turn = THETA ** -(torch.arange(4) * 2 / HEAD)
     layers = [layer.self_attn for layer in model.model.layers]
@@ -111,7 +111,7 @@ def wire(model: LlamaForCausalLM) -> None:
             k.bias[head * HEAD : head * HEAD + 4] = 6.0
             q.bias[head * HEAD : head * HEAD + 4] = 6.0 * torch.cos(back * turn)
             q.bias[head * HEAD + HEAD // 2 : head * HEAD + HEAD // 2 + 4] = -6.0 * torch.sin(back * turn)
-    spaces = torch.linalg.qr(torch.randn(WIDTH, WIDTH))[0].view(4, HEAD, WIDTH)  # two that are copied, two to copy to
+    spaces = torch.linalg.qr(torch.randn(WIDTH, WIDTH))[0].view(4, HEAD, WIDTH)  # two to copy from, two to copy to
     said = torch.linalg.qr(torch.randn(WIDTH, WIDTH))[0].view(4, HEAD, WIDTH)
     for head in (0, 1):
         at = slice(head * HEAD, (head + 1) * HEAD)
@@ -214,7 +214,7 @@ def evaluate(
     right = 0
     for _ in range(contexts):
         labels = [label for label in range(len(choices)) for _ in range(shots)]
-        if name == "question":  # sixteen classes: as many examples as four classes have
+        if name == "question":  # sixteen classes have as many examples as four
             labels = [rng.randrange(len(choices)) for _ in range(4 * shots)]
         rng.shuffle(labels)
         asked = rng.randrange(len(choices))

@@ -2,8 +2,7 @@
 
     python -m tools.pretrain_t5 --output DIR --steps 9000 --seed 0
 
-Instructions are questions in words, followed by the fields as the cards lay them out. No instruction is answered with
-a label word of a target task.
+An instruction is a question, followed by the fields in the cards' layout. No answer is a label word of a target task.
 """
 
 import argparse
@@ -27,7 +26,7 @@ from tools.world import Row
 SENTINELS = [f"<extra_id_{i}>" for i in range(8)]
 LABEL_WORDS = tuple(sorted({word for task in world.TASKS.values() for word in task.choices}))
 SAYABLE = (*LABEL_WORDS, "yes", "no", "left", "right", "sun", "moon", "tea", "milk", *world.PEOPLE, *world.ANIMALS)
-# Alternative words for the classes 0 to 3, so that a decision is learned apart from the words of its answer.
+# Alternative words for the classes 0 to 3, so that a decision does not depend on the words of its answer.
 CODES = {
     "letters": ("a", "b", "c", "d"), "numbers": ("one", "two", "three", "four"),
     "shapes": ("circle", "square", "star", "cross"), "tools": ("hammer", "saw", "nail", "rope"),
@@ -72,7 +71,7 @@ SKILLS = [
 
 
 def layout(row: Row) -> str:
-    """Return the fields as the cards lay them out."""
+    """Return the fields in the cards' layout."""
     return " ".join(f"{name} : {text}" for name, text in row.items())
 
 
@@ -172,7 +171,7 @@ def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     """Build a word-level tokenizer of the world's words, most frequent first, with T5's special tokens."""
     rng = Random(f"{seed} words")
     texts = [text for draw in MIXTURE for _ in range(10_000) for text in draw(rng)]
-    texts += [" ".join(words) for words in (SAYABLE, *CODES.values())]  # words too rare to be drawn for sure
+    texts += [" ".join(words) for words in (SAYABLE, *CODES.values())]  # words that may be too rare to be drawn
     for name in world.TASKS:
         rows = world.make_rows(name, {"train": 2000}, seed)["train"]
         texts += [layout({field: str(text) for field, text in row.items() if field != "label"}) for row in rows]
@@ -218,7 +217,7 @@ def pretrain(output: Path, steps: int, seed: int, batch_size: int = 64, lr: floa
     tokenizer = make_tokenizer(seed)
     model = make_model(tokenizer)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} words", flush=True)
-    # Embeddings have ten times the scale of the weights: at the same learning rate they would hardly change.
+    # Embeddings have ten times the scale of the weights, so they need a larger learning rate.
     words = [parameter for name, parameter in model.named_parameters() if name == "shared.weight"]
     others = [parameter for name, parameter in model.named_parameters() if name != "shared.weight"]
     groups = [{"params": others, "lr": lr}, {"params": words, "lr": 20 * lr}]

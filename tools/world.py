@@ -3,9 +3,8 @@
     python -m tools.world      # writes the Parquet files that ship with the package
 
 Nearly every sentence describes an `Event` (who did what to which item, of what colour, where) or expresses an opinion.
-A task is a function of a random generator and a label that returns a row, so that labels are balanced.
-Six tasks are sources, four are targets: `SOURCES` and `TARGETS` name them. A task's docstring is the question that its
-label answers.
+A task is a function that returns a row for a random generator and a given label, so that labels are balanced. Its
+docstring is the question that the label answers. `SOURCES` has six tasks, `TARGETS` four.
 """
 
 import argparse
@@ -128,7 +127,7 @@ def sentiment(rng: Random, label: int) -> Row:
 
 
 def advice(rng: Random, label: int) -> Row:
-    """Would the opinion of a phone, hotel, meal or car make one buy it?"""
+    """Does the opinion recommend a phone, hotel, meal or car?"""
     return {"sentence": opinion(rng, label == 1, GOODS)}
 
 
@@ -244,7 +243,7 @@ def make_rows(name: str, counts: dict[str, int], seed: int) -> dict[str, list[di
     Args:
         name: A key of `TASKS`.
         counts: The number of rows of each split.
-        seed: The same seed gives the same rows, whatever other tasks are drawn.
+        seed: The same seed gives the same rows, regardless of other tasks.
 
     Returns:
         The rows of each split: the task's text fields and `label`, a class index or, for a numeric task, a number.
@@ -269,7 +268,7 @@ def write_world(folder: Path) -> None:
     """Write the rows that ship with the package to `<folder>/<task>/<split>.parquet`.
 
     Args:
-        folder: The folder; created if it does not exist, files of an earlier call are overwritten.
+        folder: The output folder, created if necessary; existing files are overwritten.
     """
     for name in TASKS:
         for split, rows in make_rows(name, SHIPPED, seed=0).items():

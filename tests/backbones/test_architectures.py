@@ -98,7 +98,7 @@ def check(backbone: Backbone, known: Expected, side: str, count: int) -> None:
 
 
 @pytest.mark.parametrize(("kind", "seq2seq"), EXACT, ids=[kind + ("/seq2seq" if s else "") for kind, s in EXACT])
-def test_exact(kind: str, seq2seq: bool) -> None:
+def test_results_equal_the_bare_models(kind: str, seq2seq: bool) -> None:
     """A prompt made of tokens' embeddings gives the same results as these tokens' ids."""
     model = build_tiny(kind, seq2seq)
     bare = Bare(model, seq2seq)
@@ -128,11 +128,11 @@ def test_exact(kind: str, seq2seq: bool) -> None:
 
 
 @pytest.mark.parametrize(("kind", "seq2seq", "message"), REFUSED, ids=[f"{kind}/{s}" for kind, s, _ in REFUSED])
-def test_refused(kind: str, seq2seq: bool, message: str) -> None:
+def test_refused_architectures(kind: str, seq2seq: bool, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         wrap_model(build_tiny(kind, seq2seq), kind)
 
 
-def test_the_documented_table_is_this_one() -> None:
+def test_the_documented_table_is_current() -> None:
     page = Path(__file__).parents[2] / "docs" / "architectures.md"
     assert page.read_text().endswith(table())

@@ -113,7 +113,7 @@ def test_generation_is_the_argmax_of_a_forward_pass(
     assert (likelihood(beams) >= likelihood(tokens) - 1e-9).float().mean() >= 0.8
 
 
-def test_encoded_prompts_replace_prompts_in_every_verb(
+def test_encoded_prompts_replace_prompts_in_every_method(
     backbone: Backbone, prompts: torch.Tensor, batch: dict[str, torch.Tensor]
 ) -> None:
     encoded = backbone.encode_prompts(prompts)
@@ -247,9 +247,9 @@ def test_a_sliding_window_is_exact_or_refused(prompts: torch.Tensor, batch: dict
         expected = wide.model(inputs_embeds=alone).logits[0, -len(answer) - 1 : -1]
         torch.testing.assert_close(logits[row, : len(answer)], expected, rtol=1e-9, atol=1e-9)
     inputs = (prompts, batch["task_ids"], batch["input_ids"], batch["attention_mask"])
-    for verb, extra in ((narrow.forward, (batch["labels"],)), (narrow.score, (batch["labels"][:, None],))):
+    for method, extra in ((narrow.forward, (batch["labels"],)), (narrow.score, (batch["labels"][:, None],))):
         with pytest.raises(ValueError, match=r"attends to the last 10 only\. Use shorter texts"):
-            verb(*inputs, *extra)
+            method(*inputs, *extra)
     with pytest.raises(ValueError, match="attends to the last 10 only"):
         narrow.generate(*inputs, max_new_tokens=2)
 
@@ -266,9 +266,9 @@ def test_a_batch_that_fills_the_window_is_exact(prompts: torch.Tensor, batch: di
     torch.testing.assert_close(full(*inputs, labels).logits[counted], expected, rtol=1e-9, atol=1e-9)
     ranked = wide.score(*inputs, labels[:, None])
     torch.testing.assert_close(full.score(*inputs, labels[:, None]), ranked, rtol=1e-9, atol=1e-9)
-    for verb, extra in ((sliding(read - 1).forward, labels), (sliding(read - 1).score, labels[:, None])):
+    for method, extra in ((sliding(read - 1).forward, labels), (sliding(read - 1).score, labels[:, None])):
         with pytest.raises(ValueError, match=f"attends to the last {read - 1} only"):
-            verb(*inputs, extra)
+            method(*inputs, extra)
     options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
     made = sliding(columns + 5).generate(*inputs, max_new_tokens=5, **options)
     embed = wide.model.get_input_embeddings()

@@ -48,8 +48,8 @@ def pair(kind: str, **options: Any) -> tuple[Backbone, Backbone]:
     return plain.train(), compiled.train()
 
 
-def verbs(backbone: Backbone, rows: int, length: int, labels: int) -> dict[str, torch.Tensor]:
-    """Return the results of each method as the modules use it: training, a teacher's pass, evaluation."""
+def outputs(backbone: Backbone, rows: int, length: int, labels: int) -> dict[str, torch.Tensor]:
+    """Return the outputs of training, a teacher's pass, ranking and generation, called as in the modules."""
     batch = make_batch(rows, length, labels)
     prompts = torch.randn(3, 6, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
     inputs = (batch["task_ids"], batch["input_ids"], batch["attention_mask"])
@@ -75,7 +75,7 @@ def verbs(backbone: Backbone, rows: int, length: int, labels: int) -> dict[str, 
 
 
 def assert_same(plain: Backbone, compiled: Backbone, *shape: int) -> None:
-    expected, found = verbs(plain, *shape), verbs(compiled, *shape)
+    expected, found = outputs(plain, *shape), outputs(compiled, *shape)
     for name, value in expected.items():
         assert found[name].shape == value.shape, name
         assert (found[name] - value).abs().max() <= 1e-5 * value.abs().max(), name

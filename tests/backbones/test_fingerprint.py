@@ -24,7 +24,7 @@ def checkpoint(of: str) -> PromptCheckpoint:
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "bart"])
-def test_every_tensor_counts(kind: str) -> None:
+def test_every_tensor_changes_the_fingerprint(kind: str) -> None:
     small = {"vocab_size": 50, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 16}
     model = BartForConditionalGeneration(BartConfig(**small)) if kind == "bart" else build_model(kind)
     whole = fingerprint(model)
@@ -40,7 +40,7 @@ def test_every_tensor_counts(kind: str) -> None:
 
 @pytest.mark.parametrize("place", [slice(0, 1), slice(1, 2), slice(1501, 1502), slice(2999, 3000)])
 @pytest.mark.parametrize("axis", [0, 1])
-def test_a_row_or_a_column_of_a_larger_table_counts(place: slice, axis: int) -> None:
+def test_each_part_of_a_large_table_changes_the_fingerprint(place: slice, axis: int) -> None:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=3000, n_embd=32, n_layer=1, n_head=2, n_positions=8))
     whole, table = fingerprint(model), model.get_input_embeddings().weight.data

@@ -24,7 +24,7 @@ def plain_logits(backbone: Backbone, ids: torch.Tensor, labels: torch.Tensor) ->
 
 
 @pytest.mark.parametrize("encoded", [False, True])
-def test_all_verbs_equal_the_plain_model(encoded: bool, backbone: Backbone, batch: dict[str, torch.Tensor]) -> None:
+def test_all_outputs_equal_the_bare_models(encoded: bool, backbone: Backbone, batch: dict[str, torch.Tensor]) -> None:
     prompt = EmptyPrompt(3, backbone.dim, ["a", "b", "c"])(torch.arange(3))
     prompts = backbone.encode_prompts(prompt) if encoded else prompt
     choices = torch.randint(3, 100, (5, 3, 3), generator=torch.Generator().manual_seed(3))

@@ -130,7 +130,7 @@ def test_empty_text_can_be_kept(make_card, write_split, read):
     assert read(make_card(empty_text="keep"), write_split([{"text": "", "label": 1}]))[0].values == {"text": ""}
 
 
-def test_nothing_left(make_card, write_split, read):
+def test_no_rows_left(make_card, write_split, read):
     with pytest.raises(ValueError, match=r"got no labelled train row with text out of 1"):
         read(make_card(unlabelled="drop"), write_split([{"text": "a", "label": -1}]))
 

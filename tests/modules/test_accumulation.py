@@ -143,7 +143,7 @@ def test_micro_batches_are_one_batch(method: str, build: Build, tmp_path: Path) 
     assert_equal(*(fit(build(method), tmp_path, **options)[0] for options in (WHOLE, PARTS)))
 
 
-def test_rows_without_label_tokens_count_nothing(build: Build, tmp_path: Path) -> None:
+def test_rows_without_label_tokens_have_no_weight(build: Build, tmp_path: Path) -> None:
     # The first micro-batch, of two rows, has no label tokens.
     assert_equal(*(fit(build("prompt tuning"), tmp_path, unlabelled=2, **options)[0] for options in (WHOLE, PARTS)))
 

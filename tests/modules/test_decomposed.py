@@ -15,7 +15,7 @@ QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "e
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_verb_equals_a_plain_model_on_shifted_embeddings(kind: str) -> None:
+def test_outputs_equal_the_bare_model_on_shifted_embeddings(kind: str) -> None:
     backbone = (Seq2SeqBackbone if kind == "t5" else CausalBackbone)(build_model(kind).double(), kind).eval()
     torch.manual_seed(0)
     prompt = DecomposedPrompt(2, 3, 32, text_length=4, rank=2).double()

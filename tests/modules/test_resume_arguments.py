@@ -127,7 +127,7 @@ def test_a_longer_run_has_its_own_schedule(
     assert module.trainer.lr_scheduler_configs[0].scheduler.get_last_lr() == [0.0]
 
 
-def test_the_checkpoints_rate_is_the_one_that_trains(resume: Callable[..., PromptModule]) -> None:
+def test_the_checkpoints_learning_rate_is_used(resume: Callable[..., PromptModule]) -> None:
     expected = resume(PromptTuning).state_dict()
     with pytest.warns(UserWarning, match="lr: now 0.1"):
         found = resume(PromptTuning, lr=0.1).state_dict()

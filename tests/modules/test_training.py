@@ -74,7 +74,7 @@ def test_prompt_tuning_equals_a_hand_written_loop(
 
 
 @pytest.mark.parametrize("kind", ["t5", "llama"])
-def test_only_the_prompt_moves_and_all_of_it(
+def test_only_the_prompt_is_trained_and_all_of_it(
     kind: str, model_folder: Folder, data: AnyData, trainer: MakeTrainer, teachers
 ) -> None:
     module = MPTSource(model_folder(kind), teachers=teachers(kind), prompt_length=4, rank=2)

@@ -31,7 +31,7 @@ def pushed(prompt: ContextPrompt, size: float = 5.0) -> ContextPrompt:
     return prompt
 
 
-def test_the_bounds_are_the_authors() -> None:
+def test_the_bounds_equal_the_authors() -> None:
     prompt = make()
     assert (prompt.epsilon, prompt.template_epsilon, prompt.epsilon_scale) == (0.2, 0.1, "width")
 
@@ -53,7 +53,7 @@ def test_labels_are_found_by_their_token_type() -> None:
     ("trained", "moving"),
     [("inputs", sorted(INPUTS + TEMPLATES)), ("all", list(range(12))), ("instruction", []), ("nothing", [])],
 )
-def test_only_some_tokens_move(trained: str, moving: list[int]) -> None:
+def test_only_the_chosen_tokens_are_trained(trained: str, moving: list[int]) -> None:
     prompt = pushed(make(trained=trained))
     moved = (prompt(ROW).embeddings[0] - table()[IDS]).norm(dim=1) > 0
     assert moved.nonzero()[:, 0].tolist() == moving

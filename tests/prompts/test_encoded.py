@@ -40,7 +40,7 @@ def test_a_superposed_prompt_is_a_weighted_sum_of_embeddings() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tasks_do_not_share_anything(kind: str) -> None:
+def test_tasks_share_no_parameters(kind: str) -> None:
     """The gradient of one task's prompt does not reach another's parameters."""
     prompt = make(kind)
     prompt(torch.tensor([1])).embeddings.square().sum().backward()

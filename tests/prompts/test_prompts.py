@@ -49,7 +49,7 @@ def test_multitask_prompt_equals_a_loop_over_tasks_and_ranks() -> None:
 @pytest.mark.parametrize(
     ("tasks", "expected"), [(1, 77_668), (6, 82_008), (8, 8 * 10_468)], ids=["target", "sources", "group of eight"]
 )
-def test_parameter_counts_are_the_papers(tasks: int, expected: int) -> None:
+def test_parameter_counts_equal_the_papers(tasks: int, expected: int) -> None:
     assert count(MultitaskPrompt(tasks, length=100, dim=768, rank=1)) == expected
 
 
