@@ -28,8 +28,7 @@ class Segment:
 
     Attributes:
         layers: Per layer `[N, S, H]`, the last layer last.
-        weight: `[N, S]`, how often each position counts: 0 for padding, for a prompt that several rows share the
-            number of those rows.
+        weight: `[N, S]`, how often each position counts: 0 for padding; the number of rows that share it for a prompt.
     """
 
     layers: tuple[Tensor, ...]

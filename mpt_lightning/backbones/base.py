@@ -20,8 +20,8 @@ from mpt_lightning.objectives import IGNORE, Segment, log_likelihood
 from mpt_lightning.prompts import PromptOutput
 
 Family = Literal["seq2seq", "causal"]
-# Faster ways to bring prompts to rows than copying their keys and values for every row: with "packed", prompts and rows
-# run in one pass if gradients are needed; with "shared", rows of one prompt read it without copies if not.
+# Faster alternatives to copying the prompts' keys and values for every row. With gradients "packed": prompts and rows
+# run in one pass. Without gradients "shared": all rows attend to the same keys and values of one prompt.
 Way = Literal["packed", "shared"]
 # Prompts, rows, input ids and attention mask; see `Backbone`.
 Inputs: TypeAlias = tuple[Tensor | PromptOutput, Tensor, Tensor, Tensor]

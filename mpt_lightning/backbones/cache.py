@@ -44,7 +44,7 @@ def gather_layers(layers: Sequence[Pair], rows: Tensor) -> tuple[Pair, ...]:
 
 
 class PrefixLayer(CacheLayerMixin):
-    """One layer's prefix, before the keys and values of a pass: first one that all rows share, then one per row.
+    """One layer's prefix of the keys and values of a pass: first what all rows share, then what each row has alone.
 
     Nothing accumulates: `update` returns and stores `[prefix, new]`. So the same prefix can be used in many passes, and
     recomputing a layer (gradient checkpointing) has the same result.

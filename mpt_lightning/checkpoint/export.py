@@ -97,7 +97,7 @@ def read_description(folder: Path) -> tuple[PromptCheckpoint, list[str]]:
 
 
 def for_backbone(checkpoint: PromptCheckpoint, backbone: Backbone) -> PromptCheckpoint:
-    """Raise if a checkpoint is for another backbone; one from PEFT, without a fingerprint, takes the backbone's."""
+    """Check that a checkpoint is for a backbone; one from PEFT has no fingerprint, and gets that of the backbone."""
     if checkpoint.fingerprint:
         checkpoint.check_backbone(backbone.name, backbone.fingerprint, "The checkpoint")
         return checkpoint

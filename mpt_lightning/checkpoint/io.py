@@ -30,9 +30,9 @@ class CheckedCheckpointIO(TorchCheckpointIO):
             write_file(Path(path), buffer.getbuffer(), flush=True)
         except OSError as error:
             raise MPTError(
-                f"The checkpoint {path} ({buffer.tell():,} bytes) cannot be written: {error.strerror}. Training has "
-                "stopped; checkpoints written before are whole. Make room, or choose another folder (dirpath of "
-                "ModelCheckpoint, --trainer.default_root_dir), and resume with --ckpt_path last."
+                f"The checkpoint {path} ({buffer.tell():,} bytes) cannot be written: {error.strerror}; earlier ones "
+                "are whole. Make room, or choose another folder (dirpath of ModelCheckpoint, "
+                "--trainer.default_root_dir), and resume with --ckpt_path last."
             ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:

@@ -21,9 +21,9 @@ class SaveOnTermination(L.Callback):
     after the same step, whichever of them got the signal: they agree by one number per step. The package's modules add
     this callback.
 
-    The same holds for the signal that SLURM sends before the time limit (`--signal=SIGUSR1@90`). Lightning's handler
-    then also saves `hpc_ckpt_<n>.ckpt` and requeues the job, but here between two steps: at any other moment its ranks
-    may wait for each other forever, and its checkpoint may be of half a step.
+    The same holds for the signal that SLURM sends before the time limit (`--signal=SIGUSR1@90`). After it Lightning's
+    handler also saves `hpc_ckpt_<n>.ckpt` and requeues the job. Here it runs between two steps: at any other moment its
+    ranks might wait for each other forever, and its checkpoint might be of half a step.
     """
 
     def __init__(self) -> None:
@@ -77,11 +77,9 @@ class SaveOnTermination(L.Callback):
 class ReleaseOnException(L.Callback):
     """Frees what a module keeps on the device when a run fails: Lightning calls `teardown` of complete runs only."""
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Call the module's `release`."""
-        release: Any = getattr(pl_module, "release", None)
-        if release is not None:
-            release()
+        pl_module.release()
 
 
 def _requeue_signal(trainer: L.Trainer) -> list[int]:

@@ -24,16 +24,11 @@ class StepMean:
         self.kept: Tensor | None = None  # of all batches before it
 
     def add(self, terms: Mapping[str, Tensor], tokens: Tensor, last: bool, ranks: int) -> dict[str, Tensor]:
-        """Add a batch.
+        """Add a batch, and return its terms as means over the step's tokens so far; NaN if a whole step has none.
 
-        Args:
-            terms: scalars, each a mean over the batch's label tokens; the same names for all batches of a step.
-            tokens: the number of these tokens, a scalar.
-            last: whether this is the step's last batch. With it all ranks add up their 1 + K sums.
-            ranks: number of ranks.
-
-        Returns:
-            The terms as means over the tokens so far, after the last batch of all ranks; NaN if the step has none.
+        `terms` are K scalars, each a mean over the batch's label tokens, with the same names in all batches of a step;
+        `tokens` is the number of these tokens, a scalar. With the `last` batch of a step all ranks add up their 1 + K
+        sums, so that the result is over their tokens too.
         """
         values = torch.stack([torch.ones_like(terms["loss"]), *terms.values()]).detach()
         tokens = tokens.to(values.dtype)

@@ -114,12 +114,12 @@ class BackboneModule(L.LightningModule, ABC):
 
     @classmethod
     def needs_checkpoint(cls, arguments: Mapping[str, Any]) -> bool:
-        """Return whether evaluating takes a checkpoint: unless the method trains nothing with these arguments."""
+        """Return whether evaluating takes a checkpoint; it does not if nothing is trained with these arguments."""
         return True
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """What DDP neither broadcasts at the start nor in a step: all that is not trained, which each rank has."""
+        """The names of what DDP never broadcasts: everything that is not trained, since each rank loads it itself."""
         frozen = [name for name, value in self.named_parameters(remove_duplicate=False) if not value.requires_grad]
         return [*frozen, *(name for name, _ in self.named_buffers(remove_duplicate=False))]
 

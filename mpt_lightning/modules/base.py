@@ -69,7 +69,7 @@ class PromptModule(EvaluatedModule):
             self.trainer.fit_loop._combined_loader = None
 
     def on_train_start(self) -> None:
-        """Note that the run is restored."""
+        """Record that the run is restored."""
         self.restores = False
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -119,7 +119,7 @@ class PromptModule(EvaluatedModule):
 
     @torch.no_grad()
     def _not_finite(self, batch: Batch) -> str:
-        """Name the rows whose own loss is not finite, by task; all rows if no single one's is."""
+        """Return, by task, the rows whose loss is not finite; all rows if the loss of each single one is finite."""
         backbone, _ = self.parts()
         # A sharded backbone runs on all ranks or none.
         own = batch["labels"].new_zeros(len(batch["labels"])) if backbone.sharded else torch.stack(

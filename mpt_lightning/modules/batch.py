@@ -16,7 +16,7 @@ _OPTIONAL = {"choices": "BCK", "context_examples": "B"}
 
 
 def check_batch(batch: Any, tasks: Sequence[str]) -> Batch:
-    """Check a batch against the contract between DataModules and modules.
+    """Check a batch against the contract between DataModules and modules, and return it with `task_ids`.
 
     A batch is a mapping, from any DataModule. Its tensors, on one device:
 
@@ -24,20 +24,13 @@ def check_batch(batch: Any, tasks: Sequence[str]) -> Batch:
     - `attention_mask [B, L]`: 1 at tokens, 0 at padding, on any side.
     - `labels [B, M]`, integers: the answer's tokens, -100 for padding, which is at the end. For decoder-only models
       too they are the answer alone; the text is in `input_ids`.
-    - `task_ids [B]`, integers: each row's place in the DataModule's `tasks` or, where it has none, in the module's.
-      Not needed where there is one task.
+    - `task_ids [B]`, integers: each row's place in the DataModule's `tasks` `[T]`, or in the module's if the DataModule
+      has none. Optional if there is one task; then they are zeros.
     - `choices [B, C, K]`, optional, evaluation: the tokens of each of C answers to rank, padded like labels.
     - `context_examples [B]`, optional, CPT's leave-one-out: the row's place in the context, -1 for none.
 
-    Lists of B for evaluation: `references` (accepted answers, each a list of strings; needed where the DataModule has
+    Lists of B for evaluation: `references` (accepted answers, each a list of strings; needed if the DataModule has
     `cards`), `texts`, `groups`, `row_ids`. There is one evaluation loader per task, in the order of `tasks`.
-
-    Args:
-        batch: A DataModule's batch.
-        tasks: Names that `task_ids` index [T].
-
-    Returns:
-        The batch, with `task_ids` of zeros where it had none and there is one task.
 
     Raises:
         MPTError: If a key is missing, a tensor has another type or shape, or a task id that is on the CPU is not in

@@ -95,13 +95,9 @@ class Targets:
 
 
 class Teachers:
-    """One frozen prompt per task, on the student's backbone; runs without gradients.
+    """One frozen prompt `[P, H]` per task, on the student's backbone; runs without gradients.
 
-    Args:
-        prompts: [T, P, H].
-        options: What is distilled.
-        cache: Folder of the cache; None for no cache.
-        quantization: The backbone's, which a cache depends on.
+    `cache` is the folder of a `TeacherCache`; None is no cache. Cached rows depend on the backbone's `quantization`.
     """
 
     def __init__(

@@ -13,13 +13,10 @@ from mpt_lightning.metrics.task import TaskMetrics, average
 
 
 class Evaluator:
-    """Losses and metrics of one evaluation, and its encoded prompts.
+    """Losses and metrics of one evaluation of `tasks`, in the order of the dataloaders.
 
-    Args:
-        tasks: The tasks, in the order of the dataloaders.
-        cards: Their cards; a task without one has a loss and no metric.
-        prompts: The prompts of all tasks, as `Backbone.encode_prompts` returns them.
-        device: Device of the metrics.
+    A task without a card has a loss and no metric. `prompts` are those of all tasks, as `Backbone.encode_prompts`
+    returns them.
     """
 
     def __init__(self, tasks: Sequence[str], cards: Mapping[str, TaskCard], prompts: Any, device: torch.device) -> None:

@@ -16,18 +16,10 @@ PromptInit = Literal["vocabulary", "text", "labels", "random", "checkpoint"]
 
 
 def initial_prompt(kind: PromptInit, backbone: Backbone, length: int, text: str | None, words: Sequence[str]) -> Tensor:
-    """Return the embeddings that one prompt starts from.
+    """Return the embeddings `[P, H]`, in fp32, that one prompt starts from.
 
-    Args:
-        kind: "vocabulary": distinct tokens among the most frequent 5,000; "text": the tokens of `text`; "labels":
-            the tokens of the class words, then vocabulary; "random": uniform in [-0.5, 0.5].
-        backbone: The model whose embeddings are used.
-        length: P.
-        text: The text of "text".
-        words: The class words of "labels".
-
-    Returns:
-        [P, H], fp32.
+    "vocabulary" draws distinct tokens among the most frequent 5,000, "text" takes the tokens of `text`, "labels" those
+    of the class words and then vocabulary; "random" is uniform in [-0.5, 0.5].
     """
     if kind == "random":
         return init.random_uniform(length, backbone.dim)

@@ -98,7 +98,9 @@ class PEFTModule(AdaptedModule):
     @property
     def adapts_on_cpu(self) -> bool:  # type: ignore[override]
         """Whether PEFT needs the weights on the CPU, to start equally on every device."""
-        return configs.needs_weights_on_cpu(self.config)
+        # PEFT draws the starts of some types where the weights are. It moves AdaLoRA's layers there, and PEFT 0.21
+        # makes the frozen parameters among them trainable when it moves them.
+        return self.config["class_path"] == "peft.AdaLoraConfig" or configs.draws_what_is_frozen(self.config)
 
     @property
     def adalora(self) -> AdaLoraModel | None:

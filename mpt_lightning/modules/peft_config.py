@@ -29,17 +29,11 @@ Config = dict[str, Any]
 
 
 def plain_config(given: PeftConfig | Callable[[], PeftConfig] | Mapping[str, Any]) -> Config:
-    """Return a config as its class's path and the arguments that differ from the defaults.
+    """Return a config as plain values: `{"class_path": "peft.LoraConfig", "init_args": {"r": 4}}` without defaults.
 
-    Args:
-        given: A config, a function that returns one, a mapping with `class_path` and `init_args`, or PEFT's own with
-            `peft_type`, as in an adapter_config.json.
-
-    Returns:
-        `{"class_path": "peft.LoraConfig", "init_args": {"r": 4}}`, plain values only.
-
-    Raises:
-        MPTError: If it is none of these, has an unknown argument, or is of a type that has a class of its own here.
+    It is given as a config, a function that returns one, a mapping with `class_path` and `init_args`, or PEFT's own
+    with `peft_type`, as in an adapter_config.json. Anything else is an MPTError, and so is an unknown argument, or a
+    type that has a separate class in this package.
     """
     if callable(given):
         given = given()
@@ -91,13 +85,6 @@ def draws_what_is_frozen(plain: Config) -> bool:
     """Return whether PEFT may draw something at random that is not trained, and so not in a checkpoint."""
     usual = plain["class_path"] in ("peft.LoraConfig", "peft.AdaLoraConfig", "peft.IA3Config")
     return not usual or plain["init_args"].get("init_lora_weights", True) not in (True, False, "gaussian")
-
-
-def needs_weights_on_cpu(plain: Config) -> bool:
-    """Return whether PEFT must find the frozen weights on the CPU to start equally on every device."""
-    # PEFT draws the starts of some types where the weights are. It moves AdaLoRA's layers there, and PEFT 0.21 makes
-    # the frozen parameters among them trainable when it moves them.
-    return plain["class_path"] == "peft.AdaLoraConfig" or draws_what_is_frozen(plain)
 
 
 def build_tuner(config: PeftConfig, model: Any) -> Any:

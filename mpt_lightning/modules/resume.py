@@ -19,19 +19,12 @@ CHECKPOINT, RUN = "the checkpoint's", "this run's"
 
 
 class Difference(NamedTuple):
-    """An argument whose value is not the checkpoint's.
-
-    Attributes:
-        argument: Its name as the user typed it.
-        now: This run's value.
-        saved: The checkpoint's value.
-        counts: CHECKPOINT or RUN, whose value the resumed run uses; None if the two do not fit together.
-    """
+    """An argument, by its name as the user typed it, whose value is not the checkpoint's."""
 
     argument: str
     now: Any
     saved: Any
-    counts: str | None
+    counts: str | None  # CHECKPOINT or RUN, whose value the resumed run uses; None if the two do not fit together
 
     def __str__(self) -> str:
         values = f"{self.argument}: now {_text(self.now)}, checkpoint {_text(self.saved)}"
@@ -41,11 +34,7 @@ class Difference(NamedTuple):
 class ResumedRun:
     """A checkpoint's arguments and training state, compared with those of the run that resumes from it.
 
-    Args:
-        module: A `CheckpointedModule` with this run's arguments; it lists those that are fixed and those that only
-            count at the start.
-        content: The checkpoint.
-        found: The same, parsed.
+    `module` is the `CheckpointedModule` with this run's arguments; `found` is the parsed `content` of the checkpoint.
     """
 
     def __init__(self, module: Any, content: Mapping[str, Any], found: PromptCheckpoint) -> None:

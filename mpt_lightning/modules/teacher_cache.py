@@ -28,17 +28,11 @@ Row = dict[str, Tensor]
 
 
 class TeacherCache:
-    """Rows by key.
+    """Rows by key. `about` are plain values that all rows depend on; the folder has one file per `about`.
 
-    A row is stored whole or not at all, whenever a process is killed, and its checksum is compared when it is read. The
-    file must be on a disk of this machine: SQLite's locks between processes do not reach across a network.
-
-    Args:
-        folder: Folder of the file; created if missing.
-        about: What all rows depend on, as plain values. Each `about` has a separate file.
-
-    Raises:
-        MPTError: From all methods, if the file is damaged or cannot be used.
+    A row is stored whole or not at all, even if a process is killed, and its checksum is compared when it is read. The
+    file must be on a disk of this machine: SQLite's locks between processes do not reach across a network. All methods
+    raise an `MPTError` if the file is damaged or cannot be used.
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
