@@ -64,9 +64,8 @@ def test_backbones_runs_and_reports_missing_libraries(
     script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     backbones, output = script("backbones"), tmp_path / "backbones.json"
-    monkeypatch.setattr(
-        backbones, "fresh", lambda function, *arguments: function(*arguments)
-    )  # new processes take seconds
+    # New processes take seconds to start.
+    monkeypatch.setattr(backbones, "in_new_process", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr("mpt_lightning.backbones.quantization.find_spec", lambda name: None)
     ways = ["bf16", "gradient checkpointing", "4-bit"]
     backbones.main(["--tiny", "--repeats", "2", "--threads", "1", "--only", *ways, "--output", str(output)])
