@@ -1,7 +1,7 @@
 """Types of arguments that have a range, and checking a class's arguments against its signature.
 
-jsonargparse's own restricted types (`PositiveInt`, ...) make numbers of classes of their own, which a checkpoint cannot
-hold that is loaded with `weights_only=True`. These are plain numbers to jsonargparse and to type checkers.
+The values stay plain numbers. Those of jsonargparse's own restricted types (`PositiveInt`, ...) are of classes that
+torch cannot load from a checkpoint with `weights_only=True`. jsonargparse itself does not check these ranges.
 """
 
 import math
@@ -18,7 +18,7 @@ from mpt_lightning.errors import MPTError
 class Range:
     """The values that a number may have, for `Annotated`; infinite and undefined ones are outside of every range.
 
-    The lower bound `least` itself is outside if `above`, and the upper bound `most` if `below`.
+    `above` excludes the lower bound `least`, `below` the upper bound `most`.
     """
 
     least: float
@@ -44,10 +44,9 @@ NonNegativeFloat: TypeAlias = Annotated[float, Range(0)]
 
 
 def check_arguments(cls: type, values: Mapping[str, Any]) -> None:
-    """Raise if an argument is not of the type that the `__init__` of a class, or of one of its bases, gives it.
+    """Raise if an argument does not have the type that the `__init__` of a class or of one of its bases annotates.
 
-    Choices (`Literal`), ranges (`Annotated` with a `Range`), strings and lists are checked. The command line checks
-    types, but no ranges; from Python any value may come.
+    Choices (`Literal`), ranges (`Annotated` with a `Range`), strings and lists are checked.
     """
     for base in reversed(cls.__mro__):
         if "__init__" in vars(base) and base.__module__.split(".")[0] != "torch":

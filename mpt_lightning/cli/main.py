@@ -163,14 +163,33 @@ def _export(options: Namespace) -> None:
 
 
 def _compare(options: Namespace) -> None:
-    from mpt_lightning.compare.command import compare
+    from rich.console import Console
 
-    try:
-        done = compare(options)
-    except KeyboardInterrupt:
-        print("mpt: interrupted; the same command resumes", file=sys.stderr)
-        raise SystemExit(130) from None
-    if not done:
+    from mpt_lightning.compare.plan import read_comparison
+    from mpt_lightning.compare.report import Report
+    from mpt_lightning.compare.results import Store
+
+    if options.jobs is not None and options.jobs < 1:
+        raise MPTError(f"--jobs must be at least 1, got {options.jobs}.")
+    comparison, console = read_comparison(options.file), Console()
+    if not console.is_terminal:
+        console = Console(width=200)  # a file has no window that the lines must fit
+    output = Path(options.output or f"runs/compare/{comparison.name}")
+    if options.report and not output.is_dir():
+        raise MPTError(f"There are no results in {output}; run the comparison without --report, or set --output.")
+    store = Store(output, comparison.name)
+    if not options.report:
+        from mpt_lightning.compare.run import run_all  # torch takes seconds, and a report does not need it
+
+        try:
+            run_all(comparison, store, console, options.jobs)
+        except KeyboardInterrupt:
+            print("mpt: interrupted; the same command resumes", file=sys.stderr)
+            raise SystemExit(130) from None
+    report = Report(comparison, store)
+    report.print(console)
+    console.print(f"wrote {', '.join(map(str, report.write(output)))}", highlight=False)
+    if report.failures:
         raise SystemExit(1)
 
 

@@ -23,6 +23,7 @@ from mpt_lightning.io import one_line
 
 # Part of the cache key: raise it when the same input would give other rows.
 _FORMAT = 2
+ToRows = Callable[[Iterator[Example]], Iterator[dict[str, Any]]]
 _ENCODED = Features(
     input_ids=List(Value("int32")),
     labels=List(Value("int32")),
@@ -60,13 +61,7 @@ class RowCache:
         return [Example(**row) for row in table.to_list()]
 
     def _read(
-        self,
-        card: TaskCard,
-        split: Split,
-        draw: Draw,
-        to_rows: Callable[[Iterator[Example]], Iterator[dict[str, Any]]],
-        features: Features,
-        kind: str,
+        self, card: TaskCard, split: Split, draw: Draw, to_rows: ToRows, features: Features, kind: str
     ) -> Dataset:
         """Return a table of what `to_rows` makes of the drawn rows; `kind` is its part of the cache key."""
         raw = source_rows(card, split, self.data_root, self.cache_dir)

@@ -48,14 +48,17 @@ def _to_example(card: TaskCard, row: dict[str, Any]) -> Example | None:
             "`empty_text: drop` or `keep` on the card."
         )
     label = _column(row, card.label, where)
-    if _is_unlabelled(card, label):
+    answers = label if isinstance(label, Sequence) and not isinstance(label, str | bytes) else [label]
+    texts = [text for answer in answers if (text := _text(answer, card.label, where)).strip()]
+    never_negative = card.choices is not None or (card.value_range is not None and card.value_range[0] > -1)
+    if not texts or (never_negative and label == -1):
         if card.unlabelled == "drop":
             return None
         raise MPTError(
             f"{where}: got no label ({label!r}) in column '{card.label}', expected a label; change `splits`, or set "
             "`unlabelled: drop` on the card."
         )
-    target, references = _label_texts(card, label, where)
+    target, references = _label_texts(card, label, texts, where)
     group = ""
     if card.group:
         if (value := _column(row, card.group, where)) is None:
@@ -89,19 +92,8 @@ def _text(value: Any, column: str, where: str) -> str:
     return text
 
 
-def _is_unlabelled(card: TaskCard, label: Any) -> bool:
-    if label is None or (isinstance(label, float) and math.isnan(label)):
-        return True
-    if isinstance(label, str):
-        return not label.strip()
-    if isinstance(label, Sequence):
-        return not any(answer is not None and str(answer).strip() for answer in label)
-    below = card.choices is not None or (card.value_range is not None and card.value_range[0] > -1)
-    return bool(below and label == -1)
-
-
-def _label_texts(card: TaskCard, label: Any, where: str) -> tuple[str, list[str]]:
-    """Return the target and the references of a label."""
+def _label_texts(card: TaskCard, label: Any, texts: list[str], where: str) -> tuple[str, list[str]]:
+    """Return the target and the references of a label, whose answers are `texts`."""
     if card.choices is not None:
         if not isinstance(label, str) and label in range(len(card.choices)):
             label = card.choices[int(label)]
@@ -125,6 +117,4 @@ def _label_texts(card: TaskCard, label: Any, where: str) -> tuple[str, list[str]
         # The model writes values of the grid; metrics compare with the annotated value.
         grid = min(high, low + round((value - low) / card.value_step) * card.value_step)
         return f"{grid:.1f}", [f"{value:.6g}"]
-    answers = label if isinstance(label, Sequence) and not isinstance(label, str | bytes) else [label]
-    texts = [text for answer in answers if (text := _text(answer, card.label, where)).strip()]
     return texts[0], texts

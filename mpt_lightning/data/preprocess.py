@@ -40,9 +40,7 @@ def multirc(row: Row, split: str) -> list[Row]:
 def record(row: Row, split: str) -> list[Row]:
     """Turn a ReCoRD row into one row per answer (training) or one row with all answers (evaluation).
 
-    Returns:
-        Rows with `query`, `entities` (one text, comma separated), `passage` (the highlights as sentences),
-        `label` (a text in training, a list of texts otherwise) and `group`, the id of the query.
+    `entities` become one text, comma separated, the highlights of `passage` sentences, and `group` the query's id.
     """
     _need(row, "ReCoRD", "passage", "query", "entities", "answers")
     answers = _unique(row["answers"])

@@ -112,11 +112,9 @@ class TaskDataModule(PromptDataModule):
 
 
 def load_task(name_or_path: str | Path | TaskCard, **options: Any) -> TaskDataModule:
-    """Return the DataModule of a task.
+    """Return the DataModule of a card, of the name of a shipped one (`mpt tasks` lists them), or of a YAML file's path.
 
-    Args:
-        name_or_path: Name of a shipped card (`mpt tasks` lists them), path of a card's YAML file, or a card.
-        **options: Arguments of `TaskDataModule`; they override those in the card's file.
+    `options` are arguments of `TaskDataModule`; they override those in the card's file.
 
     Raises:
         MPTError: If there is no such card, or if an option is wrong.
@@ -130,6 +128,5 @@ def load_task(name_or_path: str | Path | TaskCard, **options: Any) -> TaskDataMo
         return TaskDataModule(name_or_path, **options)
     card = load_card(name_or_path)
     # A card's file may set options, such as a longer input.
-    written = dict(read_card_file(name_or_path).get("init_args", {}))
-    written.pop("card", None)
-    return TaskDataModule(card, **{**written, **options})
+    written = read_card_file(name_or_path).get("init_args", {})
+    return TaskDataModule(**{**written, **options, "card": card})

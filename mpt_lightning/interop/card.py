@@ -123,8 +123,7 @@ def _scores(checkpoint: PromptCheckpoint) -> str:
     if not checkpoint.metrics:
         return ""
     rows = "\n".join(f"| {name} | {score:.4f} |" for name, score in checkpoint.metrics.items())
-    explanation = "The score by which this checkpoint was chosen, on validation data."
-    return f"## Metrics\n\n| metric | value |\n|---|---|\n{rows}\n\n{explanation}"
+    return _fill("metrics", rows=rows)
 
 
 def _code(checkpoint: PromptCheckpoint, layout: Layout, family: Family) -> str:

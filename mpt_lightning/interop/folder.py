@@ -1,7 +1,7 @@
 """What exports share: the trained prompt, tasks' file names, and writing tensors."""
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,17 @@ from mpt_lightning.prompts import Prompt
 OWN_SUFFIXES = (".safetensors", ".json", ".md")
 
 
-def task_paths(tasks: Iterable[str]) -> dict[str, str]:
-    """Return each task's path in an export: its name, if that is safe and unique on every file system."""
-    paths = {task: task for task in tasks}
-    for task in paths:
+def check_paths(tasks: Sequence[str]) -> None:
+    """Raise if a task's name cannot be its path in an export, or is not unique on every file system."""
+    for task in tasks:
         if not can_be_path(task) or any(part.casefold().endswith(OWN_SUFFIXES) for part in task.split("/")):
             raise MPTError(
                 f"The task name {task[:300]!r} cannot name a folder. Expected parts of letters, digits, '.', '_', '-' "
                 f"and spaces with single '/' between them, no '..', at most {LONGEST_NAME} bytes, and no part that "
                 f"ends with {', '.join(OWN_SUFFIXES)}; rename the task, or export it alone with --task."
             )
-    if len({unicodedata.normalize("NFC", path).casefold() for path in paths}) < len(paths):
-        raise MPTError(f"The task names {', '.join(paths)} differ in case alone, and cannot all name folders.")
-    return paths
+    if len({unicodedata.normalize("NFC", task).casefold() for task in tasks}) < len(tasks):
+        raise MPTError(f"The task names {', '.join(tasks)} differ in case alone, and cannot all name folders.")
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:

@@ -10,15 +10,9 @@ from mpt_lightning.io import one_line
 
 
 def push(folder: str | Path, repo_id: str, *, private: bool | None = None) -> str:
-    """Upload an export to the Hub; a repository that does not exist is created.
+    """Upload what `export_peft` or `export_prompt_embeds` wrote to the repository "user/name", and return its address.
 
-    Args:
-        folder: What `export_peft` or `export_prompt_embeds` wrote.
-        repo_id: "user/name".
-        private: For a new repository; by default the account's setting. An existing one stays as it is.
-
-    Returns:
-        The repository's address.
+    A repository that does not exist is created, `private` or by default with the account's setting.
 
     Raises:
         MPTError: If the folder is not an export, or the repository cannot be reached or written.

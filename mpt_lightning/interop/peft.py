@@ -12,7 +12,7 @@ from mpt_lightning.checkpoint import PromptCheckpoint
 from mpt_lightning.checkpoint.export import DESCRIPTION, STATE, write_description, write_json
 from mpt_lightning.checkpoint.peft import ADAPTER, TASKS
 from mpt_lightning.interop.card import CARD, Layout, model_card
-from mpt_lightning.interop.folder import load_trained, only, task_paths, write_tensors
+from mpt_lightning.interop.folder import check_paths, load_trained, only, write_tensors
 from mpt_lightning.io import new_folder
 from mpt_lightning.prompts import MultitaskPrompt, Prompt, SoftPrompt
 
@@ -56,11 +56,11 @@ def export_peft(
         elif prompt.num_tasks == 1:
             _write_task(folder, found, prompt, prompt.tasks[0], config)
         else:
-            paths = task_paths(prompt.tasks)
-            for name, path in paths.items():
-                (folder / path).mkdir(parents=True)
-                _write_task(folder / path, found, copy.deepcopy(prompt), name, config)
-            files = [f"{path}/{ADAPTER}" for path in paths.values()]
+            check_paths(prompt.tasks)
+            for name in prompt.tasks:
+                (folder / name).mkdir(parents=True)
+                _write_task(folder / name, found, copy.deepcopy(prompt), name, config)
+            files = [f"{name}/{ADAPTER}" for name in prompt.tasks]
             _finish(folder, found, files if isinstance(prompt, SoftPrompt) else [STATE], "folders", config)
     return Path(dest).expanduser()
 

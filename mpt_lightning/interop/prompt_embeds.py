@@ -7,7 +7,7 @@ from mpt_lightning.backbones.load import family_of
 from mpt_lightning.checkpoint import PromptCheckpoint
 from mpt_lightning.checkpoint.export import digest, write_json
 from mpt_lightning.interop.card import CARD, model_card
-from mpt_lightning.interop.folder import load_trained, task_paths, write_tensors
+from mpt_lightning.interop.folder import check_paths, load_trained, write_tensors
 from mpt_lightning.io import new_folder
 
 INDEX = "prompt_embeds.json"
@@ -31,7 +31,8 @@ def export_prompt_embeds(
     """
     found, prompt, config = load_trained(checkpoint, task, backbone)
     special = "all" if family_of(config) == "seq2seq" else "none" if found.prompt_class == "ContextPrompt" else "first"
-    files = {name: f"{path}.safetensors" for name, path in task_paths(prompt.tasks).items()}
+    check_paths(prompt.tasks)
+    files = {name: f"{name}.safetensors" for name in prompt.tasks}
     cards = {name: found.cards.get(name, {}) for name in files}
     with new_folder(dest) as folder:
         for name, file in files.items():

@@ -25,8 +25,8 @@ class MultiRC(BinaryF1Score):
 
     def __init__(self) -> None:
         super().__init__()
-        # Flat float32 triples (two halves of the group's hash, right or wrong): torchmetrics stands in a flat float32
-        # tensor for a rank without rows, and other shapes or types would not join with it.
+        # Flat float32 triples (two halves of the group's hash, right or wrong): for a rank without rows, torchmetrics
+        # gathers an empty flat float32 tensor, which cannot be joined with other shapes or types.
         self.add_state("rows", default=[], dist_reduce_fx="cat")
 
     def update(self, predicted: Tensor, gold: Tensor, groups: Sequence[str]) -> None:  # type: ignore[override]
