@@ -43,7 +43,7 @@ def stop_together(trainer: L.Trainer, optimizer: Optimizer, fault: str | None) -
 
 
 def check_one_start(trainer: L.Trainer, step: int | None) -> None:
-    """Raise on every rank if the ranks do not start from the same checkpoint's step, or all without one (None)."""
+    """Raise on every rank unless all start from a checkpoint of the same step, or all without a checkpoint (None)."""
     if trainer.world_size == 1:
         return
     steps: list[int | None] = [None] * trainer.world_size

@@ -50,7 +50,7 @@ class Targets:
 
     Attributes:
         options: What is distilled.
-        states: Hidden states laid out as the student's: all of a fresh pass, or those of the prompts beside a cache.
+        states: Hidden states in the student's layout: all those of a fresh pass, or with a cache the prompts' alone.
         logits: Of a fresh pass, [B, M, V].
         packed: A cache's rows, one after the other without padding, by the names of a `Row`: "ids" and "log_probs" of
             `objectives.top_buckets`, and per "<stack>/<part>" states [tokens, layers, H].

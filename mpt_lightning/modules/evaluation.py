@@ -135,7 +135,7 @@ def with_gold(choices: Tensor, labels: Tensor) -> Tensor:
 def counted_rows(batch: Mapping[str, Any], loaders: Any, batch_idx: int, dataloader_idx: int) -> int:
     """Return how many of a batch's rows count: the last batch may be filled up with repeated rows (`EvalSampler`)."""
     loader = loaders[dataloader_idx] if isinstance(loaders, list) else loaders
-    # The batch sampler's: for prediction Lightning builds a loader that has no other.
+    # Read from the batch sampler: the loader that Lightning builds for prediction has no other sampler.
     filling: int = getattr(getattr(getattr(loader, "batch_sampler", None), "sampler", None), "filling", 0)
     return len(batch["labels"]) - (filling if filling and batch_idx + 1 == len(loader) else 0)
 

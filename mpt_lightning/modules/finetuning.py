@@ -11,12 +11,12 @@ from mpt_lightning.errors import MPTError
 from mpt_lightning.modules.base import PromptModule
 from mpt_lightning.prompts import EmptyPrompt
 
-# The key under which a checkpoint says what was done to the model.
+# The key in a checkpoint of what was done to the model.
 ADAPTATION = "adaptation"
 
 
 class AdaptedModule(PromptModule):
-    """A backbone whose own weights are trained, or which was given weights to train; see `BackboneModule`.
+    """A backbone with trained weights, its own or added ones; see `BackboneModule` for the arguments.
 
     There is no prompt, and one model serves all tasks: they differ in their texts alone.
     """
@@ -31,7 +31,7 @@ class AdaptedModule(PromptModule):
 
     def adapt(self, backbone: Backbone) -> None:
         """Change the model that was just loaded."""
-        # Computed once and kept: that of the weights as they were loaded.
+        # Computed and cached now, from the weights as they were loaded.
         backbone.fingerprint  # noqa: B018
         before = set(backbone.modules())
         self.change(backbone)

@@ -22,14 +22,10 @@ class HardPrompt(PromptModule):
         return False
 
     def configure_model(self) -> None:
-        """Load the backbone; the prompt is built anew for the tasks of this run."""
+        """Load the backbone, and build the prompt again, for the tasks of this run."""
         self.prompt = None
         super().configure_model()
 
     def build_prompt(self, backbone: Backbone) -> EmptyPrompt:
         """Return a prompt without tokens, which holds the tasks' names."""
         return EmptyPrompt(len(self.tasks), backbone.dim, self.tasks)
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return no group: nothing is trained."""
-        return []

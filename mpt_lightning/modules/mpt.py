@@ -76,8 +76,8 @@ class MPTSource(_MultitaskModule):
         teacher_cache: Folder of a disk cache of the teachers' output. A row that was computed once, in any run with the
             same teacher and settings, needs no teacher pass. The folder must be on a disk of this machine. A row takes
             8 bytes · teacher_top_k per label token, and 2 bytes · H per token and hidden layer.
-        teacher_top_k: Likeliest tokens that the cache keeps of each distribution. All others count as one, so that the
-            KL term is a lower bound of the exact one, and equal to it from the vocabulary's size on.
+        teacher_top_k: Likeliest tokens that the cache keeps of each distribution. All others count as one token, so
+            that the KL term is a lower bound of the exact one; they are equal if all tokens are kept.
         **kwargs: See `BackboneModule`.
     """
 

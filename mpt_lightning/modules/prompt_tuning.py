@@ -16,8 +16,8 @@ SUPERPOSED = 128
 class PromptTuning(PromptModule):
     """Prompt tuning (Lester et al., 2021): one free prompt per task, the backbone frozen.
 
-    Tasks share nothing, so a run over many tasks trains each one's prompt as a run of its own would: one run trains
-    all the teachers of MPT.
+    Tasks share nothing, so one run over many tasks trains the same prompts as a separate run per task: it trains all
+    the teachers of MPT.
 
     Args:
         backbone: Hub id ("google-t5/t5-base") or folder of the frozen model.

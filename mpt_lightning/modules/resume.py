@@ -40,7 +40,7 @@ class ResumedRun:
     def __init__(self, module: Any, content: Mapping[str, Any], found: PromptCheckpoint) -> None:
         self.path, self.step = found.path, content.get("global_step")
         self._optimizers, self._schedules = content["optimizer_states"], content["lr_schedulers"]
-        # Now: Lightning restores the callbacks right after the module, and the optimizers later.
+        # Compared now, since Lightning restores the callbacks right after the module; the optimizers follow later.
         self._found = [*_of_module(module, found), *_of_callbacks(module.trainer, content.get("callbacks", {}))]
 
     def report(self, trainer: L.Trainer) -> None:
