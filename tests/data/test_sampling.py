@@ -61,7 +61,7 @@ def test_stochastic_with_replacement_may_draw_one_task():
 def test_fewer_rows_than_tasks_gives_one_row_each():
     sampler = TaskMixSampler([50] * 8, 3, kappa=8, replace=False)
     kinds = Counter(len({row // 50 for row in batch}) for batch in batches(sampler, 3))
-    # K is drawn from 2..8, so six of seven batches have K >= 3 and hold three tasks; K = 2 gives rows 1 + 2.
+    # K is drawn from 2..8, so six of seven batches have K >= 3 and contain three tasks; K = 2 gives rows 1 + 2.
     assert set(kinds) == {2, 3}
     assert kinds[3] > 4 * kinds[2]
 
