@@ -87,7 +87,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def shallow_stacks() -> Iterator[None]:
-    """Build `inspect.stack` read no source: Lightning's `load_from_checkpoint` looks only at the names of the files."""
+    """Keep `inspect.stack` from reading source: Lightning's `load_from_checkpoint` needs only the files' names."""
     stack = inspect.stack
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inspect, "stack", lambda context=0: stack(context))

@@ -1,6 +1,6 @@
-"""Functions of the tests in processes of their own, forked from a server that has everything imported.
+"""Run functions of the tests in separate processes, forked from a server that has imported what they need.
 
-The server only imports. It therefore has no threads, which a forked process would lack and wait for.
+The server does nothing but import, so that it has no threads: a forked process would lack them, and wait for them.
 """
 
 import multiprocessing
@@ -29,7 +29,7 @@ PROCESSES.set_forkserver_preload([
 def start(
     function: Callable[..., None], *arguments: Any, variables: Mapping[str, str] | None = None
 ) -> tuple[multiprocessing.process.BaseProcess, Connection]:
-    """Start `function(*arguments)`, of an importable module, with more environment variables.
+    """Start `function(*arguments)`, of an importable module, in a new process with additional environment variables.
 
     Returns:
         The process, and what it sends: nothing, or the traceback of its error.
@@ -60,7 +60,7 @@ def _run(
 
 
 def finish(*started: tuple[multiprocessing.process.BaseProcess, Connection], seconds: float = 60) -> None:
-    """Wait for the ends of processes.
+    """Wait until all processes have ended.
 
     Raises:
         RuntimeError: If one fails or takes too long; the message ends with its traceback.

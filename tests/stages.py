@@ -43,13 +43,13 @@ def doubled(module: PromptModule) -> PromptModule:
 
 
 def ragged(module: PromptModule) -> PromptModule:
-    """Remove one label token from about a third of the training rows, and all of them from the task `module.silent`."""
-    train, silent = module.training_step, getattr(module, "silent", -1)
+    """Remove a label token from a third of the training rows, and all from those of the task `module.unlabelled`."""
+    train, unlabelled = module.training_step, getattr(module, "unlabelled", -1)
 
     def training_step(batch: Any, batch_idx: int) -> Any:
         labels = batch["labels"].clone()
         labels[batch["input_ids"].sum(dim=1) % 3 == 0, -1] = -100
-        labels[batch["task_ids"] == silent] = -100
+        labels[batch["task_ids"] == unlabelled] = -100
         return train(batch | {"labels": labels}, batch_idx)
 
     module.training_step = training_step

@@ -198,7 +198,7 @@ class Backbone(nn.Module, ABC):
         return torch.where(input_ids[..., None] < 0, own, text)
 
     def encode_prompts(self, prompts: Tensor | PromptOutput) -> PromptOutput:
-        """Compute what depends on the prompts alone; the result can replace them in every verb."""
+        """Compute what depends on the prompts alone; every other method takes the result in their place."""
         return PromptOutput.of(prompts)
 
     @abstractmethod

@@ -94,7 +94,7 @@ class CausalBackbone(Backbone):
         return self._encode(prompts, predict_at)
 
     def _encode(self, prompts: Tensor | PromptOutput, predict_at: Tensor | None = None) -> EncodedPrompts:
-        """Run `encode_prompts` within another verb: FSDP counts each verb as one pass."""
+        """Run `encode_prompts` within another method: FSDP counts each public method as one pass."""
         if isinstance(prompts, EncodedPrompts):
             return prompts
         given = PromptOutput.of(prompts)

@@ -41,8 +41,8 @@ def shard(backbone: Backbone, mesh: DeviceMesh) -> None:
         fully_shard(block, mesh=mesh)
     fully_shard(backbone, mesh=mesh)  # the rest: embeddings, norms, head
     backbone.sharded = True
-    for verb in ("encode_prompts", "score", "generate"):
-        register_fsdp_forward_method(backbone, verb)
+    for method in ("encode_prompts", "score", "generate"):
+        register_fsdp_forward_method(backbone, method)
     # A rank that has finished generating runs on until all ranks have.
     backbone.model.generate = partial(backbone.model.generate, synced_gpus=True)
     # Logits are views of longer outputs, and never changed in place.

@@ -23,7 +23,8 @@ def keep_trainable(module: nn.Module, state_dict: dict[str, Any], prefix: str, _
         del state_dict[name]
     # torch also lists every submodule, which for a large backbone takes more space than a prompt.
     versions = getattr(state_dict, "_metadata", {})
-    for path in [p for p in versions if p.startswith(prefix) and not any(k.startswith(f"{p}.") for k in kept)]:
+    owners = {name[:end] for name in kept for end, letter in enumerate(name) if letter == "."}
+    for path in [path for path in versions if path.startswith(prefix) and path not in owners]:
         del versions[path]
 
 

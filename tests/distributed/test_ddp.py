@@ -1,4 +1,4 @@
-"""Two processes with half a batch each are one process with the whole batch."""
+"""Two processes with half a batch each give the results of one process with the whole batch."""
 
 import os
 from pathlib import Path
@@ -14,31 +14,31 @@ from stages import STAGES, T5, FirstGradient, data, doubled, make, ragged, train
 from mpt_lightning import PEFTModule, PromptTuning
 from mpt_lightning.modules import PromptModule
 
-METHODS = [*STAGES, "lora", "p_tuning", "silent rank"]
+METHODS = [*STAGES, "lora", "p_tuning", "rank without labels"]
 
 
 def build(method: str, folder: Path) -> PromptModule:
-    """The module of a stage or of another method."""
+    """Build the module of a stage or of another method."""
     if method == "lora":
         return PEFTModule(T5, LoraConfig(r=2))
     if method == "p_tuning":
         return PromptTuning(T5, prompt_length=4, reparameterization="mlp", network_width=8)
-    if method == "silent rank":
+    if method == "rank without labels":
         module = PromptTuning(T5, prompt_length=4)
-        module.silent = 1
+        module.unlabelled = 1
         return module
     return make(method, folder)
 
 
 def train(folder: str, devices: int) -> None:
-    """Train by each method for two epochs; leaves `<method>.ckpt`, and gradients and metrics in `<method>.pt`."""
+    """Train with each method for two epochs; write `<method>.ckpt`, and gradients and metrics to `<method>.pt`."""
     target = Path(folder, str(devices))
     for stage in METHODS:
         L.seed_everything(0)
         gradient, saving = FirstGradient(), ModelCheckpoint(dirpath=target, filename=stage)
         run = trainer(devices, max_epochs=2, callbacks=[saving, gradient])
         # P-tuning's tasks have networks of their own: with one row per rank, each rank has one task and one network.
-        size = 2 if stage in ("p_tuning", "silent rank") else 8
+        size = 2 if stage in ("p_tuning", "rank without labels") else 8
         module = ragged(doubled(build(stage, Path(folder, "1"))))
         run.fit(module, datamodule=data(stage, size // devices, Path(folder)))
         if run.is_global_zero:
@@ -76,7 +76,7 @@ def test_two_ranks_equal_one(stage: str, runs: Path) -> None:
 
 
 class Faulty(PromptTuning):
-    """Its loss is not finite at the third step on one rank; its gradients are."""
+    """A module whose loss is not finite at the third step on one rank, while its gradients are."""
 
     rank = 0
 
@@ -88,7 +88,7 @@ class Faulty(PromptTuning):
 
 
 def stop(folder: str) -> None:
-    """Meet with a loss that is not finite, on either rank; leaves the messages."""
+    """Train with a loss that is not finite, on either rank; write the messages to files."""
     for faulty in (0, 1):
         module = Faulty(T5, prompt_length=4)
         module.rank = faulty

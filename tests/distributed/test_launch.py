@@ -35,7 +35,7 @@ VARIABLES = {
 
 
 def recipe(folder: Path, batch_size: int = BATCH // 2) -> str:
-    """Write a recipe whose runs leave all their files in the folder, and return its path."""
+    """Write a recipe whose runs write all their files to the folder, and return its path."""
     # In double precision the order in which ranks' gradients are added does not show.
     callbacks = {
         "lightning.pytorch.callbacks.ModelCheckpoint": {
@@ -72,7 +72,7 @@ def recipe(folder: Path, batch_size: int = BATCH // 2) -> str:
 
 
 def recorded(folder: Path, rank: int = 0) -> list[dict[str, Any]]:
-    """Return what the recorder wrote, a line per step."""
+    """Return the steps that the recorder wrote."""
     file = folder / f"steps.rank{rank}.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
@@ -98,7 +98,7 @@ def end(*processes: subprocess.Popen[bytes]) -> list[int]:
 
 
 class Torchrun:
-    """docs/torchrun.sh on two machines. The second one is HEAD, and the first one, by its address, has rank 0."""
+    """docs/torchrun.sh on two machines; the second one is HEAD, and the first one has rank 0 because of its address."""
 
     def __init__(self, machines: list[Machine], folder: Path) -> None:
         self.machines, self.folder, self.port = machines, folder, free_port()
@@ -129,7 +129,7 @@ def fit(folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of two processes that nothing happened to."""
+    """Return the folder of an undisturbed run of two processes."""
     folder = tmp_path_factory.mktemp("launch") / "whole"
     launch(fit, str(folder))
     return folder
@@ -199,7 +199,7 @@ sys.exit(max(tasks.values(), key=abs))
 
 
 class Slurm:
-    """docs/slurm.sbatch with stand-ins for srun and scontrol: two machines with one task each, in truth one machine."""
+    """docs/slurm.sbatch with stand-ins for srun and scontrol, which simulate two machines with one task each."""
 
     def __init__(self, machine: Machine, folder: Path) -> None:
         self.machine, self.folder, self.recipe, self.job = (
@@ -223,7 +223,7 @@ class Slurm:
         return self.machine.start(command, self.folder / "log", self.settings)
 
 
-def test_slurm_requeues_a_job_that_goes_on(whole: Path, machines: list[Machine]) -> None:
+def test_a_requeued_slurm_job_continues_exactly(whole: Path, machines: list[Machine]) -> None:
     run = Slurm(machines[0], whole.parent / "slurm")
     job = run.start()
     wait_for(lambda: len(recorded(run.folder)) >= 15, job)
@@ -242,7 +242,7 @@ def test_slurm_requeues_a_job_that_goes_on(whole: Path, machines: list[Machine])
 
 
 def resume(folder: str) -> None:
-    """One of two machines that do not share their checkpoints: the first one alone has one."""
+    """Resume on two machines that do not share their checkpoints, where only the first one has a checkpoint."""
     command_line.PATIENCE = 0
     words = ["fit", "--config", recipe(Path(folder, os.environ["RANK"])), "--config", "trainer/cpu", *TWO]
     printed = io.StringIO()

@@ -1,4 +1,4 @@
-"""A backbone whose weights are spread over two ranks trains and answers as a whole one does."""
+"""A backbone whose weights are spread over two ranks gives the results of an unsharded one."""
 
 import json
 import os
@@ -40,7 +40,7 @@ QUIET = {"limit_val_batches": 0, "enable_checkpointing": False}
 
 
 def build(stage: str, folder: Path, devices: int) -> Any:
-    """The module and the data of a stage."""
+    """Build the module and the data of a stage."""
     batch_size = 4 // devices
     if stage in ("source", "cpt"):
         return doubled(make(stage, folder)), data(stage, batch_size, folder)
@@ -58,7 +58,7 @@ def build(stage: str, folder: Path, devices: int) -> Any:
 
 
 class Watch(L.Callback):
-    """Notes the loss over all ranks after each step, and how far CPT's perturbation is out of its ball."""
+    """Records the loss over all ranks after each step, and the norm of CPT's perturbation relative to its radius."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -72,7 +72,7 @@ class Watch(L.Callback):
 
 
 def train(folder: Path, devices: int, rank: int) -> None:
-    """Train and test each stage; leaves `<stage>.ckpt` and, of each rank, `<stage>.<rank>.pt`."""
+    """Train and test each stage; write `<stage>.ckpt` and, from each rank, `<stage>.<rank>.pt`."""
     target = folder / str(devices)
     for stage in STAGES:
         L.seed_everything(rank)
@@ -100,7 +100,7 @@ def train(folder: Path, devices: int, rank: int) -> None:
 
 
 def answer(folder: Path, devices: int) -> None:
-    """Rank choices and generate, for unevenly many rows; leaves `<backbone>.jsonl`."""
+    """Rank choices and generate, with a number of rows that the ranks cannot share evenly; write `<backbone>.jsonl`."""
     for name, backbone, beams in (("t5", T5, 1), ("llama", LLAMA, 2)):
         rows = MultitaskDataModule(
             ["demo/similarity", "demo/topic"], eval_batch_size=2, answer_prefix="label :", max_eval_rows=7,
@@ -119,7 +119,7 @@ def answer(folder: Path, devices: int) -> None:
 
 
 def resume(folder: Path, devices: int) -> None:
-    """Train for two epochs, and again from the checkpoints of the first one; leaves `<stage>.<run>.ckpt`."""
+    """Train for two epochs, and again from the checkpoints of the first one; write `<stage>.<run>.ckpt`."""
     target = folder / str(devices)
     for stage in ("prompt_tuning", "cpt"):
         starts = {"whole": None, "resumed": target, "one": folder / "1"}
@@ -133,7 +133,7 @@ def resume(folder: Path, devices: int) -> None:
 
 
 def fail(folder: Path, devices: int, rank: int) -> None:
-    """Meet with a loss that is not finite on the second rank; leaves each rank's message."""
+    """Train with a loss that is not finite on the second rank; write each rank's message to a file."""
     module = make("prompt_tuning", folder)
     losses = module.losses
     module.losses = lambda batch: {
@@ -147,7 +147,7 @@ def fail(folder: Path, devices: int, rank: int) -> None:
 
 
 def do_all(folder: str, devices: int) -> None:
-    """Do everything once, in one process or in each of several."""
+    """Run all of the above once, in one process or in each of several."""
     where, rank = Path(folder), int(os.environ.get("RANK", 0))
     train(where, devices, rank)
     answer(where, devices)

@@ -22,7 +22,7 @@ SIZES = {"float": 4, "long int": 8, "int": 4, "unsigned char": 1}
 
 
 class Traffic(L.Callback):
-    """Notes each tensor that is handed to gloo: before the first step, and in one full step (the fourth)."""
+    """Records each tensor that gloo receives: before the first step, and in one full step (the fourth)."""
 
     def __init__(self) -> None:
         self.found: dict[str, list[tuple[str, str, int]]] = {}
@@ -55,7 +55,7 @@ class Traffic(L.Callback):
 
 
 def build(stage: str, folder: Path) -> PromptModule:
-    """The module of a stage, or of another method."""
+    """Build the module of a stage or of another method."""
     if stage == "lora":
         return PEFTModule(T5, LoraConfig(r=2))
     if stage == "superposition":
@@ -64,7 +64,7 @@ def build(stage: str, folder: Path) -> PromptModule:
 
 
 def record(folder: str) -> None:
-    """Train four steps of each stage, from other random numbers on each rank."""
+    """Train four steps of each stage, with different random numbers on each rank."""
     for stage in STAGES:
         L.seed_everything(int(os.environ["RANK"]))
         traffic = Traffic()
