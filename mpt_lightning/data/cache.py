@@ -71,7 +71,7 @@ class RowCache:
             return to_rows(filter(None, read_examples(card, select_rows(card, raw, split, draw))))
 
         try:
-            cache: Any = self.cache_dir  # its annotation forgets None, its default
+            cache: Any = self.cache_dir  # the annotation of `from_generator` lacks None, its default
             return Dataset.from_generator(generate, features=features, cache_dir=cache, fingerprint=key)
         except DatasetGenerationError as error:
             # `datasets` wraps what the generator raised; the user needs that message, not the wrapper's.

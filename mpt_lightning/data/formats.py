@@ -69,7 +69,7 @@ class Format(ABC):
         return self._inputs(texts)
 
     def encode_inputs(self, texts: list[str], choices: list[str] | None) -> list[EncodedInput]:
-        """Tokenise B texts up to their answers; the task's choices, if any, may decide how, the right one never."""
+        """Tokenise B texts up to their answers; the result may depend on all of `choices`, but not on the right one."""
         return [EncodedInput(text, ids) for text, ids in zip(texts, self.inputs(texts), strict=True)]
 
     def answers(self, inputs: list[EncodedInput], answers: list[str]) -> list[list[int]]:
@@ -93,7 +93,7 @@ class Format(ABC):
 
 
 class Seq2SeqFormat(Format):
-    """Encoder-decoders: the tokenizer closes inputs and targets as it was pretrained."""
+    """Encoder-decoders: inputs and targets end with the tokenizer's special tokens, as in pretraining."""
 
     def targets(self, answers: list[str]) -> list[list[int]]:
         """See the base class."""
@@ -102,7 +102,7 @@ class Seq2SeqFormat(Format):
 
 
 class CausalFormat(Format):
-    """Decoder-only models: the input stays open, and the answer's ids are those that it adds to the input's.
+    """Decoder-only models: inputs have no end of sequence, and an answer's ids are those that it adds to its input's.
 
     Most tokenizers join a space to the word after it ("it was| good"), some to the word before it ("it was |good").
     An answer is tokenised together with its input, as long as the input's ids are a prefix of the ids of both; else on

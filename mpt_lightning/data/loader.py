@@ -1,4 +1,4 @@
-"""What the DataLoaders of all stages have in common: collation, and resuming in the middle of an epoch."""
+"""Collating rows into batches, and a DataLoader that resumes in the middle of an epoch."""
 
 from __future__ import annotations
 

@@ -57,9 +57,7 @@ def source_rows(card: TaskCard, split: Split, data_root: str | None, cache_dir: 
         )
     raw = load_raw(card, hub[split], data_root, cache_dir)
     if card.split_rule == "held_out" and split != "test":
-        groups = None
-        if card.group is not None and card.group in raw.column_names:
-            groups = np.array([str(group) for group in raw.with_format(None)[:][card.group]], dtype=np.object_)
+        groups = np.array(raw[:][card.group], dtype=str) if card.group in raw.column_names else None
         held_out, rest = _cut(np.arange(len(raw)), groups, max(1, min(HELD_OUT_ROWS, len(raw) // 10)), SPLIT_SEED)
         raw = raw.select(rest if split == "train" else held_out)
     return raw

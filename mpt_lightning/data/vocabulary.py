@@ -1,4 +1,4 @@
-"""What a tokenizer cannot write: choices and targets that it loses, inputs that it does not know."""
+"""Checks that a tokenizer can write a task's choices and targets, and that it knows the words of its inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ecosystem: PEFT folders both ways, prompt embeddings for vLLM and transformers, and the Hub."""
+"""Exchange with other libraries: PEFT folders, prompt embeddings for vLLM and transformers, and the Hub."""
 
 from mpt_lightning.checkpoint import import_peft
 from mpt_lightning.interop.card import model_card

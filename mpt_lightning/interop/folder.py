@@ -1,4 +1,4 @@
-"""What exports share: the trained prompt, tasks' file names, and writing tensors."""
+"""What all exports need: loading the trained prompt, checking tasks' file names, and writing tensors."""
 
 import unicodedata
 from collections.abc import Sequence

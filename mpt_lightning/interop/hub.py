@@ -27,6 +27,6 @@ def push(folder: str | Path, repo_id: str, *, private: bool | None = None) -> st
     except Exception as error:  # network errors have no base class that huggingface_hub exports
         raise MPTError(
             f"{folder} was not pushed to {repo_id!r}: {one_line(error).rstrip('.') or type(error).__name__}. Check the "
-            "repository's name, `hf auth login` and the connection; the folder itself is whole."
+            "repository's name, `hf auth login` and the connection; the folder itself is complete."
         ) from error
     return str(address)
