@@ -61,7 +61,7 @@ class PredictionWriter(BasePredictionWriter):
                 "all machines share."
             )
         # Not splitlines(), which also splits at line separators within a text.
-        lines = [line for part in parts for line in part.read_text(encoding="utf-8").split("\n")]
+        lines = "".join(part.read_text(encoding="utf-8") for part in parts).split("\n")
         records = [json.loads(line) for line in lines if line]
         order = {task: place for place, task in enumerate(dict.fromkeys(record["task"] for record in records))}
         records.sort(key=lambda record: (order[record["task"]], record["row"]))

@@ -149,9 +149,10 @@ def resolve_names(words: Sequence[str]) -> list[str]:
     for option, word in pairwise(["", *words]):
         name, equals, value = word.partition("=")
         if equals and name in KINDS:
-            resolved.append(f"{name}={_find(KINDS[name], value)}")
-        else:
-            resolved.append(_find(KINDS[option], word) if option in KINDS else word)
+            word = f"{name}={_find(KINDS[name], value)}"
+        elif option in KINDS:
+            word = _find(KINDS[option], word)
+        resolved.append(word)
     return resolved
 
 

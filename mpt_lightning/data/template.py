@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import count, islice
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
@@ -55,11 +56,10 @@ def with_slots(text: str, tokenize: Callable[[str], list[int]]) -> list[int]:
         [-1, -2, 97, -3]
     """
     ids: list[int] = []
-    slots = 0
+    slots = count(-1, -1)
     for number, piece in enumerate(_SLOTS.split(text)):
         if number % 2:
-            ids += [-1 - slot for slot in range(slots, slots + int(piece))]
-            slots += int(piece)
+            ids += islice(slots, int(piece))
         elif piece.strip():
             ids += tokenize(piece)
     return ids
@@ -67,11 +67,9 @@ def with_slots(text: str, tokenize: Callable[[str], list[int]]) -> list[int]:
 
 @dataclass
 class Pattern:
-    """Another input template of a task.
+    """Another input template of a task, over columns of the card's own `input`.
 
-    Args:
-        input: Template over columns of the card's own `input`.
-        choices: Words of class 0..C-1 that fit it (a verbalizer). Unset: the card's.
+    `choices` are the words of class 0..C-1 that fit it (a verbalizer). Unset: the card's.
     """
 
     input: str
