@@ -57,11 +57,11 @@ def ragged(module: PromptModule) -> PromptModule:
 
 
 def data(stage: str, batch_size: int, folder: Path, **options: Any) -> PromptDataModule:
-    """Build the data of a stage; two ranks cannot share the 9 evaluation rows of a task evenly."""
-    options = {"batch_size": batch_size, "max_eval_rows": 9, "cache_dir": str(folder / "cache")} | options
+    """Build the data of a stage; two ranks cannot share the 5 evaluation rows of a task evenly."""
+    options = {"batch_size": batch_size, "max_eval_rows": 5, "cache_dir": str(folder / "cache")} | options
     if stage == "cpt":
         return TaskDataModule("demo/voice", context_shots=8, answer_prefix="label :", separator="", **options)
-    return MultitaskDataModule(TASKS, sampling="all", **({"max_train_rows": 16} | options))
+    return MultitaskDataModule(TASKS, sampling="all", **({"max_train_rows": 8} | options))
 
 
 def trainer(devices: int, strategy: Any = "ddp", **options: Any) -> L.Trainer:

@@ -109,6 +109,7 @@ def work(words: list[str]) -> None:
     importlib.import_module("scaling").main(words)
 
 
+@pytest.mark.slow
 def test_scaling_runs(script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(command: list[str], **_: object) -> subprocess.CompletedProcess:
         words = command[2:]

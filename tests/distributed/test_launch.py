@@ -22,8 +22,10 @@ from processes import launch
 from mpt_lightning.cli import main as command_line
 from mpt_lightning.cli.main import main
 
+pytestmark = pytest.mark.slow
+
 DOCS = Path(__file__).parents[2] / "docs"
-ROWS, BATCH, EPOCHS = 64, 8, 6
+ROWS, BATCH, EPOCHS = 64, 8, 4
 STEPS = EPOCHS * ROWS // BATCH
 SECONDS = 120
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]

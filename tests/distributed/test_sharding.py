@@ -47,14 +47,14 @@ def build(stage: str, folder: Path, devices: int) -> Any:
     if stage == "cached":
         options = {"teacher_cache": str(folder / f"teachers{devices}"), "hidden_positions": "prompt"}
         module = MPTSource(T5, str(folder / "prompt_tuning.ckpt"), prompt_length=4, **options)
-        return doubled(module), data("source", batch_size, folder, max_train_rows=8)
+        return doubled(module), data("source", batch_size, folder)
     # Prompts first, the rows on top of their keys and values: nobody uses the last block's output.
     module = (
         PrefixTuning(LLAMA, prompt_length=4)
         if stage == "prefix"
         else PromptTuning(LLAMA, prompt_length=4, gradient_checkpointing=True, lr=0.05)
     )
-    return doubled(module), data("prompt_tuning", batch_size, folder, max_train_rows=8, answer_prefix="label :")
+    return doubled(module), data("prompt_tuning", batch_size, folder, answer_prefix="label :")
 
 
 class Watch(L.Callback):
@@ -167,6 +167,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_loss_curve_is_that_of_a_whole_backbone(stage: str, folder: Path) -> None:
     one, *two = (torch.load(folder / f"{name}.pt") for name in (f"1/{stage}.0", f"2/{stage}.0", f"2/{stage}.1"))
@@ -182,6 +183,7 @@ def test_the_loss_curve_is_that_of_a_whole_backbone(stage: str, folder: Path) ->
             assert (ranks["gradient"][name] - value).norm() <= 1e-6 * value.norm(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_each_rank_holds_its_half(stage: str, folder: Path) -> None:
     one, *two = (torch.load(folder / f"{name}.pt") for name in (f"1/{stage}.0", f"2/{stage}.0", f"2/{stage}.1"))
@@ -192,6 +194,7 @@ def test_each_rank_holds_its_half(stage: str, folder: Path) -> None:
         assert torch.equal(ranks["embeddings"], one["embeddings"])
 
 
+@pytest.mark.slow
 def test_the_perturbation_is_projected_after_each_step(folder: Path) -> None:
     for name in ("1/cpt.0", "2/cpt.0", "2/cpt.1"):
         ratios = torch.load(folder / f"{name}.pt")["ratios"]
@@ -199,6 +202,7 @@ def test_the_perturbation_is_projected_after_each_step(folder: Path) -> None:
         assert max(ratios) > 1 - 1e-6  # it binds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_checkpoints_are_those_of_any_other_run(stage: str, folder: Path) -> None:
     one, two = (torch.load(folder / devices / f"{stage}.ckpt", weights_only=True) for devices in "12")
@@ -210,6 +214,7 @@ def test_checkpoints_are_those_of_any_other_run(stage: str, folder: Path) -> Non
     assert one["mpt_lightning"] == two["mpt_lightning"]
 
 
+@pytest.mark.slow
 def test_peft_gets_the_best_context(folder: Path) -> None:
     one, two = (load_file(folder / devices / "peft" / "adapter_model.safetensors") for devices in "12")
     assert one.keys() == two.keys() > set()
@@ -217,6 +222,7 @@ def test_peft_gets_the_best_context(folder: Path) -> None:
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["source", "cpt"])
 def test_one_process_answers_with_a_checkpoint(stage: str, folder: Path) -> None:
     module = {"source": MPTSource, "cpt": CPT}[stage].load_from_checkpoint(folder / "2" / f"{stage}.ckpt")
@@ -227,6 +233,7 @@ def test_one_process_answers_with_a_checkpoint(stage: str, folder: Path) -> None
         assert value == pytest.approx(float(expected[name]), rel=1e-4), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["prompt_tuning", "cpt"])
 def test_resuming_is_exact(stage: str, folder: Path) -> None:
     names = ("whole", "resumed", "one")
@@ -239,6 +246,7 @@ def test_resuming_is_exact(stage: str, folder: Path) -> None:
         )  # one process's first half, in fp32
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_where_two_stopped(folder: Path) -> None:
     L.seed_everything(0)
     run, path = trainer(1, max_epochs=2, **QUIET), folder / "2" / "prompt_tuning.epoch=0.ckpt"
@@ -248,6 +256,7 @@ def test_one_process_goes_on_where_two_stopped(folder: Path) -> None:
         assert (whole[name] - value).norm() <= 0.02 * value.norm(), name  # Adam magnifies rounding, in fp32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["t5", "llama"])
 def test_predictions_are_those_of_one_process(name: str, folder: Path) -> None:
     one, two = ((folder / devices / f"{name}.jsonl").read_text().splitlines() for devices in "12")
@@ -255,6 +264,7 @@ def test_predictions_are_those_of_one_process(name: str, folder: Path) -> None:
     assert len(one) == 14
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_both_ranks(folder: Path) -> None:
     messages = [(folder / "2" / f"fault.{rank}").read_text() for rank in (0, 1)]
     assert messages[0] == messages[1]
@@ -268,6 +278,7 @@ def command(folder: str, words: list[str]) -> None:
     main()
 
 
+@pytest.mark.slow
 def test_the_command_starts_the_other_ranks(tmp_path: Path) -> None:
     words = (
         "fit --config demo/cpt --config trainer/sharded --trainer.accelerator cpu --trainer.devices 2 "

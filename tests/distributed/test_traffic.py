@@ -16,6 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 from mpt_lightning import PEFTModule, PromptTuning
 from mpt_lightning.modules import PromptModule
 
+pytestmark = pytest.mark.slow
+
 # Each stage with the terms of its loss.
 STAGES = {"prompt_tuning": 1, "source": 4, "cpt": 3, "lora": 1, "superposition": 1}
 SIZES = {"float": 4, "long int": 8, "int": 4, "unsigned char": 1}
