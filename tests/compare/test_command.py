@@ -27,6 +27,7 @@ def run_and_exit(code: int, *words: str) -> None:
     assert leaving.value.code == code
 
 
+@pytest.mark.slow
 def test_from_the_file_to_the_report(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A comparison with a failing method is reported; a second call repeats a deleted result only."""
     text = packaged("configs", "compare/few").read_text()

@@ -94,7 +94,7 @@ def stop(folder: str) -> None:
         module.rank = faulty
         run = trainer(2, max_epochs=2, enable_checkpointing=False, limit_val_batches=0)
         with pytest.raises(ValueError, match="not finite") as error:
-            run.fit(module, datamodule=data("prompt_tuning", 4, Path(folder)))
+            run.fit(module, datamodule=data("prompt_tuning", 4, Path(folder), max_train_rows=16))
         Path(folder, f"{faulty}.on_rank{os.environ['RANK']}").write_text(f"{run.global_step} {error.value}")
 
 

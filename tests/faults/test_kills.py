@@ -21,6 +21,8 @@ from mpt_lightning.callbacks import LastCheckpoint
 from mpt_lightning.checkpoint import read_checkpoint
 from mpt_lightning.modules import PromptModule
 
+pytestmark = pytest.mark.slow
+
 T5, LLAMA = "mpt_lightning/demo/t5", "mpt_lightning/demo/llama"
 TASKS = ["demo/voice", "demo/advice", "demo/topic"]
 STEPS, EVERY = 9, 3
