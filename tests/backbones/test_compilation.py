@@ -101,6 +101,7 @@ def test_every_length_equals_eager_without_recompiling(kind: str) -> None:
     assert_results(kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("quick")
 def test_with_gradient_checkpointing(kind: str) -> None:

@@ -11,7 +11,10 @@ from mpt_lightning import Adapters, FineTuning, PEFTModule, PromptTuning
 from tests.modules.conftest import AnyData
 
 # While torch traces, it reads the gradient of every tensor, which causes its own warning.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
 
 
 @pytest.fixture(autouse=True)
