@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -68,7 +69,7 @@ class Store:
         self.output = output
         mark = output / "comparison.json"
         if mark.is_file():
-            found = json.loads(mark.read_text(encoding="utf-8"))["name"]
+            found = _read(mark).get("name")
             if found != name:
                 raise MPTError(f"--output {output} has the results of the comparison {found!r}, and this is {name!r}.")
         elif output.exists() and any(output.iterdir()):
@@ -88,11 +89,11 @@ class Store:
     def read(self, run: Run) -> Result:
         """Return a run's result; it is missing if outdated, or if the checkpoint of a prepared run was removed."""
         missing = Result.of(run, Outcome())
+        values = _read(self._file(run))
+        values.pop("status", None)
         try:
-            values = json.loads(self._file(run).read_text(encoding="utf-8"))
-            values.pop("status", None)
             result = Result(**values)
-        except (OSError, ValueError, TypeError):  # missing, incomplete, or written by another version
+        except TypeError:  # missing, incomplete, or written by another version
             return missing
         removed = run.task is None and result.checkpoint is not None and not Path(result.checkpoint).is_file()
         return missing if removed or result.fingerprint != run.fingerprint else result
@@ -103,6 +104,15 @@ class Store:
 
     def _file(self, run: Run) -> Path:
         return self.output / "results" / f"{run.place}.json"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Return a file's mapping; an empty one if there is no such file, or it is damaged."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _write(file: Path, content: object) -> None:

@@ -116,6 +116,15 @@ def test_changed_arguments_run_again(calls: list[str], tmp_path: Path) -> None:
     assert calls == ["lora/demo/topic/8/0", "lora/demo/topic/8/1"]
 
 
+@pytest.mark.parametrize("damaged", ["", "{", "null", "3", "[]", "{}"])
+def test_a_damaged_result_runs_again(damaged: str, calls: list[str], tmp_path: Path) -> None:
+    run_comparison(make(), tmp_path)
+    calls.clear()
+    (tmp_path / "results/lora/demo/topic/8/1.json").write_text(damaged)
+    run_comparison(make(), tmp_path)
+    assert calls == ["lora/demo/topic/8/1"]
+
+
 def test_prepared_runs_are_repeated_if_a_run_needs_them(calls: list[str], tmp_path: Path) -> None:
     comparison = make()
     run_comparison(comparison, tmp_path)
@@ -187,6 +196,10 @@ def test_a_folder_belongs_to_one_comparison_and_one_process(tmp_path: Path) -> N
     store = Store(tmp_path / "a", "one")
     with pytest.raises(ValueError, match="has the results of the comparison 'one', and this is 'two'"):
         Store(tmp_path / "a", "two")
+    for damaged in ("", "null", "{}"):
+        (tmp_path / "a" / "comparison.json").write_text(damaged)
+        with pytest.raises(ValueError, match="has the results of the comparison None, and this is 'one'"):
+            Store(tmp_path / "a", "one")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "thesis.txt").write_text("")
     with pytest.raises(ValueError, match="is not empty and contains no comparison"):
