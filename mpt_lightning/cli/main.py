@@ -38,8 +38,10 @@ def main(args: Sequence[str] | None = None) -> None:
         else:
             options = _parser().parse_args(argv)
             options.run(options)
-    except (MPTError, OSError) as error:
-        if trains and not isinstance(error, MPTError):
+    except MPTError as error:
+        _fail(str(error))
+    except OSError as error:
+        if trains:  # `run` has turned those that a user can mend into MPTErrors
             raise
         _fail(str(error))
 
