@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from mpt_lightning import MPTSource, PromptTuning, ShardedStrategy, load_backbone
 from mpt_lightning.modules.teacher_cache import TeacherCache
 from tests.conftest import VOCABULARY, make_batch
+from tests.modules.checks import StopAfter
 from tests.modules.conftest import TASKS, AnyData
 
 Folder = Callable[[str], str]
@@ -152,14 +153,6 @@ class Record(L.Callback):
     def on_train_batch_end(self, *_: object) -> None:
         self.scope.__exit__(None, None, None)
         self.batches.append((self.step, bool(self.seen)))
-
-
-class StopAfter(L.Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
-        trainer.should_stop = trainer.global_step >= self.step
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from transformers.optimization import Adafactor
 
 from mpt_lightning import PEFTModule, PromptTuning
 from mpt_lightning.modules.optimizers import build_optimizer
+from tests.modules.checks import StopAfter
 from tests.modules.conftest import AnyData, Rows
 
 Folder = Callable[[str], str]
@@ -29,11 +30,6 @@ class Stream(AnyData):
         return DataLoader(Endless(), batch_size=8)
 
 
-class StopAfterTwo(L.Callback):
-    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
-        trainer.should_stop = trainer.global_step >= 2
-
-
 OPEN = {
     "max_time": (AnyData, {"max_time": {"hours": 1}, "max_epochs": None}),
     "max_epochs=-1": (AnyData, {"max_epochs": -1}),
@@ -47,7 +43,7 @@ def test_runs_of_unknown_length(run: str, model_folder: Folder, trainer: MakeTra
     data, options = OPEN[run]
 
     def fit(module: L.LightningModule, **more: Any) -> L.Trainer:
-        found = trainer(callbacks=[StopAfterTwo()], **(options | more))
+        found = trainer(callbacks=[StopAfter(2)], **(options | more))
         found.fit(module, datamodule=data())
         return found
 

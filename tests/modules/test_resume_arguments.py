@@ -13,15 +13,11 @@ from lightning.pytorch.callbacks import EarlyStopping
 from mpt_lightning import MPTSource, MPTTarget, PromptTuning
 from mpt_lightning.cli.main import main
 from mpt_lightning.modules import PromptModule
+from tests.modules.checks import StopAfter
 from tests.modules.conftest import TASKS, AnyData
 
 MakeTrainer = Callable[..., L.Trainer]
 STOP, STEPS = 2, 4
-
-
-class Stop(L.Callback):
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        trainer.should_stop = trainer.global_step >= STOP
 
 
 class OtherBetas(PromptTuning):
@@ -55,7 +51,7 @@ def saved(model_folder: Callable[[str], str], tmp_path_factory: pytest.TempPathF
     for cls in (PromptTuning, MPTSource, MPTTarget):
         trainer = L.Trainer(
             accelerator="cpu", max_steps=STEPS, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, limit_val_batches=0, callbacks=[Stop(), EarlyStopping("train/loss")],
+            enable_model_summary=False, limit_val_batches=0, callbacks=[StopAfter(STOP), EarlyStopping("train/loss")],
         )  # fmt: skip
         trainer.fit(make(cls, model_folder("t5"), folder), datamodule=AnyData())
         trainer.save_checkpoint(folder / f"{cls.__name__}.ckpt")

@@ -12,6 +12,7 @@ from mpt_lightning import MPTSource, MPTTarget, PromptTuning, SoftPrompt, load_b
 from mpt_lightning.modules import PromptModule
 from mpt_lightning.modules.distillation import Distillation
 from mpt_lightning.objectives import token_cross_entropy
+from tests.modules.checks import StopAfter
 from tests.modules.conftest import TASKS, AnyData
 
 Folder = Callable[[str], str]
@@ -114,14 +115,6 @@ def test_resuming_at_an_epochs_end_is_exact_with_any_data(
     assert whole.keys() == resumed.keys()
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]), name
-
-
-class StopAfter(L.Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
-        trainer.should_stop = trainer.global_step >= self.step
 
 
 def test_distillation_moves_the_student_towards_the_teachers(
