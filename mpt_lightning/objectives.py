@@ -35,14 +35,14 @@ class Segment:
     weight: Tensor
 
 
-def _precise(logits: Tensor) -> Tensor:
+def precise(logits: Tensor) -> Tensor:
     """Convert half precision to fp32; keep fp64."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
     return functional.cross_entropy(
-        _precise(logits).flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction=reduction
+        precise(logits).flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction=reduction
     )
 
 
@@ -61,6 +61,28 @@ def token_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the log-likelihood `[N]` in nats of rows of label tokens `[N, M]`, given logits `[N, M, V]`."""
     return -_cross_entropy(logits, labels, "none").view(labels.shape).sum(dim=1)
+
+
+def choice_cross_entropy(scores: Tensor, shares: Tensor, weights: Tensor) -> Tensor:
+    """Return the cross-entropy in nats of the right choices, given log-likelihoods `[B, C]`, -inf where none is.
+
+    `shares` `[B, C]` are how much each choice is right, and sum to 1 (two parts of a value: LM-BFF's regression, Gao et
+    al., 2021, section 4.2). The mean is over rows, each with a weight `[B]` of at least 0.
+
+    Example:
+        >>> choice_cross_entropy(torch.zeros(1, 2), torch.tensor([[0.25, 0.75]]), torch.ones(1))
+        tensor(0.6931)
+    """
+    chances = functional.log_softmax(precise(scores), dim=1).masked_fill(scores.isinf(), 0.0)
+    losses = -(shares.to(chances.dtype) * chances).sum(dim=1)
+    return (losses * weights).sum() / weights.sum().clamp(min=1)
+
+
+def right_choices(choices: Tensor, labels: Tensor) -> Tensor:
+    """Return the shares `[B, C]` of choices `[B, C, K]` in the answers with the labels `[B, M]`: 1 or 0."""
+    width = max(choices.shape[2], labels.shape[1])
+    padded = [functional.pad(t, (0, width - t.shape[-1]), value=IGNORE) for t in (choices, labels)]
+    return (padded[0] == padded[1][:, None]).all(dim=2).float()
 
 
 def context_cross_entropy(
@@ -92,7 +114,7 @@ def context_cross_entropy(
         >>> context_cross_entropy(*even, torch.tensor([[1]]), decay=0.5, normalize="weights")
         tensor(1.3863)
     """
-    of_context = functional.cross_entropy(_precise(context_logits), context_labels, reduction="none")
+    of_context = functional.cross_entropy(precise(context_logits), context_labels, reduction="none")
     own = _cross_entropy(logits, labels, "sum")
     weights = decay ** distances.to(of_context.dtype)
     return (len(labels) * (weights * of_context).sum() + own) / context_tokens(weights, labels, normalize)
@@ -121,8 +143,8 @@ def logit_distillation(student: Tensor, teacher: Tensor, labels: Tensor, tempera
         tensor(True)
     """
     counted = labels != IGNORE
-    of_student = functional.log_softmax(_precise(student)[counted] / temperature, dim=-1)
-    of_teacher = functional.log_softmax(_precise(teacher)[counted] / temperature, dim=-1)
+    of_student = functional.log_softmax(precise(student)[counted] / temperature, dim=-1)
+    of_teacher = functional.log_softmax(precise(teacher)[counted] / temperature, dim=-1)
     return _divergence(of_student, of_teacher, temperature, counted)
 
 
@@ -145,7 +167,7 @@ def top_buckets(logits: Tensor, k: int, temperature: float = 1.0) -> tuple[Tenso
         >>> ids, log_probs.exp()
         (tensor([[2, 0]]), tensor([[0.6103, 0.2245, 0.1652]]))
     """
-    log_probs = functional.log_softmax(_precise(logits) / temperature, dim=-1)
+    log_probs = functional.log_softmax(precise(logits) / temperature, dim=-1)
     top, ids = log_probs.topk(min(k, logits.shape[-1]), dim=-1)
     return ids, _with_rest(log_probs, ids, top)
 
@@ -180,7 +202,7 @@ def bucketed_distillation(
         tensor(True)
     """
     counted = labels != IGNORE
-    of_student = functional.log_softmax(_precise(student)[counted] / temperature, dim=-1)
+    of_student = functional.log_softmax(precise(student)[counted] / temperature, dim=-1)
     return _divergence(_with_rest(of_student, ids, of_student.gather(-1, ids)), log_probs, temperature, counted)
 
 
@@ -248,7 +270,7 @@ def hidden_distillation(
     for key, ours in chosen_states(student, layers, positions, stacks).items():
         stack, weight = key.split("/")[0], student[key].weight
         for mine, theirs in zip(ours, of_teacher[key], strict=True):
-            squares = (_precise(mine) - _precise(theirs.detach())).square().mean(dim=-1)
+            squares = (precise(mine) - precise(theirs.detach())).square().mean(dim=-1)
             errors[stack].append((squares * weight).sum())
             counts[stack].append(weight.sum())
     if not errors:

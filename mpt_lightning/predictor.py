@@ -11,7 +11,7 @@ import torch
 from mpt_lightning.backbones import Backbone, load_backbone
 from mpt_lightning.checkpoint import PromptCheckpoint, read_checkpoint
 from mpt_lightning.data.card import TaskCard
-from mpt_lightning.data.loader import pad
+from mpt_lightning.data.loader import pad, pad_choices
 from mpt_lightning.data.prediction import Row, Text, encode_rows, plain_text
 from mpt_lightning.data.tokenize import Encoder
 from mpt_lightning.data.vocabulary import check_choices
@@ -20,7 +20,6 @@ from mpt_lightning.io import one_line, read_text, write_json_lines
 from mpt_lightning.modules.base import PromptModule
 from mpt_lightning.modules.checkpointing import read_cards
 from mpt_lightning.modules.evaluation import generated_texts
-from mpt_lightning.objectives import IGNORE
 from mpt_lightning.prompts import Prompt
 
 
@@ -73,7 +72,8 @@ class Predictor:
         if batch_size < 1:
             raise MPTError(f"batch_size must be 1 or more, got {batch_size}.")
         self.backbone, self.prompt = backbone.eval(), prompt.eval()
-        self.cards, self.batch_size = dict(cards or {}), batch_size
+        self.cards = {name: card.for_family(backbone.family) for name, card in (cards or {}).items()}
+        self.batch_size = batch_size
         self.encoder = encoder or Encoder(backbone.tokenizer, backbone.family, max_input_length=256)
         for card in self.cards.values():
             check_choices(card, self.encoder.tokenizer, backbone.family)
@@ -179,15 +179,13 @@ class Predictor:
         if not ranked:
             texts = generated_texts(self.backbone, inputs, max_new_tokens=max_new_tokens, num_beams=1)
             return [Prediction(row.task, row.text, text) for row, text in zip(rows, texts, strict=True)]
-        most = max(len(row.choices) for row in rows)
-        # Rows with fewer choices are filled up with choices of padding alone.
-        filled = [choice for row in rows for choice in [*row.choices, *([[IGNORE]] * (most - len(row.choices)))]]
-        choices = pad(filled, IGNORE).unflatten(0, (len(rows), most))
+        choices = pad_choices([row.choices for row in rows])
         shares = self.backbone.score(*inputs, choices.to(self.device)).softmax(dim=1).tolist()
         made = []
         for row, of_choices in zip(rows, shares, strict=True):
-            probabilities = dict(zip(self.cards[row.task].choices or [], of_choices, strict=False))
-            best = max(probabilities, key=probabilities.__getitem__)
+            card = self.cards[row.task]
+            probabilities = dict(zip(card.words(self.backbone.family) or [], of_choices, strict=False))
+            best = max(probabilities, key=probabilities.__getitem__) if card.choices else card.value(of_choices[1])
             made.append(Prediction(row.task, row.text, best, probabilities))
         return made
 

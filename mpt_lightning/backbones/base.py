@@ -1,7 +1,8 @@
 """The interface between prompts and a frozen language model, and what all families share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -16,10 +17,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from mpt_lightning.backbones.compilation import compile_parts
 from mpt_lightning.backbones.fingerprint import fingerprint
 from mpt_lightning.backbones.pretrained import load_tokenizer
-from mpt_lightning.objectives import IGNORE, Segment, log_likelihood
+from mpt_lightning.objectives import IGNORE, Segment
 from mpt_lightning.prompts import PromptOutput
 
-Family = Literal["seq2seq", "causal"]
+Family = Literal["seq2seq", "causal", "masked"]
+# What the training loss is a cross-entropy over, and the default of each family.
+Over = Literal["choices", "vocabulary"]
+OVER: dict[Family, Over] = {"seq2seq": "vocabulary", "causal": "vocabulary", "masked": "choices"}
 # Faster alternatives to copying the prompts' keys and values for every row. With gradients "packed": prompts and rows
 # run in one pass. Without gradients "shared": all rows attend to the same keys and values of one prompt.
 Way = Literal["packed", "shared"]
@@ -34,7 +38,8 @@ class BackboneOutput:
     Attributes:
         logits: `[B, M, V]`, position m predicts label token m.
         hidden: Hidden states by "<stack>/<part>": encoder/prompt, encoder/text and decoder/text of an
-            encoder-decoder, decoder/prompt and decoder/text of a decoder-only model. Empty unless requested.
+            encoder-decoder, the first two of a masked model, decoder/prompt and decoder/text of a decoder-only model.
+            Empty unless requested.
         prompt_logits: `[U, N, V]` at the requested positions of the prompts, or None.
     """
 
@@ -120,10 +125,13 @@ class Backbone(nn.Module, ABC):
         """Return whether a model of this configuration belongs to the family; raise if its results are wrong."""
 
     @abstractmethod
-    def bare_logits(self, inputs: Callable[[Tensor], dict[str, Tensor]], text: Tensor, answer: Tensor) -> Tensor:
+    def bare_logits(
+        self, inputs: Callable[[Tensor], dict[str, Tensor]], prompt: Tensor, text: Tensor, answer: Tensor
+    ) -> Tensor:
         """Return the bare model's logits `[1, M, V]` of an answer `[1, M]` to a text `[1, L]`, for the `probe`.
 
-        `inputs` turns token ids into the model's arguments: ids or embeddings.
+        The text has the prompt `[1, P]` of token ids where the backbone puts it. `inputs` turns token ids into the
+        model's arguments: ids or embeddings.
         """
 
     @property
@@ -178,6 +186,11 @@ class Backbone(nn.Module, ABC):
                     layer.training = mode
         return self
 
+    @contextmanager
+    def probing(self, texts: list[Tensor], spare: Tensor) -> Iterator[list[Tensor]]:
+        """Yield texts `[L]` of plain token ids as the family reads texts, for the `probe`; they lack the id `spare`."""
+        yield texts
+
     def embed(self, input_ids: Tensor) -> Tensor:
         """Return the input embeddings `[B, L, H]` of token ids `[B, L]`, without a prompt."""
         embeddings: Tensor = self.model.get_input_embeddings()(input_ids)
@@ -229,13 +242,13 @@ class Backbone(nn.Module, ABC):
         of_row, _ = exists.nonzero(as_tuple=True)
         labels = choices[exists]
         inputs = (prompts, rows, input_ids, attention_mask)
-        likelihood = log_likelihood(self._choice_logits(inputs, of_row, labels), labels)
+        likelihood = self._likelihood(inputs, of_row, labels)
         scores = torch.full(exists.shape, float("-inf"), dtype=likelihood.dtype, device=choices.device)
         return scores.masked_scatter(exists, likelihood)
 
     @abstractmethod
-    def _choice_logits(self, inputs: Inputs, of_row: Tensor, labels: Tensor) -> Tensor:
-        """Return the logits `[N, M, V]` of choices `[N, M]`, -100 for padding, of the rows `[N]` in 0..B-1."""
+    def _likelihood(self, inputs: Inputs, of_row: Tensor, labels: Tensor) -> Tensor:
+        """Return the log-likelihood `[N]` of choices `[N, M]`, -100 for padding, of the rows `[N]` in 0..B-1."""
 
     @abstractmethod
     def generate(

@@ -23,7 +23,7 @@ from mpt_lightning.backbones.limits import attention_windows, length_limit
 from mpt_lightning.backbones.packed import packed_forward
 from mpt_lightning.backbones.sharding import tie
 from mpt_lightning.errors import MPTError
-from mpt_lightning.objectives import IGNORE, Segment
+from mpt_lightning.objectives import IGNORE, Segment, log_likelihood
 from mpt_lightning.prompts import PromptOutput
 
 
@@ -67,9 +67,11 @@ class CausalBackbone(Backbone):
         encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
         return not config.is_encoder_decoder and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not encoder
 
-    def bare_logits(self, inputs: Callable[[Tensor], dict[str, Tensor]], text: Tensor, answer: Tensor) -> Tensor:
+    def bare_logits(
+        self, inputs: Callable[[Tensor], dict[str, Tensor]], prompt: Tensor, text: Tensor, answer: Tensor
+    ) -> Tensor:
         """See `Backbone.bare_logits`."""
-        whole = torch.cat([text, answer], dim=1)
+        whole = torch.cat([prompt, text, answer], dim=1)
         return self.model(**inputs(whole), use_cache=False).logits[:, -answer.shape[1] - 1 : -1]
 
     @property
@@ -227,7 +229,7 @@ class CausalBackbone(Backbone):
         given = PromptOutput.of(prompts)
         return given.embeddings if given.shift is None and given.length else None
 
-    def _choice_logits(self, inputs: Inputs, of_row: Tensor, labels: Tensor) -> Tensor:
+    def _likelihood(self, inputs: Inputs, of_row: Tensor, labels: Tensor) -> Tensor:
         prompts, rows, input_ids, attention_mask = inputs
         encoded = self._encode(prompts)
         input_ids, attention_mask = align(input_ids, attention_mask, "left")
@@ -239,7 +241,7 @@ class CausalBackbone(Backbone):
         if self.sharded and not given.shape[1]:  # a second pass on every rank, whatever the choices on others
             given = labels
         if not given.shape[1]:
-            return first[of_row]
+            return log_likelihood(first[of_row], labels)
         # All choices of a text reuse its keys and values; only the choices' tokens are run.
         rest = self._read(
             PrefixCache(gather_layers(cache.contents(), of_row), cache.shared),
@@ -249,7 +251,7 @@ class CausalBackbone(Backbone):
             mask=(given != IGNORE).to(attention_mask.dtype),
             keep=given.shape[1],
         ).logits
-        return torch.cat([first[of_row], rest], dim=1)[:, : labels.shape[1]]
+        return log_likelihood(torch.cat([first[of_row], rest], dim=1)[:, : labels.shape[1]], labels)
 
     def generate(
         self, prompts: Tensor | PromptOutput, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, **options: Any

@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from mpt_lightning.backbones.base import Backbone, Family
 from mpt_lightning.backbones.causal import CausalBackbone
 from mpt_lightning.backbones.compilation import check_compiler
+from mpt_lightning.backbones.masked import MaskedBackbone
 from mpt_lightning.backbones.pretrained import load_config
 from mpt_lightning.backbones.probe import check_backbone
 from mpt_lightning.backbones.quantization import Quantization, keep_differentiable, quantized
@@ -17,7 +18,7 @@ from mpt_lightning.resources import backbone_path
 
 DType = Literal["float32", "bfloat16"]
 # One class per family.
-BACKBONES: tuple[type[Backbone], ...] = (Seq2SeqBackbone, CausalBackbone)
+BACKBONES: tuple[type[Backbone], ...] = (Seq2SeqBackbone, CausalBackbone, MaskedBackbone)
 
 
 def backbone_class(config: PreTrainedConfig, name: str) -> type[Backbone]:
@@ -26,8 +27,8 @@ def backbone_class(config: PreTrainedConfig, name: str) -> type[Backbone]:
         if kind.takes(config):
             return kind
     raise MPTError(
-        f"The backbone {name!r} is of the type {config.model_type!r}, which is neither an encoder-decoder nor a "
-        "decoder-only language model. Prompts of this package need one of these."
+        f"The backbone {name!r} is of the type {config.model_type!r}, which is neither an encoder-decoder, "
+        "nor a decoder-only, nor a masked language model. Prompts of this package need one of these."
     )
 
 
@@ -49,7 +50,8 @@ def load_backbone(
     """Load a frozen model for prompts.
 
     Args:
-        name_or_path: Hub id ("google-t5/t5-base") or folder of an encoder-decoder or a decoder-only model.
+        name_or_path: Hub id ("google-t5/t5-base") or folder of an encoder-decoder, a decoder-only or a masked
+            language model.
         dtype: Precision of the frozen weights; prompts stay in fp32.
         dropout: Keep the model's dropout on while prompts train.
         gradient_checkpointing: Recompute activations in the backward pass, which saves memory and costs time.

@@ -11,6 +11,7 @@ from itertools import islice
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from mpt_lightning.backbones.base import Backbone, Way
 from mpt_lightning.backbones.miniature import miniature
@@ -52,27 +53,27 @@ def check_backbone(backbone: Backbone) -> None:
 
 def _choose_ways(backbone: Backbone) -> None:
     """Remove the faster ways that give wrong results; raise if the plain one does."""
-    probe = _Probe(backbone)
-    for way in sorted(backbone.ways):
-        if problem := probe.problem(way):
-            backbone.ways.discard(way)
-            logger.info("%s: prompts are copied, not %s: %s", backbone.name, way, problem)
-    # A shared prefix is a cached one without its copies: if it is right, so are the copies.
-    if "shared" not in backbone.ways and (problem := probe.problem()):
-        raise MPTError(probe.refusal(problem))
+    ids = _plain_ids(backbone).to(backbone.model.get_input_embeddings().weight.device)
+    prompt, *texts, answers = ids.split([PROMPT, *TEXTS, 2 * ANSWER])
+    with backbone.probing(texts, answers[0]) as read:
+        probe = _Probe(backbone, prompt, read, answers.view(2, ANSWER))
+        for way in sorted(backbone.ways):
+            if problem := probe.problem(way):
+                backbone.ways.discard(way)
+                logger.info("%s: prompts are copied, not %s: %s", backbone.name, way, problem)
+        # A shared prefix is a cached one without its copies: if it is right, so are the copies.
+        if "shared" not in backbone.ways and (problem := probe.problem()):
+            raise MPTError(probe.refusal(problem))
 
 
 class _Probe:
     """Two rows with one prompt, and the bare model's logits of their answers."""
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone, prompt: Tensor, texts: list[Tensor], answers: Tensor) -> None:
         self.backbone, model = backbone, backbone.model
-        device = model.get_input_embeddings().weight.device
-        ids = _plain_ids(backbone).to(device)
-        self.prompt, *texts, answers = ids.split([PROMPT, *TEXTS, 2 * ANSWER])
-        self.answers = answers.view(2, ANSWER)
-        self.ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
-        self.mask = (torch.arange(max(TEXTS), device=device) < torch.tensor(TEXTS, device=device)[:, None]).long()
+        self.prompt, self.texts, self.answers = prompt, texts, answers
+        self.ids = pad_sequence(texts, batch_first=True)
+        self.mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
         self.expected: Tensor | None = None
         half = model.dtype in (torch.float16, torch.bfloat16) or getattr(model, "is_quantized", False)
         self.tolerance = HALF_TOLERANCE if half else TOLERANCE
@@ -115,9 +116,8 @@ class _Probe:
 
     def _bare(self, inputs: Callable[[Tensor], dict[str, Tensor]]) -> Tensor:
         """Return the bare model's logits `[2, ANSWER, V]` of the answers, each row alone without padding."""
-        texts = [torch.cat([self.prompt, self.ids[row, :size]])[None] for row, size in enumerate(TEXTS)]
-        answers = self.answers.split(1)
-        return torch.cat([self.backbone.bare_logits(inputs, *row) for row in zip(texts, answers, strict=True)])
+        rows = zip(self.texts, self.answers, strict=True)
+        return torch.cat([self.backbone.bare_logits(inputs, self.prompt[None], a[None], b[None]) for a, b in rows])
 
     def _error(self, logits: Tensor, expected: Tensor) -> float:
         """Return the root mean square of the difference, in standard deviations of the expected logits."""

@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 
 from mpt_lightning.backbones.base import Backbone, BackboneOutput, Inputs, align
 from mpt_lightning.errors import MPTError
-from mpt_lightning.objectives import IGNORE, Segment
+from mpt_lightning.objectives import IGNORE, Segment, log_likelihood
 from mpt_lightning.prompts import PromptOutput
 
 
@@ -41,10 +41,12 @@ class Seq2SeqBackbone(Backbone):
             )
         return config.is_encoder_decoder and config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
-    def bare_logits(self, inputs: Callable[[Tensor], dict[str, Tensor]], text: Tensor, answer: Tensor) -> Tensor:
+    def bare_logits(
+        self, inputs: Callable[[Tensor], dict[str, Tensor]], prompt: Tensor, text: Tensor, answer: Tensor
+    ) -> Tensor:
         """See `Backbone.bare_logits`."""
         read = self.model.prepare_decoder_input_ids_from_labels(answer)
-        return self.model(**inputs(text), decoder_input_ids=read, use_cache=False).logits
+        return self.model(**inputs(torch.cat([prompt, text], dim=1)), decoder_input_ids=read, use_cache=False).logits
 
     def _encode(self, inputs: Inputs, hidden_states: bool = False) -> tuple[Any, Tensor]:
         """Run the encoder over `[prompt, text, padding]`; return its output and the mask `[B, P + L]`."""
@@ -103,9 +105,9 @@ class Seq2SeqBackbone(Backbone):
             }
         return output
 
-    def _choice_logits(self, inputs: Inputs, of_row: Tensor, labels: Tensor) -> Tensor:
+    def _likelihood(self, inputs: Inputs, of_row: Tensor, labels: Tensor) -> Tensor:
         encoded, mask = self._encode(inputs)
-        return self._decode(encoded.last_hidden_state[of_row], mask[of_row], labels).logits
+        return log_likelihood(self._decode(encoded.last_hidden_state[of_row], mask[of_row], labels).logits, labels)
 
     def generate(
         self, prompts: Tensor | PromptOutput, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, **options: Any

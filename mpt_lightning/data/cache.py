@@ -22,12 +22,13 @@ from mpt_lightning.errors import MPTError
 from mpt_lightning.io import one_line
 
 # Part of the cache key: raise it when the same input would give other rows.
-_FORMAT = 2
+_FORMAT = 3
 ToRows = Callable[[Iterator[Example]], Iterator[dict[str, Any]]]
 _ENCODED = Features(
     input_ids=List(Value("int32")),
     labels=List(Value("int32")),
     choices=List(List(Value("int32"))),
+    shares=List(Value("float32")),
     text=Value("string"),
     references=List(Value("string")),
     group=Value("string"),

@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from mpt_lightning.arguments import PositiveInt, check_arguments
-from mpt_lightning.data.template import Pattern, apply_pattern, parse_template, read_patterns
+from mpt_lightning.data.template import MASK, Pattern, apply_pattern, parse_template, read_patterns
 from mpt_lightning.errors import MPTError
 from mpt_lightning.io import LONGEST_NAME, can_be_path, read_yaml
 from mpt_lightning.metrics.registry import METRICS
@@ -51,6 +51,11 @@ class TaskCard:
         empty_text: What to do with rows where a column of the template is empty: `error`, `drop` or `keep`.
         patterns: Other templates over the same columns, each with `choices` of its own if the words differ; the
             DataModule's `pattern` selects one.
+        masked: The pattern for masked language models, with a place for the answer: `{sentence} It was [MASK].`. A
+            `[SEP]` begins the second segment. A regression task has two `choices` here, for its lowest and its highest
+            value. Unset: `input`, with the answer's place at its end.
+        multi_mask: Accept choices of several tokens with masked models. Each choice is scored with as many masks as it
+            has tokens, which tells the model the answer's length. Otherwise a choice must be one token.
         max_target_length: Longest target in tokens; a longer one is an error in training. Unset: no limit.
         language: Language of the texts (documentation).
         licence: Licence of the data (documentation).
@@ -79,6 +84,8 @@ class TaskCard:
     unlabelled: Literal["error", "drop"] = "error"
     empty_text: Literal["error", "drop", "keep"] = "error"
     patterns: list[Pattern] = field(default_factory=list)
+    masked: Pattern | None = None
+    multi_mask: bool = False
     max_target_length: PositiveInt | None = None
     language: str = ""
     licence: str = ""
@@ -104,9 +111,43 @@ class TaskCard:
         self._check_splits()
         self._check_labels()
         self._check_metrics()
+        if self.masked is not None:
+            (self.masked,) = read_patterns(self, [self.masked])
         self.patterns = read_patterns(self, self.patterns)
         for number in range(len(self.patterns)):
             apply_pattern(self, number)
+        if self.masked is not None:
+            _check_masked(self, self.masked)
+
+    def words(self, family: str) -> list[str] | None:
+        """Return what a model ranks: the choices; for masked models a regression task's two words; or None."""
+        if family == "masked" and self.value_range is not None and self.masked is not None:
+            return self.masked.choices
+        return self.choices
+
+    def shares(self, reference: str, words: list[str] | None) -> list[float]:
+        """Return the share of each of the `words` in a right answer: 1 for a choice, two parts for a value."""
+        if self.value_range is not None and words:
+            low, high = self.value_range
+            part = (float(reference) - low) / (high - low)
+            return [1 - part, part]
+        return [float(word == reference) for word in words or []]
+
+    def value(self, part: float) -> str:
+        """Return the value of a regression task that has this part of the highest value's word, 0 to 1, as a text."""
+        low, high = self.value_range or (0.0, 1.0)
+        return f"{low + (high - low) * part:.6g}"
+
+    def for_family(self, family: str) -> TaskCard:
+        """Return the card as a family of models reads it; for masked models, with its pattern for them."""
+        if family == "masked":
+            if self.masked is None:
+                return self
+            choices = self.choices if self.value_range is not None else self.masked.choices or self.choices
+            return replace(self, input=self.masked.input, choices=choices, patterns=[])
+        if MASK in self.input:
+            raise self._error("input", f"a template without {MASK}, which is for masked language models, not {family}")
+        return self
 
     @property
     def parts(self) -> tuple[tuple[str, str | None], ...]:
@@ -224,6 +265,18 @@ def _check_name(name: object) -> None:
         raise MPTError(
             f"Task name: got {str(name)[:300]!r}, expected letters, digits, '.', '_', '-' and single '/', without "
             f"'..' and a leading '/', at most {LONGEST_NAME}, that can name a file on every system; change `name`."
+        )
+
+
+def _check_masked(card: TaskCard, pattern: Pattern) -> None:
+    if card.value_range is None:
+        apply_pattern(replace(card, masked=None, patterns=[pattern]), 0)
+        return
+    words = pattern.choices or []
+    if len(set(words)) != 2 or not all(isinstance(word, str) and word.strip() for word in words):
+        raise MPTError(
+            f"Task card '{card.name}': got masked.choices={words!r}, expected two words, for the lowest and the "
+            "highest value; change `masked`."
         )
 
 

@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from mpt_lightning.arguments import NonNegativeInt, PositiveInt, check_arguments
+from mpt_lightning.backbones.base import OVER
 from mpt_lightning.data.cache import RowCache
 from mpt_lightning.data.card import TaskCard
 from mpt_lightning.data.context import Context
-from mpt_lightning.data.loader import PromptCollator, ResumableLoader
+from mpt_lightning.data.loader import Choices, PromptCollator, ResumableLoader
 from mpt_lightning.data.rows import SPLIT_SEED, Draw, ShotsPer, Split
 from mpt_lightning.data.sampling import EvalSampler, GlobalBatchSampler
 from mpt_lightning.data.template import apply_pattern, count_slots
@@ -180,6 +181,7 @@ class PromptDataModule(L.LightningDataModule):
             return
         draw = self._train_draw if split == "train" else self._eval_draw
         tables = []
+        self.cards = {name: card.for_family(self.encoder.family) for name, card in self.cards.items()}
         for card in self.cards.values():
             check_choices(card, self.tokenizer, self.encoder.family)
         for task_id, card in enumerate(self.cards.values()):
@@ -205,11 +207,24 @@ class PromptDataModule(L.LightningDataModule):
         return {} if trainer is None else {"num_replicas": trainer.world_size, "rank": trainer.global_rank}
 
     def _train_rows(self) -> Dataset:
-        return concatenate_datasets(self._rows("train")).select_columns(_TRAIN_COLUMNS)
+        columns = [*_TRAIN_COLUMNS, "choices", "shares"] if self._trains_on_choices() else _TRAIN_COLUMNS
+        return concatenate_datasets(self._rows("train")).select_columns(columns)
+
+    def _trains_on_choices(self) -> bool:
+        """Return whether the module's loss is over the tasks' choices, which training batches have then."""
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        return (getattr(module, "over", None) or OVER[self.encoder.family]) == "choices"
+
+    def _choices(self, card: TaskCard) -> Choices:
+        """Return the ids of a task's choices, if they do not depend on the input and come with the rows."""
+        return self.encoder.format.targets(card.words(self.encoder.family) or [])
 
     def _train_loader(self, sampler: GlobalBatchSampler) -> DataLoader[Any]:
         rows: Any = self._train_rows()
-        options = self._loading(self.batch_size, PromptCollator(self.encoder.pad_id))
+        collator = PromptCollator(self.encoder.pad_id)
+        if self._trains_on_choices() and not self.encoder.format.continues:
+            collator.choices = dict(enumerate(map(self._choices, self.cards.values())))
+        options = self._loading(self.batch_size, collator)
         if getattr(self.trainer, "overfit_batches", 0) > 0:
             # Lightning would replace our sampler by a sequential one, which yields the first task only.
             return DataLoader(rows.select(list(sampler)), **options)
@@ -219,10 +234,11 @@ class PromptDataModule(L.LightningDataModule):
         loaders: list[DataLoader[Any]] = []
         in_step = getattr(self.trainer and self.trainer.strategy, "ranks_in_step", False)
         tables: list[Any] = self._rows(split)
-        for card, rows in zip(self.cards.values(), tables, strict=True):
-            # Choices that depend on the input come with the rows.
-            choices = None if self.encoder.format.continues else self.encoder.format.targets(card.choices or [])
-            options = self._loading(self.eval_batch_size, PromptCollator(self.encoder.pad_id, choices or None))
+        for task_id, (card, rows) in enumerate(zip(self.cards.values(), tables, strict=True)):
+            collator = PromptCollator(self.encoder.pad_id)
+            if not self.encoder.format.continues:
+                collator.choices = {task_id: self._choices(card)}
+            options = self._loading(self.eval_batch_size, collator)
             sampler = EvalSampler(rows, **self._ranks(), even=in_step)
             loaders.append(DataLoader(rows, sampler=sampler, **options))
         return loaders

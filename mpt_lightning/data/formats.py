@@ -11,7 +11,7 @@ from tokenizers import models
 from transformers import PreTrainedTokenizerBase
 
 from mpt_lightning.backbones.base import Family
-from mpt_lightning.data.template import count_slots, with_slots
+from mpt_lightning.data.template import MASK, SEPARATOR, count_slots, with_slots
 from mpt_lightning.errors import MPTError
 
 # Most answers that are cached, which bounds the memory of a task with free text.
@@ -42,11 +42,14 @@ class Format(ABC):
     # What stands before an answer that is tokenised on its own.
     gap: ClassVar[str] = ""
 
+    # The special token without which the family cannot answer.
+    needs: ClassVar[str] = "eos_token"
+
     def __init__(self, tokenizer: PreTrainedTokenizerBase, with_bos: bool = True) -> None:
-        if tokenizer.eos_token_id is None:
+        if getattr(tokenizer, self.needs) is None:
             raise MPTError(
-                f"Tokenizer '{tokenizer.name_or_path}': got no end-of-sequence token, expected one to close targets "
-                "with; change `backbone` or set its `eos_token`."
+                f"Tokenizer '{tokenizer.name_or_path}': got no {self.needs.replace('_', ' ')}, expected one to end or "
+                f"place answers with; change `backbone` or set its `{self.needs}`."
             )
         self.tokenizer, self.with_bos = tokenizer, with_bos
 
@@ -80,6 +83,10 @@ class Format(ABC):
         """Return the label ids of each of a task's choices after B inputs [B, C]; B empty lists without choices."""
         columns = [self.answers(inputs, [choice] * len(inputs)) for choice in choices or []]
         return [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in inputs]
+
+    def words(self, words: list[str]) -> list[list[int]]:
+        """Return the token ids of B words as answers, without an end of sequence."""
+        return self.plain([f"{self.gap}{word}" for word in words]) if words else []
 
     @abstractmethod
     def targets(self, answers: list[str]) -> list[list[int]]:
@@ -121,8 +128,7 @@ class CausalFormat(Format):
 
     def targets(self, answers: list[str]) -> list[list[int]]:
         """See the base class."""
-        ids = self.plain([f"{self.gap}{answer}" for answer in answers]) if answers else []
-        return [[*row, self.tokenizer.eos_token_id] for row in ids]
+        return [[*row, self.tokenizer.eos_token_id] for row in self.words(answers)]
 
     def answers(self, inputs: list[EncodedInput], answers: list[str]) -> list[list[int]]:
         """Return the ids that each answer adds to its input; its target if the input's ids are not a prefix."""
@@ -179,4 +185,55 @@ class CausalFormat(Format):
         return [*self.special[0], *ids] if self.with_bos else ids
 
 
-FORMATS: dict[Family, type[Format]] = {"seq2seq": Seq2SeqFormat, "causal": CausalFormat}
+class MaskedFormat(Format):
+    """Masked models: the answer is one token, or several, in the place of the input's one mask.
+
+    `[MASK]` in a text is the place, by default its end; the text after `[SEP]` is the second segment. An answer is
+    written as after a space.
+    """
+
+    needs = "mask_token"
+
+    @cached_property
+    def _between(self) -> list[int]:
+        """Ids that the tokenizer puts between two segments."""
+        encoded = self.tokenizer("a", "a", return_special_tokens_mask=True, verbose=False)
+        before, after = len(self.special[0]) + len(self.plain(["a"])[0]), len(self.special[1])
+        inner = zip(encoded["input_ids"][before:-after], encoded["special_tokens_mask"][before:-after], strict=True)
+        return [token for token, special in inner if special]
+
+    def words(self, words: list[str]) -> list[list[int]]:
+        """See the base class; a space that becomes a token by itself is left out."""
+        alone = self.plain(words) if words else []
+        spaced = self.plain([f" {word}" for word in words]) if words else []
+        return [ids if after[1:] == ids else after for ids, after in zip(alone, spaced, strict=True)]
+
+    def targets(self, answers: list[str]) -> list[list[int]]:
+        """Return the label ids of B answers; there is no end of sequence."""
+        return self.words(answers)
+
+    def inputs(self, texts: list[str]) -> list[list[int]]:
+        """See the base class; raise MPTError if a text has not exactly one mask."""
+        token = self.tokenizer.mask_token
+        segments = []
+        for text in texts:
+            placed = text if MASK in text or token in text else f"{text.rstrip()} {MASK}"
+            segments.append(placed.strip().removesuffix(SEPARATOR).replace(MASK, token).split(SEPARATOR, 1))
+        pieces = [piece.strip() for pair in segments for piece in pair]
+        tokens = iter(self.plain(pieces))
+        rows = []
+        for text, pair in zip(texts, segments, strict=True):
+            ids = [
+                with_slots(piece, lambda part: self.plain([part])[0]) if count_slots(piece) else whole
+                for piece, whole in zip(pair, tokens, strict=False)
+            ]
+            rows.append(self._enclose([*ids[0], *(token for other in ids[1:] for token in [*self._between, *other])]))
+            if (count := rows[-1].count(self.tokenizer.mask_token_id)) != 1:
+                raise MPTError(
+                    f"Got {count} masks in {text[:80]!r}, expected one; change `input` or `masked` of the card, or the "
+                    f"texts that contain {MASK} or {token}."
+                )
+        return rows
+
+
+FORMATS: dict[Family, type[Format]] = {"seq2seq": Seq2SeqFormat, "causal": CausalFormat, "masked": MaskedFormat}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,23 +13,29 @@ from torch.utils.data import DataLoader
 from mpt_lightning.data.sampling import GlobalBatchSampler
 from mpt_lightning.errors import MPTError
 
+# The token ids of each of a row's choices.
+Choices = Sequence[Sequence[int]]
+
 
 class PromptCollator:
     """Turns B rows into a batch, padded on the right to the longest.
 
     Rows have `input_ids`, `labels` and `task_ids`, and may have `row_id`, `context_examples` (training), `text`,
-    `references`, `group` and `choices` (evaluation). A batch has the tensors `input_ids [B, L]`, `attention_mask
-    [B, L]` (1 is a token), `labels [B, M]` (-100 is padding), `task_ids [B]`, `context_examples [B]` and `choices
-    [B, C, M']` (-100 is padding), and the lists `row_ids`, `texts`, `references` and `groups`.
+    `references` and `group` (evaluation), `choices` and `shares`. A batch has the tensors `input_ids [B, L]`,
+    `attention_mask [B, L]` (1 is a token), `labels [B, M]` (-100 is padding), `task_ids [B]`, `context_examples [B]`,
+    `choices [B, C, M']` (-100 is padding) and `shares [B, C]` (how much each choice is right), and the lists `row_ids`,
+    `texts`, `references` and `groups`.
 
     Args:
         pad_id: Id that pads inputs.
-        choices: Token ids of the task's C choices, for evaluation. Unset: the rows' own, if any.
+
+    Attributes:
+        choices: Token ids of each task's choices, by the task's id. None: the rows' own, if any.
     """
 
-    def __init__(self, pad_id: int, choices: Sequence[Sequence[int]] | None = None) -> None:
+    def __init__(self, pad_id: int) -> None:
         self.pad_id = pad_id
-        self.choices = None if choices is None else pad(choices, -100)
+        self.choices: Mapping[int, Choices] | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return a batch of B rows; see the class."""
@@ -44,11 +50,20 @@ class PromptCollator:
             batch["context_examples"] = torch.tensor([row["context_examples"] for row in rows])
         lists = {"row_id": "row_ids", "text": "texts", "references": "references", "group": "groups"}
         batch |= {name: [row[column] for row in rows] for column, name in lists.items() if column in rows[0]}
-        if self.choices is not None:
-            batch["choices"] = self.choices.expand(len(rows), -1, -1).clone()
-        elif own := [choice for row in rows for choice in row.get("choices", [])]:
-            batch["choices"] = pad(own, -100).unflatten(0, (len(rows), -1))
+        own = [row.get("choices", []) if self.choices is None else self.choices[row["task_ids"]] for row in rows]
+        if any(own):
+            batch["choices"] = pad_choices(own)
+            if "shares" in rows[0]:
+                shares = [torch.tensor(row["shares"]) for row in rows]
+                batch["shares"] = pad_sequence(shares, batch_first=True)
         return batch
+
+
+def pad_choices(rows: Sequence[Choices]) -> Tensor:
+    """Pad the choices of B rows, `[B, C, longest]`; a row with fewer than C has choices of padding alone."""
+    most = max(len(choices) for choices in rows)
+    filled = [choice for choices in rows for choice in [*choices, *([[-100]] * (most - len(choices)))]]
+    return pad(filled, -100).unflatten(0, (len(rows), most))
 
 
 def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:

@@ -31,7 +31,7 @@ def encode_rows(
     rows: dict[int, Row] = {}
     for task in dict.fromkeys(tasks):
         numbers, card = [number for number, name in enumerate(tasks) if name == task], cards.get(task)
-        choices = card.choices if card is not None else None
+        choices = card.words(encoder.family) if card is not None else None
         values: list[Any] = [_read(number, given[number], task, None if raw else card) for number in numbers]
         if card is None or raw:
             inputs, texts = encoder.format.encode_inputs(values, choices), values

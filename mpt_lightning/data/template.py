@@ -15,6 +15,8 @@ from mpt_lightning.errors import MPTError
 if TYPE_CHECKING:
     from mpt_lightning.data.card import TaskCard
 
+# The places of the answer and of the second segment in a template for masked language models.
+MASK, SEPARATOR = "[MASK]", "[SEP]"
 _SLOTS = re.compile(r"\[prompt\*(\d+)\]")
 
 
@@ -96,7 +98,11 @@ def apply_pattern(card: TaskCard, number: int) -> TaskCard:
         )
     pattern, where = card.patterns[number], f"Task card '{card.name}', patterns[{number}]"
     try:
-        chosen = replace(card, input=pattern.input, choices=pattern.choices or card.choices, patterns=[])
+        words = card.masked and replace(card.masked, input=pattern.input)
+        chosen = replace(
+            card, input=pattern.input, choices=pattern.choices or card.choices, patterns=[],
+            masked=words if card.value_range is not None else None,
+        )  # fmt: skip
     except ValueError as error:
         raise MPTError(f"{where}: {error}") from error
     if unknown := [column for column in chosen.columns if column not in card.columns]:

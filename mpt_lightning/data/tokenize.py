@@ -82,7 +82,9 @@ class Encoder:
         ]
 
     def _encode_inputs(self, card: TaskCard, examples: list[Example]) -> list[EncodedInput]:
-        return self.format.encode_inputs([self.text(card, example.values) for example in examples], card.choices)
+        return self.format.encode_inputs(
+            [self.text(card, example.values) for example in examples], card.words(self.family)
+        )
 
     def _cut(self, card: TaskCard, example: Example, encoded: EncodedInput) -> tuple[Example, EncodedInput]:
         where = f"Task '{card.name}', row {example.row_id}"
@@ -114,9 +116,16 @@ class Encoder:
         while chunk := list(islice(rows, _CHUNK)):
             fitted = self.fit(card, chunk)
             inputs = [encoded for _, encoded in fitted]
-            targets = self.format.answers(inputs, [example.target for example in chunk])
-            choices = self.format.choices(inputs, card.choices if self.format.continues else None)
-            for whole, (example, encoded), target, own in zip(chunk, fitted, targets, choices, strict=True):
+            words = card.words(self.family)
+            shares = [card.shares(example.references[0], words) for example in chunk]
+            answers = [
+                words[share.index(max(share))] if words else example.target
+                for example, share in zip(chunk, shares, strict=True)
+            ]
+            targets = self.format.answers(inputs, answers)
+            choices = self.format.choices(inputs, words if self.format.continues else None)
+            encoded_rows = zip(chunk, fitted, targets, choices, shares, strict=True)
+            for whole, (example, encoded), target, own, share in encoded_rows:
                 if split == "train" and card.max_target_length and len(target) > card.max_target_length:
                     raise MPTError(
                         f"Task '{card.name}', row {example.row_id}: got a target of {len(target)} tokens, expected at "
@@ -126,6 +135,7 @@ class Encoder:
                     "input_ids": encoded.ids,
                     "labels": target,
                     "choices": own,
+                    "shares": share,
                     "text": self.text(card, example.values),
                     "references": example.references,
                     "group": example.group,

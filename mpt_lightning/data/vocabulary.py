@@ -25,18 +25,29 @@ def unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def check_choices(card: TaskCard, tokenizer: PreTrainedTokenizerBase, family: Family) -> None:
-    """Raise MPTError if a task's choice has no tokens or an unknown one, or if two have the same tokens."""
-    choices = card.choices or []
-    texts = [FORMATS[family].gap + choice for choice in choices]
-    rows = [tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in texts]
+    """Raise MPTError if the family cannot rank a task's choices, or the tokenizer not write them or tell them apart."""
+    if family == "masked" and card.words(family) is None:
+        raise MPTError(
+            f"Task '{card.name}': got neither `choices` nor a `value_range` with two words in `masked`, expected words "
+            "that a masked language model can rank; change the card, or `backbone`."
+        )
+    choices = card.words(family) or []
+    rows = FORMATS[family](tokenizer).words(choices)
     space = tokenizer(" ", add_special_tokens=False, verbose=False)["input_ids"]
     unknown = unknown_id(tokenizer)
     wrong = []
     for choice, ids in zip(choices, rows, strict=True):
         same = [other for other, own in zip(choices, rows, strict=True) if own == ids and other != choice]
-        if not ids or list(ids) == space or unknown in ids or same:
-            pieces = tokenizer.convert_ids_to_tokens(list(ids))
+        if not ids or ids == space or unknown in ids or same:
+            pieces = tokenizer.convert_ids_to_tokens(ids)
             wrong.append(f"{choice!r}, which becomes {pieces}" + (f" like {same[0]!r}" if same else ""))
+    pieces = [f"{w!r} {tokenizer.convert_ids_to_tokens(i)}" for w, i in zip(choices, rows, strict=True) if len(i) > 1]
+    if family == "masked" and not card.multi_mask and not wrong and pieces:
+        raise MPTError(
+            f"Task '{card.name}': got choices of several tokens, {', '.join(pieces)}, expected words of one token of "
+            f"'{tokenizer.name_or_path}'. Change `choices` of the card's `masked`, or set its `multi_mask: true` (then "
+            "each choice has as many masks as tokens, which tells the model its length)."
+        )
     if wrong:
         raise MPTError(
             f"Task '{card.name}': got the choices {'; '.join(wrong)}; expected words that the tokenizer "
@@ -46,7 +57,7 @@ def check_choices(card: TaskCard, tokenizer: PreTrainedTokenizerBase, family: Fa
 
 def check_targets(card: TaskCard, rows: Dataset, split: Split, encoder: Encoder) -> None:
     """Raise MPTError if a free-text training target has no known token; warn if other targets have unknown ones."""
-    if card.choices is not None:
+    if card.words(encoder.family) is not None:
         return
     tokenizer = encoder.tokenizer
     lengths, unknown = _counts(rows, "labels", unknown_id(tokenizer))

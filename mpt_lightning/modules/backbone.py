@@ -12,7 +12,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from mpt_lightning.arguments import NonNegativeFloat, NonNegativeInt, PositiveInt, check_arguments
 from mpt_lightning.backbones import Backbone, load_backbone
-from mpt_lightning.backbones.base import Family
+from mpt_lightning.backbones.base import OVER, Family, Over
 from mpt_lightning.backbones.quantization import Quantization, check_quantization
 from mpt_lightning.checkpoint.io import CheckedCheckpointIO
 from mpt_lightning.checkpoint.state import keep_trainable
@@ -45,6 +45,8 @@ class BackboneModule(L.LightningModule, ABC):
         schedule: Learning rate after the warm-up: linear to 0, constant, or along a cosine to 0.
         warmup_steps: Optimizer steps over which the learning rate rises from 0.
         weight_decay: Decoupled weight decay of the trained tensors.
+        over: What the loss is a cross-entropy over: the tasks' `choices` (OpenPrompt's way), the default for masked
+            models, or the whole `vocabulary`, the default for the others. MPT's terms are over the vocabulary.
         max_new_tokens: Longest generated answer in tokens, for tasks without choices.
         num_beams: Beams of the generation; 1 is greedy.
     """
@@ -76,6 +78,7 @@ class BackboneModule(L.LightningModule, ABC):
         schedule: ScheduleName = "linear",
         warmup_steps: NonNegativeInt = 0,
         weight_decay: NonNegativeFloat = 0.0,
+        over: Over | None = None,
         max_new_tokens: PositiveInt = 64,
         num_beams: PositiveInt = 1,
     ) -> None:
@@ -95,6 +98,7 @@ class BackboneModule(L.LightningModule, ABC):
         self.schedule = schedule
         self.warmup_steps = warmup_steps
         self.weight_decay = weight_decay
+        self.over = over
         self.max_new_tokens = max_new_tokens
         self.num_beams = num_beams
         self.tasks: list[str] = list(tasks or [])
@@ -230,6 +234,12 @@ class BackboneModule(L.LightningModule, ABC):
                         "--data.card.input and --data.answer_prefix."
                     )
         self._row_of_task = torch.tensor([self.tasks.index(name) for name in names], device=self.device)
+
+    @property
+    def over_choices(self) -> bool:
+        """Whether the loss is over the tasks' choices; False before the backbone is loaded, unless `over` says so."""
+        default = OVER[self.backbone.family] if self.backbone is not None else "vocabulary"
+        return (self.over or default) == "choices"
 
     def parts(self) -> tuple[Backbone, Prompt]:
         """Return the backbone and the prompt, or raise if they are not built yet."""

@@ -14,7 +14,7 @@ from mpt_lightning.distributed import ranks
 from mpt_lightning.errors import MPTError
 from mpt_lightning.modules.accumulation import StepMean
 from mpt_lightning.modules.batch import Batch
-from mpt_lightning.modules.evaluation import EvaluatedModule
+from mpt_lightning.modules.evaluation import EvaluatedModule, choice_loss
 from mpt_lightning.modules.optimizers import build_optimizer, build_schedule, total_steps
 
 
@@ -42,7 +42,25 @@ class PromptModule(EvaluatedModule):
         Each is a mean over the batch's `label_tokens`, or does not depend on the batch. So terms and gradients of an
         optimizer step are exactly those of one batch with all its rows (see `StepMean`).
         """
-        return {"loss": objectives.token_cross_entropy(self(batch), batch["labels"])}
+        return {"loss": self.task_loss(batch)}
+
+    def task_loss(self, batch: Batch, logits: Tensor | None = None) -> Tensor:
+        """Return the cross-entropy of a batch's answers, over the vocabulary or the tasks' choices (see `over`).
+
+        `logits` `[B, M, V]` are those of the labels, if they were computed already. Over the choices, rows have the
+        weight of their label tokens, as in the distillation terms.
+        """
+        if not self.over_choices:
+            return objectives.token_cross_entropy(self(batch) if logits is None else logits, batch["labels"])
+        if batch.get("choices") is None:
+            raise MPTError(
+                "The batch: got no `choices`, expected the tokens of each row's choices, which the loss is over. Add "
+                "them to the batches, use tasks with choices, or set --model.over vocabulary."
+            )
+        backbone, prompt = self.parts()
+        distinct, rows = self.task_rows(batch).unique(return_inverse=True)
+        scores = backbone.score(prompt(distinct), rows, batch["input_ids"], batch["attention_mask"], batch["choices"])
+        return choice_loss(scores, batch)
 
     def label_tokens(self, batch: Batch) -> Tensor:
         """Return the number of label tokens that `losses` takes its means over: the batch's weight in its step."""

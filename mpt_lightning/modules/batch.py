@@ -10,9 +10,9 @@ from mpt_lightning.errors import MPTError
 
 Batch = dict[str, Any]
 
-# Tensors of a batch by key, and their dimensions. Evaluation adds `choices`.
+# Tensors of a batch by key, and their dimensions.
 SHAPES = {"input_ids": "BL", "attention_mask": "BL", "labels": "BM", "task_ids": "B"}
-_OPTIONAL = {"choices": "BCK", "context_examples": "B"}
+_OPTIONAL = {"choices": "BCK", "shares": "BC", "context_examples": "B"}
 
 
 def check_batch(batch: Any, tasks: Sequence[str]) -> Batch:
@@ -26,7 +26,9 @@ def check_batch(batch: Any, tasks: Sequence[str]) -> Batch:
       too they are the answer alone; the text is in `input_ids`.
     - `task_ids [B]`, integers: each row's place in the DataModule's `tasks` `[T]`, or in the module's if the DataModule
       has none. Optional if there is one task; then they are zeros.
-    - `choices [B, C, K]`, optional, evaluation: the tokens of each of C answers to rank, padded like labels.
+    - `choices [B, C, K]`, for evaluation, and for a loss over the choices (`over`): the tokens of each of C answers,
+      padded like labels.
+    - `shares [B, C]`, optional: how much each choice is right; by default 1 for the one with the labels' tokens.
     - `context_examples [B]`, optional, CPT's leave-one-out: the row's place in the context, -1 for none.
 
     Lists of B for evaluation: `references` (accepted answers, each a list of strings; needed if the DataModule has
@@ -52,7 +54,7 @@ def check_batch(batch: Any, tasks: Sequence[str]) -> Batch:
         value, expected = batch[key], f"{key} [{', '.join(shape)}]"
         if not isinstance(value, Tensor):
             raise _wrong(f"{key} as a {type(value).__name__}", f"a tensor {expected}")
-        if key != "attention_mask" and (value.is_floating_point() or value.dtype == torch.bool):
+        if key not in ("attention_mask", "shares") and (value.is_floating_point() or value.dtype == torch.bool):
             raise _wrong(f"{key} of {value.dtype}", f"integers {expected}")
         known = {name: sizes[name] for name in shape if name in sizes}
         if value.ndim != len(shape) or any(

@@ -72,8 +72,14 @@ class EvaluatedModule(CheckpointedModule):
         if "choices" in batch:
             # The gold answer is scored as one more choice, so that the loss takes no pass of its own.
             scores = backbone.score(*inputs, with_gold(batch["choices"], labels))
-            texts = choice_texts(scores[:, :-1].argmax(dim=1), self.cards.get(task))
-            loss = -scores[:counted, -1].sum() / (labels[:counted] != objectives.IGNORE).sum()
+            texts = choice_texts(scores[:, :-1], self.cards.get(task))
+            if self.over_choices:
+                part: dict[str, Any] = {
+                    key: batch[key][:counted] for key in ("labels", "choices", "shares") if key in batch
+                }
+                loss = choice_loss(scores[:counted, :-1], part)
+            else:
+                loss = -scores[:counted, -1].sum() / (labels[:counted] != objectives.IGNORE).sum()
         else:
             texts = self.predict_texts(batch, rows, task) if task in evaluator.metrics else []
             loss = objectives.token_cross_entropy(backbone(*inputs, labels).logits[:counted], labels[:counted])
@@ -94,7 +100,7 @@ class EvaluatedModule(CheckpointedModule):
         backbone, _ = self.parts()
         inputs = self._inputs(batch, rows)
         if "choices" in batch:
-            return choice_texts(backbone.score(*inputs, batch["choices"]).argmax(dim=1), self.cards.get(task))
+            return choice_texts(backbone.score(*inputs, batch["choices"]), self.cards.get(task))
         return generated_texts(backbone, inputs, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -140,10 +146,22 @@ def counted_rows(batch: Mapping[str, Any], loaders: Any, batch_idx: int, dataloa
     return len(batch["labels"]) - (filling if filling and batch_idx + 1 == len(loader) else 0)
 
 
-def choice_texts(best: Tensor, card: TaskCard | None) -> list[str]:
-    """Return the words of the chosen classes `[B]`; their numbers if no card names them."""
+def choice_loss(scores: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    """Return the loss over the choices of B rows, given their scores `[B, C]`; see `PromptModule.task_loss`."""
+    labels = batch["labels"]
+    shares = batch["shares"] if "shares" in batch else objectives.right_choices(batch["choices"], labels)
+    return objectives.choice_cross_entropy(scores, shares, (labels != objectives.IGNORE).sum(dim=1))
+
+
+def choice_texts(scores: Tensor, card: TaskCard | None) -> list[str]:
+    """Return the words of the likeliest classes, given scores `[B, C]`; their numbers if no card names them.
+
+    Of a regression task, whose two choices are the ends of its range, return the values between them.
+    """
+    if card is not None and card.value_range is not None:
+        return [card.value(part) for part in scores.softmax(dim=1)[:, 1].tolist()]
     words = card.choices if card is not None else None
-    return [words[index] if words else str(index) for index in best.tolist()]
+    return [words[index] if words else str(index) for index in scores.argmax(dim=1).tolist()]
 
 
 def generated_texts(backbone: Backbone, inputs: tuple[Any, ...], **options: Any) -> list[str]:

@@ -210,7 +210,7 @@ class MPTSource(_MultitaskModule):
         targets = self.teachers.targets(backbone, distinct, rows, batch, any_rank)
         inputs = (rows, batch["input_ids"], batch["attention_mask"], batch["labels"])
         student = backbone(prompt(distinct), *inputs, hidden_states=options.hidden_weight > 0)
-        terms = {"task_loss": objectives.token_cross_entropy(student.logits, batch["labels"])}
+        terms = {"task_loss": self.task_loss(batch, student.logits)}
         terms |= targets.terms(student, rows, batch["labels"])
         loss = terms["task_loss"]
         for name, weight in (("logits_loss", options.logits_weight), ("hidden_loss", options.hidden_weight)):
