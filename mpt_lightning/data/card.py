@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from mpt_lightning.arguments import PositiveInt, check_arguments
-from mpt_lightning.data.template import MASK, Pattern, apply_pattern, parse_template, read_patterns
+from mpt_lightning.data.template import MASK, Pattern, apply_pattern, parse_template, read_pattern, with_pattern
 from mpt_lightning.errors import MPTError
 from mpt_lightning.io import LONGEST_NAME, can_be_path, read_yaml
 from mpt_lightning.metrics.registry import METRICS
@@ -37,6 +37,7 @@ class TaskCard:
         label: Column of the gold answer: a class index, a number, a text or a list of texts. A dot reaches into a
             nested column (`answers.text`).
         choices: Words of class 0..C-1. Unset for regression and free text.
+        label_names: Names of class 0..C-1 in the label column, if it has texts other than `choices`.
         value_range: Lowest and highest value of a regression target.
         value_step: Grid of the regression target, a multiple of 0.1: values are written with one decimal.
         splits: Our split names to the Hub's. `test` may be missing.
@@ -74,6 +75,7 @@ class TaskCard:
     revision: str | None = None
     label: str = "label"
     choices: list[str] | None = None
+    label_names: list[str] | None = None
     value_range: tuple[float, float] | None = None
     value_step: float = 0.2
     splits: dict[str, str] = field(default_factory=lambda: {name: name for name in _SPLITS})
@@ -105,19 +107,19 @@ class TaskCard:
             self._require(item.name, good, "a text")
         self._require("input", self.columns, "a template that names at least one column, like 'text: {sentence}'")
         known = f"a column of the template ({', '.join(self.columns)})"
+        self._require("input", self.input.count(MASK) <= 1, f"a template with {MASK} at most once")
         self._require("truncate", self.truncate is None or self.truncate in self.columns, known)
         dotted = self.preprocess is None or re.fullmatch(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+", self.preprocess, re.ASCII)
         self._require("preprocess", dotted, "a dotted path 'package.module.function'")
+        self.patterns = [read_pattern(self, "patterns", item) for item in self.patterns]
+        self.masked = None if self.masked is None else read_pattern(self, "masked", self.masked)
         self._check_splits()
         self._check_labels()
         self._check_metrics()
-        if self.masked is not None:
-            (self.masked,) = read_patterns(self, [self.masked])
-        self.patterns = read_patterns(self, self.patterns)
         for number in range(len(self.patterns)):
             apply_pattern(self, number)
-        if self.masked is not None:
-            _check_masked(self, self.masked)
+        if self.masked is not None and self.masked.input != self.input:
+            with_pattern(self, self.masked, "masked")
 
     def words(self, family: str) -> list[str] | None:
         """Return what a model ranks: the choices; for masked models a regression task's two words; or None."""
@@ -141,10 +143,7 @@ class TaskCard:
     def for_family(self, family: str) -> TaskCard:
         """Return the card as a family of models reads it; for masked models, with its pattern for them."""
         if family == "masked":
-            if self.masked is None:
-                return self
-            choices = self.choices if self.value_range is not None else self.masked.choices or self.choices
-            return replace(self, input=self.masked.input, choices=choices, patterns=[])
+            return self if self.masked is None else with_pattern(self, self.masked, "masked")
         if MASK in self.input:
             raise self._error("input", f"a template without {MASK}, which is for masked language models, not {family}")
         return self
@@ -190,11 +189,17 @@ class TaskCard:
             differ = len(words) == len(self.choices) > 1 and all(words)
             self._require("choices", differ, "two or more non-empty words that differ by more than case")
             self._require("value_range", self.value_range is None, "either `choices` or `value_range`, not both")
+        if self.label_names is not None:
+            names = len(self.label_names) == len(set(self.label_names)) == len(self.choices or [])
+            self._require("label_names", names, "one name for each of `choices`")
         if self.value_range is not None:
             pair = self.value_range
             numbers = isinstance(pair, list | tuple) and len(pair) == 2 and all(map(_is_number, pair))
             self._require("value_range", numbers and pair[0] < pair[1], "[lowest, highest] with lowest < highest")
             self.value_range = (float(pair[0]), float(pair[1]))
+            ends = ["lowest", "highest"] if self.masked is None else self.masked.choices or []
+            two = len(set(ends)) == 2 and all(isinstance(word, str) and word.strip() for word in ends)
+            self._require("masked", two, "`choices` of two words, for the lowest and the highest value")
             tenths = self.value_step * 10 if _is_number(self.value_step) else 0
             on_grid = abs(round(tenths) - tenths) < 1e-6 and 0 < round(tenths) <= (pair[1] - pair[0]) * 10
             self._require("value_step", on_grid, "a multiple of 0.1, no wider than `value_range`")
@@ -265,18 +270,6 @@ def _check_name(name: object) -> None:
         raise MPTError(
             f"Task name: got {str(name)[:300]!r}, expected letters, digits, '.', '_', '-' and single '/', without "
             f"'..' and a leading '/', at most {LONGEST_NAME}, that can name a file on every system; change `name`."
-        )
-
-
-def _check_masked(card: TaskCard, pattern: Pattern) -> None:
-    if card.value_range is None:
-        apply_pattern(replace(card, masked=None, patterns=[pattern]), 0)
-        return
-    words = pattern.choices or []
-    if len(set(words)) != 2 or not all(isinstance(word, str) and word.strip() for word in words):
-        raise MPTError(
-            f"Task card '{card.name}': got masked.choices={words!r}, expected two words, for the lowest and the "
-            "highest value; change `masked`."
         )
 
 

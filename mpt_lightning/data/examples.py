@@ -95,13 +95,15 @@ def _text(value: Any, column: str, where: str) -> str:
 def _label_texts(card: TaskCard, label: Any, texts: list[str], where: str) -> tuple[str, list[str]]:
     """Return the target and the references of a label, whose answers are `texts`."""
     if card.choices is not None:
-        if not isinstance(label, str) and label in range(len(card.choices)):
-            label = card.choices[int(label)]
-        if label in card.choices:
-            return label, [label]
+        names = card.label_names or card.choices
+        if label in names:
+            label = names.index(label)
+        if not isinstance(label, str) and label in range(len(names)):
+            word = card.choices[int(label)]
+            return word, [word]
         raise MPTError(
-            f"{where}: got label {label!r}, expected 0 to {len(card.choices) - 1} or one of "
-            f"{', '.join(card.choices)}; change the data, `label` or `choices` of the card."
+            f"{where}: got label {label!r}, expected 0 to {len(names) - 1} or one of {', '.join(names)}; change the "
+            "data, or `label`, `choices` or `label_names` of the card."
         )
     if card.value_range is not None:
         low, high = card.value_range

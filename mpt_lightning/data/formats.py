@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import ClassVar
 
 from tokenizers import models
@@ -52,6 +53,11 @@ class Format(ABC):
                 f"place answers with; change `backbone` or set its `{self.needs}`."
             )
         self.tokenizer, self.with_bos = tokenizer, with_bos
+
+    @property
+    def reserved(self) -> tuple[str, ...]:
+        """Strings that only a template may contain, not a row's own texts."""
+        return ()
 
     @cached_property
     def special(self) -> tuple[list[int], list[int]]:
@@ -194,13 +200,19 @@ class MaskedFormat(Format):
 
     needs = "mask_token"
 
+    @property
+    def reserved(self) -> tuple[str, ...]:
+        """See the base class."""
+        return MASK, str(self.tokenizer.mask_token)
+
     @cached_property
     def _between(self) -> list[int]:
         """Ids that the tokenizer puts between two segments."""
         encoded = self.tokenizer("a", "a", return_special_tokens_mask=True, verbose=False)
-        before, after = len(self.special[0]) + len(self.plain(["a"])[0]), len(self.special[1])
-        inner = zip(encoded["input_ids"][before:-after], encoded["special_tokens_mask"][before:-after], strict=True)
-        return [token for token, special in inner if special]
+        before = len(self.special[0]) + len(self.plain(["a"])[0])
+        inner = slice(before, len(encoded["input_ids"]) - len(self.special[1]))
+        pairs = zip(encoded["input_ids"][inner], encoded["special_tokens_mask"][inner], strict=True)
+        return [token for token, special in pairs if special]
 
     def words(self, words: list[str]) -> list[list[int]]:
         """See the base class; a space that becomes a token by itself is left out."""
@@ -218,20 +230,20 @@ class MaskedFormat(Format):
         segments = []
         for text in texts:
             placed = text if MASK in text or token in text else f"{text.rstrip()} {MASK}"
-            segments.append(placed.strip().removesuffix(SEPARATOR).replace(MASK, token).split(SEPARATOR, 1))
-        pieces = [piece.strip() for pair in segments for piece in pair]
-        tokens = iter(self.plain(pieces))
+            placed = placed.strip().removesuffix(SEPARATOR).replace(MASK, token)
+            segments.append([piece.strip() for piece in placed.split(SEPARATOR)])
+        tokens = iter(self.plain([piece for pieces in segments for piece in pieces]))
         rows = []
-        for text, pair in zip(texts, segments, strict=True):
+        for text, pieces in zip(texts, segments, strict=True):
             ids = [
                 with_slots(piece, lambda part: self.plain([part])[0]) if count_slots(piece) else whole
-                for piece, whole in zip(pair, tokens, strict=False)
+                for piece, whole in zip(pieces, islice(tokens, len(pieces)), strict=True)
             ]
             rows.append(self._enclose([*ids[0], *(token for other in ids[1:] for token in [*self._between, *other])]))
             if (count := rows[-1].count(self.tokenizer.mask_token_id)) != 1:
                 raise MPTError(
-                    f"Got {count} masks in {text[:80]!r}, expected one; change `input` or `masked` of the card, or the "
-                    f"texts that contain {MASK} or {token}."
+                    f"Got {count} masks in {text[:80]!r}, expected one; change the text, or `input` or `masked` of the "
+                    "card."
                 )
         return rows
 

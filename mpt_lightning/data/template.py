@@ -78,14 +78,14 @@ class Pattern:
     choices: list[str] | None = None
 
 
-def read_patterns(card: TaskCard, given: list[Any]) -> list[Pattern]:
-    """Return the patterns of a card's file, which are mappings with `input` and `choices`."""
+def read_pattern(card: TaskCard, option: str, given: Any) -> Pattern:
+    """Return a pattern of a card's file, which is a mapping with `input` and `choices`; `option` is its field."""
     try:
-        return [item if isinstance(item, Pattern) else Pattern(**item) for item in given]
+        return given if isinstance(given, Pattern) else Pattern(**given)
     except TypeError:
         raise MPTError(
-            f"Task card '{card.name}': got patterns={given!r}, expected a list of mappings with `input` and optional "
-            "`choices`; change `patterns`."
+            f"Task card '{card.name}': got {given!r} in {option}, expected a mapping with `input` and optional "
+            f"`choices`; change `{option}`."
         ) from None
 
 
@@ -96,23 +96,42 @@ def apply_pattern(card: TaskCard, number: int) -> TaskCard:
         raise MPTError(
             f"Task '{card.name}': got pattern={number}, expected {expected}; change `pattern`, or leave it unset."
         )
-    pattern, where = card.patterns[number], f"Task card '{card.name}', patterns[{number}]"
+    return with_pattern(card, card.patterns[number], f"patterns[{number}]")
+
+
+def with_pattern(card: TaskCard, pattern: Pattern, where: str) -> TaskCard:
+    """Return the card with a pattern in place of its input, and without further patterns.
+
+    Args:
+        card: The card.
+        pattern: The pattern.
+        where: The card's field that contains the pattern, for messages: `masked` or `patterns[0]`.
+
+    Raises:
+        MPTError: If the pattern is not a template over the card's columns, or has another number of choices.
+    """
+    option, where = where.split("[")[0], f"Task card '{card.name}', {where}"
+    # A regression task keeps the two words of `masked`, which are the ends of its scale.
+    words = None if pattern is card.masked and card.value_range is not None else pattern.choices
+    if words is not None and len(words) != len(card.choices or []):
+        raise MPTError(
+            f"{where}: got {len(words)} choices, expected {len(card.choices or [])}, one for each of the card's "
+            f"`choices`; change `{option}`."
+        )
     try:
-        words = card.masked and replace(card.masked, input=pattern.input)
         chosen = replace(
-            card, input=pattern.input, choices=pattern.choices or card.choices, patterns=[],
-            masked=words if card.value_range is not None else None,
-        )  # fmt: skip
+            card,
+            input=pattern.input,
+            choices=words or card.choices,
+            label_names=card.label_names or card.choices,
+            patterns=[],
+            masked=card.masked and replace(card.masked, input=pattern.input) if card.value_range is not None else None,
+        )
     except ValueError as error:
         raise MPTError(f"{where}: {error}") from error
     if unknown := [column for column in chosen.columns if column not in card.columns]:
         raise MPTError(
             f"{where}: got the column '{unknown[0]}', expected columns of the card's `input` "
-            f"({', '.join(card.columns)}); change `patterns`."
-        )
-    if pattern.choices is not None and len(pattern.choices) != len(card.choices or []):
-        raise MPTError(
-            f"{where}: got {len(pattern.choices)} choices, expected {len(card.choices or [])}, one for each of the "
-            "card's `choices`; change `patterns`."
+            f"({', '.join(card.columns)}); change `{option}`."
         )
     return chosen

@@ -76,6 +76,13 @@ class Encoder:
 
         The column is the card's `truncate`, or else the row's longest; an example that fits is the same object.
         """
+        for example in examples:
+            for column, text in example.values.items():
+                if found := [word for word in self.format.reserved if word in text]:
+                    raise MPTError(
+                        f"Task '{card.name}', row {example.row_id}: got {found[0]} in column '{column}', expected it "
+                        "in the card's template only, where it is the place of the answer; change or drop the row."
+                    )
         return [
             (example, encoded) if 0 < len(encoded.ids) <= self.max_input_length else self._cut(card, example, encoded)
             for example, encoded in zip(examples, self._encode_inputs(card, examples), strict=True)

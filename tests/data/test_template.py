@@ -57,7 +57,7 @@ def test_card_without_patterns() -> None:
         ([PATTERNS[0], {"input": "no column"}], r"patterns\[1\]: .*a template that names at least one column"),
         ([{"input": "{a}", "choices": ["x", "y", "z"]}], "got 3 choices, expected 2, one for each"),
         ([{"input": "{a}", "choices": ["x", "X"]}], "two or more non-empty words that differ"),
-        ([{"text": "{a}"}], r"got patterns=\[{'text': '{a}'}\], expected a list of mappings with `input`"),
+        ([{"text": "{a}"}], "got {'text': '{a}'} in patterns, expected a mapping with `input`"),
         ({"input": "{a}"}, "patterns: got {'input': '{a}'}, expected a list"),
     ],
 )

@@ -140,7 +140,7 @@ def test_render_keeps_braces_in_texts(make_card):
 def test_tokenizer_without_end_of_sequence(backbones):
     encoder = Encoder.from_backbone(backbones["seq2seq"], 12)
     encoder.tokenizer.eos_token = None
-    with pytest.raises(ValueError, match=r"got no end-of-sequence token, expected one"):
+    with pytest.raises(ValueError, match=r"got no eos token, expected one"):
         Encoder(encoder.tokenizer, "seq2seq", 12)
 
 
