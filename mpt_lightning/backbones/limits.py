@@ -1,10 +1,23 @@
-"""The sequence length beyond which a decoder-only model treats a prompt and its rows differently."""
+"""What the check at load time does not detect, since it runs short texts: results that change with the length."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig
+
+from mpt_lightning.errors import MPTError
+
+# Masked language models that the check at load time would accept, and why they are refused.
+_MASKED = {
+    "big_bird": "attends to blocks of long texts until it reads a short one, and to all tokens from then on; with "
+    "attention_type: original_full in its config.json it attends to all tokens always",
+    "longformer": "pads texts to its window, so that gradients are not finite",
+    "mra": "approximates attention, which is zero without its GPU kernels",
+    "perceiver": "does not read token embeddings",
+    "reformer": "attends to random buckets of long texts",
+    "roc_bert": "reads each token's shape and pronunciation, which a prompt lacks",
+}
 
 
 @dataclass(frozen=True)
@@ -18,8 +31,15 @@ class Limit:
     reason: str
 
 
+def check_masked(config: PreTrainedConfig) -> None:
+    """Raise if a masked language model's results with prompts would be wrong at some lengths."""
+    reason = _MASKED.get(config.model_type)
+    if reason and getattr(config, "attention_type", "") != "original_full":
+        raise MPTError(f"A backbone of the type {config.model_type!r} {reason}. Use another masked language model.")
+
+
 def length_limit(config: PreTrainedConfig) -> Limit | None:
-    """Return the smallest limit of a text model, or None if it has no limit."""
+    """Return the length beyond which a decoder-only model treats a prompt and its rows differently, or None."""
     # A window counts columns, so that beyond it the attended tokens of a row would depend on padding.
     windows = [Limit(size, f"attends to the last {size} only") for size in attention_windows(config)]
     return min((*windows, *_rotations(config)), key=lambda limit: limit.columns, default=None)

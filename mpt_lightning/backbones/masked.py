@@ -7,6 +7,7 @@ needs no code.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers import AutoModelForMaskedLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from mpt_lightning.backbones.base import Backbone, BackboneOutput, Inputs, align
-from mpt_lightning.backbones.limits import attention_windows
+from mpt_lightning.backbones.limits import attention_windows, check_masked
 from mpt_lightning.errors import MPTError
 from mpt_lightning.objectives import IGNORE, Segment, precise
 from mpt_lightning.prompts import PromptOutput
@@ -37,24 +38,30 @@ class MaskedBackbone(Backbone):
     def __init__(self, model: PreTrainedModel, name: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, name, *args, **kwargs)
         self._local = bool(attention_windows(model.config))
-        self._segments = getattr(model.config, "type_vocab_size", 0) > 1
         # While the model is checked, the id that stands for [MASK]; the tokenizer may not be there.
         self._stand_in: int | None = None
 
     @classmethod
     def takes(cls, config: Any) -> bool:
         """Return whether the model is an encoder with a masked language model's head in transformers."""
-        kind = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-        return kind and not config.is_encoder_decoder and not getattr(config, "is_decoder", False)
+        known = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        if taken := known and not config.is_encoder_decoder and not getattr(config, "is_decoder", False):
+            check_masked(config)
+        return taken
 
     @property
     def mask_id(self) -> int:
         """The id of the mask."""
-        if self._stand_in is not None:
-            return self._stand_in
-        return int(self.tokenizer.mask_token_id)
+        return int(self.tokenizer.mask_token_id) if self._stand_in is None else self._stand_in
 
-    @property
+    @cached_property
+    def second_type(self) -> int:
+        """The token type of the text after a separator, as the tokenizer encodes pairs; 0 without token types."""
+        if getattr(self.model.config, "type_vocab_size", 0) < 2:
+            return 0
+        return max(self.tokenizer("a", "a", return_token_type_ids=True)["token_type_ids"])
+
+    @cached_property
     def max_positions(self) -> int | None:
         """The longest sequence, prompt included; RoBERTa's positions begin after its padding id."""
         size = super().max_positions
@@ -80,10 +87,8 @@ class MaskedBackbone(Backbone):
         before = [text[:, :-1], prompt] if self._local else [text[:, :1], prompt, text[:, 1:-1]]
         return self.model(**inputs(torch.cat([*before, masks], dim=1))).logits[:, -answer.shape[1] :]
 
-    def _arrange(self, prompts: PromptOutput, inputs: Inputs, masks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Put the prompt's tokens and further masks into the rows.
-
-        `masks` `[B]` are the numbers of masks that the rows need; None is one each.
+    def _arrange(self, prompts: PromptOutput, inputs: Inputs, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Put the prompt's tokens and further masks into rows that need `masks` `[B]` of them.
 
         Returns:
             Ids `[B, S]` with -1, -2, ... for the prompt's tokens, their mask `[B, S]`, and the columns `[B, M]` of the
@@ -91,36 +96,34 @@ class MaskedBackbone(Backbone):
         """
         ids, mask = align(*inputs[2:], "right")
         found = (ids == self.mask_id) & (mask == 1)
-        if not bool((found.sum(dim=1) == 1).all()):
-            counts = found.sum(dim=1).tolist()
-            row = next(row for row, count in enumerate(counts) if count != 1)
+        if bool((wrong := found.sum(dim=1) != 1).any()):
+            row = int(wrong.int().argmax())
             raise MPTError(
-                f"Row {row} of the batch has {counts[row]} masks, and a masked language model answers at one. Change "
-                "the template, or texts that contain the tokenizer's mask."
+                f"Row {row} of the batch has {int(found[row].sum())} masks, and a masked language model answers at "
+                "one. Change the template, or texts that contain the tokenizer's mask."
             )
-        place = found.int().argmax(dim=1)
-        length = prompts.length
-        if length and not bool((ids < 0).any()):
+        place, most = found.int().argmax(dim=1), int(masks.max())
+        if prompts.length and not bool((ids < 0).any()):
             at = place if self._local else torch.ones_like(place)
-            ids, mask = insert(ids, mask, at, torch.full_like(place, length), lambda offset: -1 - offset)
-            place = place + length
-        most = 1
-        if masks is not None and (most := int(masks.max())) > 1:
-            ids, mask = insert(ids, mask, place, masks - 1, lambda offset: torch.full_like(offset, self.mask_id))
-        if self.max_positions is not None and ids.shape[1] > self.max_positions:
+            new = torch.arange(-1, -1 - prompts.length, -1, device=ids.device)
+            ids, mask = insert(ids, mask, at, new, torch.full_like(place, prompts.length))
+            place = place + prompts.length
+        if most > 1:
+            ids, mask = insert(ids, mask, place, ids.new_full((most - 1,), self.mask_id), masks - 1)
+        width = int(mask.sum(dim=1).max())
+        if self.max_positions is not None and width > self.max_positions:
             raise MPTError(
-                f"The prompt and text take {ids.shape[1]} positions, and {self.name} has {self.max_positions}. Use "
-                "shorter texts (max_input_length) or a shorter prompt."
+                f"The prompt and text take {width} positions, and {self.name} has {self.max_positions}. Use shorter "
+                "texts (max_input_length) or a shorter prompt."
             )
-        columns = place[:, None] + torch.arange(most, device=ids.device)
-        return ids, mask, columns if masks is None else columns.minimum((place + masks - 1)[:, None])
+        last = (place + masks - 1)[:, None]
+        return ids[:, :width], mask[:, :width], (place[:, None] + torch.arange(most, device=ids.device)).minimum(last)
 
-    def _run(
-        self, inputs: Inputs, masks: Tensor | None = None, hidden_states: bool = False
-    ) -> tuple[Any, Tensor, Tensor]:
-        """Run the model; return its output with logits `[B, M, V]` at the masks, the ids that it read, and their mask.
+    def _run(self, inputs: Inputs, masks: Tensor, hidden_states: bool = False) -> tuple[Any, Tensor, Tensor]:
+        """Run the model on rows that need `masks` `[B]`.
 
-        See `_arrange` for `masks`.
+        Returns:
+            Its output with logits `[B, M, V]` at the masks, the ids `[B, S]` that it read, and their mask `[B, S]`.
         """
         prompts, rows = PromptOutput.of(inputs[0]), inputs[1]
         if prompts.embeddings is None:
@@ -130,16 +133,15 @@ class MaskedBackbone(Backbone):
         if prompts.shift is not None:
             embeds = self.add_shift(embeds, prompts.shift, rows, mask * (ids >= 0))
         options: dict[str, Any] = {}
-        if self._segments and self._stand_in is None:
+        if self._stand_in is None and self.second_type:
             separators = ids == self.tokenizer.sep_token_id
             before = separators.cumsum(dim=1) - separators.int()
-            options["token_type_ids"] = before.clamp(max=1) * mask
+            options["token_type_ids"] = before.clamp(max=self.second_type) * mask
         with keep_columns(self.model.base_model, columns):
             output = self.model(
-                inputs_embeds=embeds,
+                inputs_embeds=embeds * mask[..., None],  # MobileBERT reads neighbours, padding included
                 attention_mask=mask,
                 output_hidden_states=hidden_states,
-                return_dict=True,
                 **options,
             )
         return output, ids, mask
@@ -154,12 +156,10 @@ class MaskedBackbone(Backbone):
         hidden_states: bool = False,
     ) -> BackboneOutput:
         """Predict the label tokens at the masks; see `Backbone.forward`."""
-        masks = (labels != IGNORE).sum(dim=1).clamp(min=1) if labels.shape[1] > 1 else None
+        masks = (labels != IGNORE).sum(dim=1).clamp(min=1)
         output, ids, mask = self._run((prompts, rows, input_ids, attention_mask), masks, hidden_states)
-        logits = output.logits
-        if logits.shape[1] < labels.shape[1]:  # of labels that are padding in all rows
-            logits = functional.pad(logits, (0, 0, 0, labels.shape[1] - logits.shape[1]))
-        result = BackboneOutput(logits)
+        # Labels may have columns of padding alone.
+        result = BackboneOutput(functional.pad(output.logits, (0, 0, 0, labels.shape[1] - output.logits.shape[1])))
         if hidden_states:
             # The first state is the embedding, before any layer.
             states, text = output.hidden_states[1:], mask * (ids >= 0)
@@ -172,20 +172,17 @@ class MaskedBackbone(Backbone):
         return result
 
     def _likelihood(self, inputs: Inputs, of_row: Tensor, labels: Tensor) -> Tensor:
-        """See `Backbone._likelihood`; rows run once for each number of tokens that choices have."""
+        """See `Backbone._likelihood`; each row runs once for each number of tokens that its choices have."""
         prompts, *own = inputs
         lengths = (labels != IGNORE).sum(dim=1)
-        likelihood = torch.zeros(len(labels), device=labels.device)
-        for length in lengths.unique().tolist():
-            chosen = (lengths == length).nonzero()[:, 0]
-            needed, index = of_row[chosen].unique(return_inverse=True)
-            part: Any = (prompts, *(tensor[needed] for tensor in own))
-            output, _, _ = self._run(part, torch.full_like(needed, length))
-            found = functional.log_softmax(precise(output.logits), dim=-1)
-            places = torch.arange(length, device=labels.device)
-            of_choices = found[index[:, None], places, labels[chosen, :length]].sum(dim=1)
-            likelihood = likelihood.to(of_choices.dtype).index_put((chosen,), of_choices)
-        return likelihood
+        passes, index = torch.stack([of_row, lengths], dim=1).unique(dim=0, return_inverse=True)
+        part: Any = (prompts, *(tensor[passes[:, 0]] for tensor in own))
+        output, _, _ = self._run(part, passes[:, 1])
+        found = functional.log_softmax(precise(output.logits), dim=-1)
+        labels = labels[:, : found.shape[1]]
+        places = torch.arange(labels.shape[1], device=labels.device)
+        of_tokens = found[index[:, None], places, labels.clamp(min=0)]
+        return of_tokens.masked_fill(labels == IGNORE, 0.0).sum(dim=1)
 
     def generate(
         self, prompts: Tensor | PromptOutput, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, **options: Any
@@ -197,21 +194,16 @@ class MaskedBackbone(Backbone):
         )
 
 
-def insert(
-    ids: Tensor, mask: Tensor, at: Tensor, count: Tensor, content: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Insert `count` `[B]` ids before column `at` `[B]` of right-padded rows `[B, L]`, and extend their mask.
-
-    `content` returns the new ids, given their places 0, 1, ... among the new ones.
-    """
-    width = ids.shape[1] + int(count.max())
-    column = torch.arange(width, device=ids.device).expand(len(ids), -1)
+def insert(ids: Tensor, mask: Tensor, at: Tensor, new: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Insert the first `count` `[B]` of the ids `new` `[K]` before column `at` `[B]` of right-padded rows `[B, L]`."""
+    column = torch.arange(ids.shape[1] + len(new), device=ids.device).expand(len(ids), -1)
     offset = column - at[:, None]
-    new = (offset >= 0) & (offset < count[:, None])
+    inserted = (offset >= 0) & (offset < count[:, None])
     source = column - offset.clamp(min=0).minimum(count[:, None])
     inside = source.clamp(max=ids.shape[1] - 1)
     wider = ids.gather(1, inside), mask.gather(1, inside) * (source < ids.shape[1])
-    return torch.where(new, content(offset), wider[0]), torch.where(new, 1, wider[1])
+    added = new[offset.clamp(0, len(new) - 1)]
+    return torch.where(inserted, added, wider[0]), torch.where(inserted, 1, wider[1])
 
 
 @contextmanager

@@ -43,8 +43,8 @@ def shard(backbone: Backbone, mesh: DeviceMesh) -> None:
     backbone.sharded = True
     for method in ("encode_prompts", "score", "generate"):
         register_fsdp_forward_method(backbone, method)
-    # A rank that has finished generating runs on until all ranks have.
-    backbone.model.generate = partial(backbone.model.generate, synced_gpus=True)
+    if hasattr(backbone.model, "generate"):  # a rank that has finished generating runs on until all ranks have
+        backbone.model.generate = partial(backbone.model.generate, synced_gpus=True)
     # Logits are views of longer outputs, and never changed in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 

@@ -5,7 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertForPreTraining, BertModel, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForPreTraining,
+    BertModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    ViTConfig,
+)
 
 from mpt_lightning.backbones import CausalBackbone, load_backbone, probe
 from mpt_lightning.backbones.load import wrap_model
@@ -31,7 +38,7 @@ def logits(backbone: CausalBackbone, length: int, **options: Any) -> torch.Tenso
     ],
 )
 def test_a_wrong_forward_path_is_disabled(kind: str, ways: set[str]) -> None:
-    backbone = wrap_model(build_tiny(kind, seq2seq=False), kind)
+    backbone = wrap_model(build_tiny(kind), kind)
     assert isinstance(backbone, CausalBackbone)
     assert backbone.ways == ways
 
@@ -79,7 +86,7 @@ def test_a_large_model_is_checked_on_its_miniature(kind: str, monkeypatch: pytes
 
 @pytest.mark.parametrize("kind", ["diffllama", "deepseek_v3", "gemma2", "falcon", "qwen2_moe", "gpt_neox"])
 def test_a_miniature_behaves_as_its_model(kind: str) -> None:
-    model = build_tiny(kind, seq2seq=False)
+    model = build_tiny(kind)
     small = CausalBackbone(miniature(model), kind)
     large = CausalBackbone(model, kind)
     assert small.ways == large.ways
@@ -93,12 +100,20 @@ def test_dropout_is_off_in_the_check_and_kept_after() -> None:
     assert backbone.model.training
 
 
-@pytest.mark.parametrize("model", [BertModel, BertForPreTraining])
-def test_encoders_are_refused_by_their_type(model: Any, tmp_path) -> None:
-    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
-    model(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="neither an encoder-decoder nor a decoder-only"):
+def test_a_model_of_another_kind_is_refused(tmp_path) -> None:
+    ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'vit', which is neither an encoder-decoder, nor .* nor a masked"):
         load_backbone(str(tmp_path))
+
+
+def test_an_encoder_without_its_head_is_refused(tmp_path) -> None:
+    """A new head would be random and frozen."""
+    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    BertModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lacks 6 of the weights of BertForMaskedLM \(cls.predictions.bias, \.\.\.\)"):
+        load_backbone(str(tmp_path))
+    BertForPreTraining(config).save_pretrained(tmp_path)
+    assert load_backbone(str(tmp_path)).family == "masked"
 
 
 def test_a_model_without_its_head_is_refused(tmp_path) -> None:
@@ -129,7 +144,7 @@ ROTATIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("gradients", [True, False])
 def test_rotations_that_change_with_length_are_refused(kind: str, gradients: bool) -> None:
     """24 tokens give the bare model's result; one more would rotate the prompt by other angles."""
-    model = build_tiny(kind, False, **ROTATIONS[kind])
+    model = build_tiny(kind, **ROTATIONS[kind])
     backbone = wrap_model(model, "rotating").eval()
     assert backbone.max_positions == 24
     batch = make_batch()
@@ -145,7 +160,7 @@ def test_rotations_that_change_with_length_are_refused(kind: str, gradients: boo
 
 
 def test_gpt_neos_local_window_is_respected() -> None:
-    backbone = wrap_model(build_tiny("gpt_neo", False, window_size=16), "neo").eval()
+    backbone = wrap_model(build_tiny("gpt_neo", window_size=16), "neo").eval()
     assert backbone.max_positions == 16
     assert logits(backbone, 7).isfinite().all()
     with pytest.raises(ValueError, match="attends to the last 16 only"):
@@ -158,7 +173,7 @@ def test_gpt_neos_local_window_is_respected() -> None:
 
 def test_prompts_are_not_changed_in_place() -> None:
     """CTRL scales `inputs_embeds` in place."""
-    backbone = wrap_model(build_tiny("ctrl", False), "ctrl").eval()
+    backbone = wrap_model(build_tiny("ctrl"), "ctrl").eval()
     prompts = torch.randn(2, 4, 32, dtype=torch.double)
     kept = prompts.clone()
     with torch.no_grad():
@@ -168,8 +183,7 @@ def test_prompts_are_not_changed_in_place() -> None:
 
 @pytest.mark.parametrize("kind", ["gemma", "marian"])
 def test_embeddings_are_what_the_layers_receive(kind: str) -> None:
-    seq2seq = kind == "marian"
-    backbone = wrap_model(build_tiny(kind, seq2seq), kind)
+    backbone = wrap_model(build_tiny(kind, "seq2seq" if kind == "marian" else "causal"), kind)
     raw = backbone.model.get_input_embeddings().weight
     torch.testing.assert_close(backbone.embeddings, raw * 32**0.5)
     assert backbone.embeddings.shape == (VOCABULARY, 32)
