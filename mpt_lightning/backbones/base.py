@@ -14,6 +14,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from mpt_lightning.backbones.cache import Pair
 from mpt_lightning.backbones.compilation import compile_parts
 from mpt_lightning.backbones.fingerprint import fingerprint
 from mpt_lightning.backbones.pretrained import load_tokenizer
@@ -213,6 +214,10 @@ class Backbone(nn.Module, ABC):
     def encode_prompts(self, prompts: Tensor | PromptOutput) -> PromptOutput:
         """Compute what depends on the prompts alone; every other method takes the result in their place."""
         return PromptOutput.of(prompts)
+
+    @abstractmethod
+    def keys_and_values(self, embeddings: Tensor) -> tuple[Pair, ...]:
+        """Return per layer the keys and values `[1, heads, P, D]` of a prompt's embeddings `[1, P, H]`."""
 
     @abstractmethod
     def forward(

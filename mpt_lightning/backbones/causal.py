@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from mpt_lightning.backbones.attention import NAME
 from mpt_lightning.backbones.base import Backbone, BackboneOutput, EncodedPrompts, Inputs, align
-from mpt_lightning.backbones.cache import PrefixCache, gather_layers
+from mpt_lightning.backbones.cache import Pair, PrefixCache, gather_layers
 from mpt_lightning.backbones.limits import attention_windows, length_limit
 from mpt_lightning.backbones.packed import packed_forward
 from mpt_lightning.backbones.sharding import tie
@@ -94,6 +94,10 @@ class CausalBackbone(Backbone):
         `predict_at` `[N]` are positions in 0..P-1 whose logits for the next token are returned too.
         """
         return self._encode(prompts, predict_at)
+
+    def keys_and_values(self, embeddings: Tensor) -> tuple[Pair, ...]:
+        """See `Backbone.keys_and_values`."""
+        return self._encode(embeddings).layers or ()
 
     def _encode(self, prompts: Tensor | PromptOutput, predict_at: Tensor | None = None) -> EncodedPrompts:
         """Run `encode_prompts` within another method: FSDP counts each public method as one pass."""

@@ -5,8 +5,8 @@ time. The check at load time (`probe`) compares each model with its own results,
 needs no code.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,8 @@ from transformers import AutoModelForMaskedLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from mpt_lightning.backbones.base import Backbone, BackboneOutput, Inputs, align
+from mpt_lightning.backbones.cache import Pair, gather_layers
+from mpt_lightning.backbones.layer_prefix import NAME, keys_and_values, prefixed
 from mpt_lightning.backbones.limits import attention_windows, check_masked
 from mpt_lightning.errors import MPTError
 from mpt_lightning.objectives import IGNORE, Segment, precise
@@ -37,6 +39,9 @@ class MaskedBackbone(Backbone):
 
     def __init__(self, model: PreTrainedModel, name: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, name, *args, **kwargs)
+        if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
+            model.set_attn_implementation(NAME)
+        self._attention: list[nn.Module] = []  # the layers' attention modules, once a prefix needs them
         self._local = bool(attention_windows(model.config))
         # While the model is checked, the id that stands for [MASK]; the tokenizer may not be there.
         self._stand_in: int | None = None
@@ -87,6 +92,22 @@ class MaskedBackbone(Backbone):
         before = [text[:, :-1], prompt] if self._local else [text[:, :1], prompt, text[:, 1:-1]]
         return self.model(**inputs(torch.cat([*before, masks], dim=1))).logits[:, -answer.shape[1] :]
 
+    def keys_and_values(self, embeddings: Tensor) -> tuple[Pair, ...]:
+        """See `Backbone.keys_and_values`."""
+        return keys_and_values(self.model, embeddings)[1]
+
+    def _prefix(self, layers: Sequence[Pair], rows: Tensor) -> AbstractContextManager[None]:
+        """Return the context of a pass in which each layer has the prefix of its rows `[B]`."""
+        if self.gradient_checkpointing:
+            raise MPTError(
+                "Prefixes in the layers of a masked model cannot be recomputed in the backward pass. Set "
+                "--model.gradient_checkpointing false."
+            )
+        if not self._attention:
+            with torch.no_grad():
+                self._attention, _ = keys_and_values(self.model, self.embed(rows.new_zeros(1, 1)))
+        return prefixed(self._attention, gather_layers(layers, rows))
+
     def _arrange(self, prompts: PromptOutput, inputs: Inputs, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Put the prompt's tokens and further masks into rows that need `masks` `[B]` of them.
 
@@ -103,11 +124,12 @@ class MaskedBackbone(Backbone):
                 "one. Change the template, or texts that contain the tokenizer's mask."
             )
         place, most = found.int().argmax(dim=1), int(masks.max())
-        if prompts.length and not bool((ids < 0).any()):
+        length = 0 if prompts.embeddings is None else prompts.length
+        if length and not bool((ids < 0).any()):
             at = place if self._local else torch.ones_like(place)
-            new = torch.arange(-1, -1 - prompts.length, -1, device=ids.device)
-            ids, mask = insert(ids, mask, at, new, torch.full_like(place, prompts.length))
-            place = place + prompts.length
+            new = torch.arange(-1, -1 - length, -1, device=ids.device)
+            ids, mask = insert(ids, mask, at, new, torch.full_like(place, length))
+            place = place + length
         if most > 1:
             ids, mask = insert(ids, mask, place, ids.new_full((most - 1,), self.mask_id), masks - 1)
         width = int(mask.sum(dim=1).max())
@@ -126,10 +148,12 @@ class MaskedBackbone(Backbone):
             Its output with logits `[B, M, V]` at the masks, the ids `[B, S]` that it read, and their mask `[B, S]`.
         """
         prompts, rows = PromptOutput.of(inputs[0]), inputs[1]
-        if prompts.embeddings is None:
-            raise MPTError(f"{type(self.model).__name__} takes prompts of embeddings, got keys and values.")
         ids, mask, columns = self._arrange(prompts, inputs, masks)
-        embeds = self.embed_among(prompts.embeddings, rows, ids) if prompts.length else self.embed(ids)
+        prefix = nullcontext() if not prompts.layers else self._prefix(prompts.layers, rows)
+        if prompts.embeddings is None or not prompts.length:
+            embeds = self.embed(ids)
+        else:
+            embeds = self.embed_among(prompts.embeddings, rows, ids)
         if prompts.shift is not None:
             embeds = self.add_shift(embeds, prompts.shift, rows, mask * (ids >= 0))
         options: dict[str, Any] = {}
@@ -137,7 +161,7 @@ class MaskedBackbone(Backbone):
             separators = ids == self.tokenizer.sep_token_id
             before = separators.cumsum(dim=1) - separators.int()
             options["token_type_ids"] = before.clamp(max=self.second_type) * mask
-        with keep_columns(self.model.base_model, columns):
+        with prefix, keep_columns(self.model.base_model, columns):
             output = self.model(
                 inputs_embeds=embeds * mask[..., None],  # MobileBERT reads neighbours, padding included
                 attention_mask=mask,
@@ -164,7 +188,7 @@ class MaskedBackbone(Backbone):
             # The first state is the embedding, before any layer.
             states, text = output.hidden_states[1:], mask * (ids >= 0)
             result.hidden = {"encoder/text": Segment(states, text)}
-            length = PromptOutput.of(prompts).length
+            length = int((ids < 0).sum(dim=1).max())
             columns = (ids < 0).int().argsort(dim=1, descending=True, stable=True)[:, :length]
             index = columns[..., None].expand(-1, -1, states[0].shape[2])
             of_prompt = tuple(state.gather(1, index) for state in states)

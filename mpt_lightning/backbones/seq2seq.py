@@ -10,6 +10,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 from mpt_lightning.backbones.base import Backbone, BackboneOutput, Inputs, align
+from mpt_lightning.backbones.cache import Pair
 from mpt_lightning.errors import MPTError
 from mpt_lightning.objectives import IGNORE, Segment, log_likelihood
 from mpt_lightning.prompts import PromptOutput
@@ -69,6 +70,10 @@ class Seq2SeqBackbone(Backbone):
             inputs_embeds=embeds, attention_mask=mask, output_hidden_states=hidden_states, return_dict=True
         )
         return output, mask
+
+    def keys_and_values(self, embeddings: Tensor) -> tuple[Pair, ...]:
+        """Raise: an encoder-decoder takes prompts of embeddings alone."""
+        raise MPTError("An encoder-decoder takes prompts of embeddings, not keys and values.")
 
     def _decode(self, encoded: Tensor, mask: Tensor, labels: Tensor, hidden_states: bool = False) -> Any:
         """Run the decoder over label tokens `[B, M]`, shifted, given the encoder's states `[B, S, H]`."""

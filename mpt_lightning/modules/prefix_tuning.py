@@ -12,7 +12,7 @@ from mpt_lightning.prompts.prefix import PrefixPrompt
 
 
 class PrefixTuning(PromptModule):
-    """Prefix tuning (Li and Liang, 2021), on decoder-only models.
+    """Prefix tuning (Li and Liang, 2021) on decoder-only models, and P-tuning v2 (Liu et al., 2022) on masked ones.
 
     Args:
         backbone: Hub id ("gpt2") or folder of the frozen model.
@@ -26,7 +26,7 @@ class PrefixTuning(PromptModule):
         **kwargs: See `BackboneModule`.
     """
 
-    families = ("causal",)
+    families = ("causal", "masked")
     group_name = "prefixes"
     fixed_arguments = (*PromptModule.fixed_arguments, "prompt_length", "projection")
     initial_arguments = (*PromptModule.initial_arguments, "prefix_init", "init_text", "network_width")
@@ -53,7 +53,7 @@ class PrefixTuning(PromptModule):
         start: PromptInit = "text" if self.prefix_init == "text" else "vocabulary"
         with torch.no_grad():
             embeddings = initial_prompt(start, backbone, self.prompt_length, self.init_text, [])
-            layers = backbone.encode_prompts(embeddings[None].to(backbone.embeddings.device)).layers or ()
+            layers = backbone.keys_and_values(embeddings[None].to(backbone.embeddings))
         _, heads, _, width = layers[0][0].shape
         inner = (self.network_width or backbone.dim) if self.projection else None
         prompt = PrefixPrompt(len(self.tasks), self.prompt_length, len(layers), heads, width, self.tasks, inner)

@@ -102,7 +102,7 @@ def test_dropout_is_off_in_the_check_and_kept_after() -> None:
 
 def test_a_model_of_another_kind_is_refused(tmp_path) -> None:
     ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="'vit', which is neither an encoder-decoder, nor .* nor a masked"):
+    with pytest.raises(ValueError, match=r"'vit', which is neither an encoder-decoder, nor .* nor a masked"):
         load_backbone(str(tmp_path))
 
 
