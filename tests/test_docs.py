@@ -1,4 +1,4 @@
-"""The method of docs/new_method.md, run as written, trains, is saved, resumes and predicts."""
+"""The code of the guides, run as written: a new method trains and predicts, a masked model answers as printed."""
 
 import os
 import re
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 import torch
 import yaml
 from processes import finish, start
@@ -13,7 +14,9 @@ from processes import finish, start
 from mpt_lightning import Predictor, modules, prompts
 from mpt_lightning.cli.main import main
 
-PAGE = (Path(__file__).parents[1] / "docs" / "new_method.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[1] / "docs"
+MINILM = DOCS.parents[1] / "shared" / "models" / "minilm-l6-mlm"
+PAGE = (DOCS / "new_method.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"## \d\. [^`]*`(\S+)`.*?```\w+\n(.*?)```", PAGE, flags=re.DOTALL)
 
 
@@ -56,3 +59,12 @@ def add_method() -> Path:
     file = Path("ulpt.yaml")
     file.write_text(recipe, encoding="utf-8")
     return file
+
+
+def test_masked_example_gives_the_printed_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    if not MINILM.is_dir():
+        pytest.skip("no ../shared/models/minilm-l6-mlm")
+    page = (DOCS / "masked.md").read_text(encoding="utf-8")
+    code, printed = re.search(r"```python\n(.*?)```\s+```\n(.*?)```", page, flags=re.DOTALL).groups()
+    exec(code.replace('"minilm-l6-mlm"', repr(str(MINILM))), {})
+    assert capsys.readouterr().out == printed

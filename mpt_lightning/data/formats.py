@@ -56,7 +56,7 @@ class Format(ABC):
 
     @property
     def reserved(self) -> tuple[str, ...]:
-        """Strings that only a template may contain, not a row's own texts."""
+        """Strings that a row's own texts may not contain if its template does."""
         return ()
 
     @cached_property

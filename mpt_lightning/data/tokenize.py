@@ -76,7 +76,7 @@ class Encoder:
 
         The column is the card's `truncate`, or else the row's longest; an example that fits is the same object.
         """
-        for example in examples:
+        for example in examples if any(word in card.input for word in self.format.reserved) else ():
             for column, text in example.values.items():
                 if found := [word for word in self.format.reserved if word in text]:
                     raise MPTError(

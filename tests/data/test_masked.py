@@ -228,6 +228,13 @@ def test_mask_in_a_row_raises(kind, make_card):
         assert raw.ids.count(encoder.tokenizer.mask_token_id) == 1
 
 
+def test_rows_may_place_the_mask_if_the_template_does_not(make_card):
+    encoder, card = Encoder(build("words"), "masked", 40), make_card(input="a {text}")
+    rows = [row_of(text="film it was [MASK] ."), row_of(text="film")]
+    found = [row["input_ids"] for row in encoder.encode(card, iter(rows), "train")]
+    assert found == [ids_of(encoder.tokenizer, text) for text in ("a film it was [MASK] .", "a film [MASK]")]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_cut_keeps_mask_separator_and_template(kind, make_card):
     encoder = Encoder(build(kind), "masked", 24)
