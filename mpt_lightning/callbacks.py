@@ -138,6 +138,10 @@ class PEFTExport(L.Callback):
                 f"PEFTExport exports prompts of embeddings, and {type(pl_module).__name__} trains {prompt.content}. "
                 "Remove PEFTExport from the callbacks."
             )
+        if isinstance(pl_module, PromptModule) and pl_module.backbone is not None:
+            from mpt_lightning.interop.peft import check_family
+
+            check_family(pl_module.backbone.family)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Export what was saved since the last batch."""

@@ -8,11 +8,15 @@ from string import Template
 from typing import Any, Literal
 
 from huggingface_hub import ModelCardData
+from transformers import PreTrainedConfig
 
 from mpt_lightning.backbones.base import Family
+from mpt_lightning.backbones.limits import attention_windows
 from mpt_lightning.backbones.load import family_of
-from mpt_lightning.backbones.pretrained import load_config
+from mpt_lightning.backbones.pretrained import load_config, load_tokenizer
 from mpt_lightning.checkpoint import PromptCheckpoint
+from mpt_lightning.data.formats import MaskedFormat
+from mpt_lightning.data.template import MASK, SEPARATOR
 from mpt_lightning.modules import PromptModule
 from mpt_lightning.prompts import ContextPrompt
 from mpt_lightning.resources import EMBEDDED
@@ -25,14 +29,16 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def model_card(checkpoint: PromptCheckpoint, layout: Layout | None = None, *, family: Family | None = None) -> str:
+def model_card(
+    checkpoint: PromptCheckpoint, layout: Layout | None = None, *, config: PreTrainedConfig | None = None
+) -> str:
     """Return the README of an export: YAML for the Hub, what was trained, and code that loads it.
 
     Args:
         checkpoint: What was exported.
         layout: What the folder contains: "task", one task's prompt for PEFT; "group", a multitask prompt for PEFT;
             "folders", one PEFT folder per task; "prompt_embeds", embeddings. By default what `export_peft` writes.
-        family: The backbone's; by default read from its configuration.
+        config: The backbone's configuration; by default read by the backbone's name.
 
     Raises:
         MPTError: If the backbone's configuration is needed and cannot be reached.
@@ -63,7 +69,7 @@ def model_card(checkpoint: PromptCheckpoint, layout: Layout | None = None, *, fa
         tasks="\n".join(_task(checkpoint, task) for task in checkpoint.tasks),
         settings=_settings(checkpoint),
         scores=_scores(checkpoint),
-        code=_code(checkpoint, layout, family or family_of(load_config(checkpoint.backbone))),
+        code=_code(checkpoint, layout, config or load_config(checkpoint.backbone)),
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
@@ -126,9 +132,9 @@ def _scores(checkpoint: PromptCheckpoint) -> str:
     return _fill("metrics", rows=rows)
 
 
-def _code(checkpoint: PromptCheckpoint, layout: Layout, family: Family) -> str:
+def _code(checkpoint: PromptCheckpoint, layout: Layout, config: PreTrainedConfig) -> str:
     """Return the sections on how to load the folder."""
-    name, task = checkpoint.backbone, checkpoint.tasks[0]
+    name, task, family = checkpoint.backbone, checkpoint.tasks[0], family_of(config)
     base = f"\nbase = {name!r}"
     if name.startswith(f"{EMBEDDED}/"):
         base = f"from mpt_lightning.resources import backbone_path\n\nbase = backbone_path({name!r})"
@@ -144,11 +150,44 @@ def _code(checkpoint: PromptCheckpoint, layout: Layout, family: Family) -> str:
         "ids": _token_ids(checkpoint, family),
         "use": use,
     }
+    if family == "masked":
+        return _fill("prompt_embeds_masked", **fields | _masked_fields(checkpoint, config))
     if layout == "prompt_embeds":
         templates = ["prompt_embeds", "vllm"] if family == "causal" else ["prompt_embeds"]
     else:
         templates = ["peft_group" if layout == "group" else "peft", "mpt_lightning"]
     return "\n\n".join(_fill(template, **fields) for template in templates)
+
+
+def prompt_place(config: PreTrainedConfig) -> str:
+    """Return where a backbone reads the prompt's embeddings."""
+    if family_of(config) != "masked":
+        return "before the text"
+    return "before the mask" if attention_windows(config) else "after the first token"
+
+
+def ranked_words(card: Mapping[str, Any]) -> list[str] | None:
+    """Return the words that a task ranks, in the order of its classes, or of its lowest and highest value."""
+    masked: Any = card.get("masked") or {}
+    words: list[str] | None = card.get("choices") or (masked.get("choices") if card.get("value_range") else None)
+    return words
+
+
+def _masked_fields(checkpoint: PromptCheckpoint, config: PreTrainedConfig) -> dict[str, object]:
+    """Return how a masked model's input is written, as code."""
+    card, place = checkpoint.cards.get(checkpoint.tasks[0]) or {}, prompt_place(config)
+    prefix = checkpoint.data.get("answer_prefix") or ""
+    text = f"{card.get('input', 'a good film')} {prefix}".strip()
+    text = (text if MASK in text else f"{text} {MASK}").removesuffix(SEPARATOR)
+    words = ranked_words(card) or ["yes", "no"]
+    ids = MaskedFormat(load_tokenizer(checkpoint.backbone)).targets(words)
+    return {
+        "segments": f"segments = {[part.strip() for part in text.split(SEPARATOR, 1)]}  # fill the columns in",
+        "place": place,
+        "at": "mask" if place == "before the mask" else "1",
+        "choices": words,
+        "choice_ids": [own[0] for own in ids],
+    }
 
 
 def _token_ids(checkpoint: PromptCheckpoint, family: Family) -> str:

@@ -7,10 +7,12 @@ from typing import Any
 from peft import MultitaskPromptTuningConfig, PromptTuningConfig, TaskType
 
 from mpt_lightning.backbones import Backbone
+from mpt_lightning.backbones.base import Family
 from mpt_lightning.backbones.load import family_of
 from mpt_lightning.checkpoint import PromptCheckpoint
 from mpt_lightning.checkpoint.export import DESCRIPTION, STATE, write_description, write_json
 from mpt_lightning.checkpoint.peft import ADAPTER, TASKS
+from mpt_lightning.errors import MPTError
 from mpt_lightning.interop.card import CARD, Layout, model_card
 from mpt_lightning.interop.folder import check_paths, load_trained, only, write_tensors
 from mpt_lightning.io import new_folder
@@ -41,9 +43,11 @@ def export_peft(
         replace: Replace an earlier export at `dest`.
 
     Raises:
-        MPTError: If `dest` exists, the checkpoint cannot be read, or the task or backbone is unknown.
+        MPTError: If `dest` exists, the checkpoint cannot be read, or the task or backbone is unknown, or the
+            backbone is a masked language model.
     """
     found, prompt, config = load_trained(checkpoint, task, backbone)
+    check_family(family_of(config))
     with new_folder(dest, DESCRIPTION if replace else None) as folder:
         if isinstance(prompt, MultitaskPrompt) and task is None:
             options = _shared_options(found, prompt, config)
@@ -63,6 +67,15 @@ def export_peft(
             files = [f"{name}/{ADAPTER}" for name in prompt.tasks]
             _finish(folder, found, files if isinstance(prompt, SoftPrompt) else [STATE], "folders", config)
     return Path(dest).expanduser()
+
+
+def check_family(family: Family) -> None:
+    """Raise if PEFT has no equal of a family's prompts."""
+    if family == "masked":
+        raise MPTError(
+            "PEFT has no task type for masked language models, and puts prompts before [CLS], so that its results "
+            "would differ. Export embeddings instead: mpt export --to prompt-embeds."
+        )
 
 
 def _write_task(folder: Path, checkpoint: PromptCheckpoint, prompt: Prompt, task: str, config: Any) -> None:
@@ -94,4 +107,4 @@ def _finish(folder: Path, checkpoint: PromptCheckpoint, files: list[str], layout
         state = {name.removeprefix("prompt."): value for name, value in checkpoint.state_dict.items()}
         write_tensors(folder / STATE, state)
     write_description(folder, checkpoint, files)
-    (folder / CARD).write_text(model_card(checkpoint, layout, family=family_of(config)), encoding="utf-8")
+    (folder / CARD).write_text(model_card(checkpoint, layout, config=config), encoding="utf-8")
