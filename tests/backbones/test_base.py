@@ -216,15 +216,6 @@ def test_a_missing_model_raises(name: str, message: str) -> None:
         load_backbone(name)
 
 
-def test_an_encoder_is_refused(tmp_path) -> None:
-    from transformers import BertConfig, BertForMaskedLM
-
-    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
-    BertForMaskedLM(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="neither an encoder-decoder nor a decoder-only"):
-        load_backbone(str(tmp_path))
-
-
 def sliding(window: int) -> CausalBackbone:
     torch.manual_seed(0)
     config = MistralConfig(
