@@ -15,6 +15,7 @@ Kind = Literal["tasks", "configs"]
 EMBEDDED = "mpt_lightning/demo"
 T5 = f"{EMBEDDED}/t5"
 LLAMA = f"{EMBEDDED}/llama"
+BERT = f"{EMBEDDED}/bert"
 
 
 def packaged(kind: Kind, name: str) -> Path | None:
@@ -45,7 +46,7 @@ def packaged_names(kind: Kind) -> list[str]:
 
 def backbone_path(name: str) -> str:
     """Return the folder of an embedded model; any other name or folder is returned as it is, with `~` resolved."""
-    if name in (T5, LLAMA):
+    if name in (T5, LLAMA, BERT):
         return str(_folder("demo") / name.rpartition("/")[2])
     return str(Path(name).expanduser()) if name.startswith("~") else name
 
