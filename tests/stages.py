@@ -10,7 +10,7 @@ from mpt_lightning.backbones import Backbone
 from mpt_lightning.data.datamodule import PromptDataModule
 from mpt_lightning.modules import PromptModule
 
-T5, LLAMA = "mpt_lightning/demo/t5", "mpt_lightning/demo/llama"
+T5, LLAMA, BERT = "mpt_lightning/demo/t5", "mpt_lightning/demo/llama", "mpt_lightning/demo/bert"
 TASKS = ["demo/voice", "demo/advice"]
 STAGES = ["prompt_tuning", "source", "target", "cpt"]
 

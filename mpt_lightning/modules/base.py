@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.nn import functional
 from torch.optim import Optimizer
 
 from mpt_lightning import objectives
@@ -57,9 +58,15 @@ class PromptModule(EvaluatedModule):
                 "The batch: got no `choices`, expected the tokens of each row's choices, which the loss is over. Add "
                 "them to the batches, use tasks with choices, or set --model.over vocabulary."
             )
+        choices = batch["choices"]
+        if logits is not None and logits.shape[1] == choices.shape[2] == 1:
+            # Single tokens, of which the logits have all that a pass of their own would compute.
+            found = functional.log_softmax(objectives.precise(logits[:, 0]), dim=1)
+            scores = found.gather(1, choices[..., 0].clamp(min=0))
+            return choice_loss(scores.masked_fill(choices[..., 0] == objectives.IGNORE, float("-inf")), batch)
         backbone, prompt = self.parts()
         distinct, rows = self.task_rows(batch).unique(return_inverse=True)
-        scores = backbone.score(prompt(distinct), rows, batch["input_ids"], batch["attention_mask"], batch["choices"])
+        scores = backbone.score(prompt(distinct), rows, batch["input_ids"], batch["attention_mask"], choices)
         return choice_loss(scores, batch)
 
     def label_tokens(self, batch: Batch) -> Tensor:

@@ -9,12 +9,12 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import LoraConfig
 from processes import launch
-from stages import STAGES, T5, FirstGradient, data, doubled, make, ragged, trainer
+from stages import BERT, STAGES, T5, FirstGradient, data, doubled, make, ragged, trainer
 
 from mpt_lightning import PEFTModule, PromptTuning
 from mpt_lightning.modules import PromptModule
 
-METHODS = [*STAGES, "lora", "p_tuning", "rank without labels"]
+METHODS = [*STAGES, "lora", "p_tuning", "masked", "rank without labels"]
 
 
 def build(method: str, folder: Path) -> PromptModule:
@@ -23,6 +23,8 @@ def build(method: str, folder: Path) -> PromptModule:
         return PEFTModule(T5, LoraConfig(r=2))
     if method == "p_tuning":
         return PromptTuning(T5, prompt_length=4, reparameterization="mlp", network_width=8)
+    if method == "masked":
+        return PromptTuning(BERT, prompt_length=4)
     if method == "rank without labels":
         module = PromptTuning(T5, prompt_length=4)
         module.unlabelled = 1

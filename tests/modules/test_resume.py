@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from mpt_lightning import PEFTModule, PromptTuning, load_task
 from mpt_lightning.modules import PromptModule
 
-DEMO = "mpt_lightning/demo/t5"
+DEMO, BERT = "mpt_lightning/demo/t5", "mpt_lightning/demo/bert"
 SAVERS = {
     "mid-epoch": {"every_n_train_steps": 2},
     "last batch": {"every_n_train_steps": 5},
@@ -23,8 +23,8 @@ SAVERS = {
 
 
 def make(method: str) -> PromptModule:
-    if method == "prompt_tuning":
-        return PromptTuning(DEMO, prompt_length=4)
+    if method in ("prompt_tuning", "masked"):
+        return PromptTuning(BERT if method == "masked" else DEMO, prompt_length=4)
     adalora = peft.AdaLoraConfig(init_r=4, target_r=2, tinit=2, tfinal=4, deltaT=1, total_step=15)
     return PEFTModule(DEMO, adalora)
 
@@ -39,7 +39,10 @@ class Rows(L.Callback):
         self.seen.append(batch["row_ids"])
 
 
-@pytest.mark.parametrize(("method", "when"), [*(("prompt_tuning", when) for when in SAVERS), ("adalora", "mid-epoch")])
+@pytest.mark.parametrize(
+    ("method", "when"),
+    [*(("prompt_tuning", when) for when in SAVERS), ("adalora", "mid-epoch"), ("masked", "mid-epoch")],
+)
 def test_resuming_is_exact(method: str, when: str, trainer: Callable[..., L.Trainer], tmp_path: Path) -> None:
     def fit(ckpt_path: Path | None = None) -> tuple[PromptModule, list[list[int]]]:
         L.seed_everything(1)
