@@ -76,7 +76,7 @@ class Predictor:
         self.batch_size = batch_size
         self.encoder = encoder or Encoder(backbone.tokenizer, backbone.family, max_input_length=256)
         for card in self.cards.values():
-            check_choices(card, self.encoder.tokenizer, backbone.family)
+            check_choices(card, self.encoder.tokenizer, backbone.family, self.encoder.classifies)
         prompt.attach(backbone.embeddings)
         with torch.no_grad():
             self._encoded = backbone.encode_prompts(prompt(torch.arange(prompt.num_tasks, device=self.device)))
@@ -110,6 +110,7 @@ class Predictor:
             found.data.get("max_input_length", 256),  # the DataModules' default
             found.data.get("answer_prefix", ""),
             found.data.get("context_shots") is None,
+            found.hyper_parameters.get("head") == "classification",
         )
         return cls(model.to(device), prompt.to(device), read_cards(found.cards), encoder, batch_size)
 
@@ -241,7 +242,7 @@ def _lines(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _build(found: PromptCheckpoint, name: str, dtype: Any) -> tuple[Backbone, Prompt]:
     """Build the backbone and the prompt; a method that trains weights of the backbone loads them itself."""
-    if found.prompt_class == "EmptyPrompt":
+    if found.prompt_class == "EmptyPrompt" or not all(name.startswith("prompt.") for name in found.state_dict):
         method = PromptModule.classes.get(found.stage)
         if method is None:
             raise MPTError(

@@ -65,7 +65,7 @@ class EncodedPrompts(PromptOutput):
         """Return some of the prompts, in the order of `rows` `[N]` in 0..U-1, without their logits."""
         part = super().__getitem__(rows)
         hidden = tuple(states[rows] for states in self.hidden)
-        return EncodedPrompts(part.embeddings, part.layers, part.shift, hidden)
+        return EncodedPrompts(part.embeddings, part.layers, part.shift, hidden=hidden)
 
 
 class Backbone(nn.Module, ABC):

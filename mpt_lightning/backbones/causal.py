@@ -122,7 +122,8 @@ class CausalBackbone(Backbone):
         layers, hidden = cache.contents(), tuple(output.hidden_states[1:])
         if self.sharded:
             layers = (*layers[:-1], tie(*layers[-1], hidden[-1]))
-        return EncodedPrompts(embeddings, layers, given.shift, hidden, None if predict_at is None else output.logits)
+        logits = None if predict_at is None else output.logits
+        return EncodedPrompts(embeddings, layers, given.shift, hidden=hidden, logits=logits)
 
     def _prefix(self, encoded: EncodedPrompts, rows: Tensor, whole: bool = True) -> PrefixCache:
         """Return the cache for a pass over the rows `[B]`; with `whole` each row attends to all of its prompt."""

@@ -108,29 +108,24 @@ class MaskedBackbone(Backbone):
                 self._attention, _ = keys_and_values(self.model, self.embed(rows.new_zeros(1, 1)))
         return prefixed(self._attention, gather_layers(layers, rows))
 
-    def _arrange(self, prompts: PromptOutput, inputs: Inputs, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Put the prompt's tokens and further masks into rows that need `masks` `[B]` of them.
+    def _arrange(self, prompts: PromptOutput, inputs: Inputs, masks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Put the prompt's tokens and further masks into rows that need `masks` `[B]` of them; None for a classifier.
 
         Returns:
             Ids `[B, S]` with -1, -2, ... for the prompt's tokens, their mask `[B, S]`, and the columns `[B, M]` of the
-            masks, repeated where a row has fewer.
+            masks, repeated where a row has fewer; that of [CLS] for a classifier.
         """
         ids, mask = align(*inputs[2:], "right")
-        found = (ids == self.mask_id) & (mask == 1)
-        if bool((wrong := found.sum(dim=1) != 1).any()):
-            row = int(wrong.int().argmax())
-            raise MPTError(
-                f"Row {row} of the batch has {int(found[row].sum())} masks, and a masked language model answers at "
-                "one. Change the template, or texts that contain the tokenizer's mask."
-            )
-        place, most = found.int().argmax(dim=1), int(masks.max())
+        place = torch.zeros_like(ids[:, 0]) if masks is None else self._place(ids, mask)
         length = 0 if prompts.embeddings is None else prompts.length
         if length and not bool((ids < 0).any()):
-            at = place if self._local else torch.ones_like(place)
+            beside = self._local and masks is not None
             new = torch.arange(-1, -1 - length, -1, device=ids.device)
-            ids, mask = insert(ids, mask, at, new, torch.full_like(place, length))
-            place = place + length
-        if most > 1:
+            at, count = place if beside else torch.ones_like(place), torch.full_like(place, length)
+            ids, mask = insert(ids, mask, at, new, count)
+            place = place + length * (place >= at)
+        masks = torch.ones_like(place) if masks is None else masks
+        if (most := int(masks.max())) > 1:
             ids, mask = insert(ids, mask, place, ids.new_full((most - 1,), self.mask_id), masks - 1)
         width = int(mask.sum(dim=1).max())
         if self.max_positions is not None and width > self.max_positions:
@@ -141,13 +136,27 @@ class MaskedBackbone(Backbone):
         last = (place + masks - 1)[:, None]
         return ids[:, :width], mask[:, :width], (place[:, None] + torch.arange(most, device=ids.device)).minimum(last)
 
-    def _run(self, inputs: Inputs, masks: Tensor, hidden_states: bool = False) -> tuple[Any, Tensor, Tensor]:
-        """Run the model on rows that need `masks` `[B]`.
+    def _place(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Return the column `[B]` of each row's mask."""
+        found = (ids == self.mask_id) & (mask == 1)
+        if bool((wrong := found.sum(dim=1) != 1).any()):
+            row = int(wrong.int().argmax())
+            raise MPTError(
+                f"Row {row} of the batch has {int(found[row].sum())} masks, and a masked language model answers at "
+                "one. Change the template, or texts that contain the tokenizer's mask."
+            )
+        return found.int().argmax(dim=1)
+
+    def _run(self, inputs: Inputs, masks: Tensor | None, hidden_states: bool = False) -> tuple[Any, Tensor, Tensor]:
+        """Run the model on rows that need `masks` `[B]`, or its encoder alone for a classifier, which needs none.
 
         Returns:
-            Its output with logits `[B, M, V]` at the masks, the ids `[B, S]` that it read, and their mask `[B, S]`.
+            Its output, with logits `[B, M, V]` at the masks or the state `[B, 1, D]` of [CLS], the ids `[B, S]` that it
+            read, and their mask `[B, S]`.
         """
         prompts, rows = PromptOutput.of(inputs[0]), inputs[1]
+        if masks is not None and prompts.head is not None:
+            raise MPTError("A classifier ranks a task's choices, and has no logits over the vocabulary.")
         ids, mask, columns = self._arrange(prompts, inputs, masks)
         prefix = nullcontext() if not prompts.layers else self._prefix(prompts.layers, rows)
         if prompts.embeddings is None or not prompts.length:
@@ -161,14 +170,27 @@ class MaskedBackbone(Backbone):
             separators = ids == self.tokenizer.sep_token_id
             before = separators.cumsum(dim=1) - separators.int()
             options["token_type_ids"] = before.clamp(max=self.second_type) * mask
+        model = self.model if masks is not None else self.model.base_model
         with prefix, keep_columns(self.model.base_model, columns):
-            output = self.model(
+            output = model(
                 inputs_embeds=embeds * mask[..., None],  # MobileBERT reads neighbours, padding included
                 attention_mask=mask,
                 output_hidden_states=hidden_states,
                 **options,
             )
         return output, ids, mask
+
+    def score(
+        self, prompts: Tensor | PromptOutput, rows: Tensor, input_ids: Tensor, attention_mask: Tensor, choices: Tensor
+    ) -> Tensor:
+        """Return the log-likelihood `[B, C]` of each choice, a classifier's class; see `Backbone.score`."""
+        if not isinstance(prompts, PromptOutput) or prompts.head is None:
+            return super().score(prompts, rows, input_ids, attention_mask, choices)
+        output, _, _ = self._run((prompts, rows, input_ids, attention_mask), None)
+        weight, bias = (part[rows] for part in prompts.head)
+        logits = torch.einsum("bd,bcd->bc", output.last_hidden_state[:, 0].to(weight.dtype), weight) + bias
+        exists = (choices != IGNORE).any(dim=2)
+        return functional.log_softmax(precise(logits), dim=1)[:, : choices.shape[1]].masked_fill(~exists, -torch.inf)
 
     def forward(
         self,

@@ -8,12 +8,20 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from mpt_lightning.arguments import PositiveInt, check_arguments
-from mpt_lightning.data.template import MASK, Pattern, apply_pattern, parse_template, read_pattern, with_pattern
+from mpt_lightning.data.template import (
+    MASK,
+    SEPARATOR,
+    Pattern,
+    apply_pattern,
+    parse_template,
+    read_pattern,
+    with_pattern,
+)
 from mpt_lightning.errors import MPTError
 from mpt_lightning.io import LONGEST_NAME, can_be_path, read_yaml
 from mpt_lightning.metrics.registry import METRICS
@@ -147,6 +155,14 @@ class TaskCard:
         if MASK in self.input:
             raise self._error("input", f"a template without {MASK}, which is for masked language models, not {family}")
         return self
+
+    def for_classifier(self) -> TaskCard:
+        """Return the card as a classifier on [CLS] reads it: its first column, and the others as second segment."""
+        first, *others = [f"{{{column}}}" for column in self.columns]
+        text = f"{first} {SEPARATOR} {' '.join(others)}" if others else first
+        # Of `masked`, a regression task needs the number of its words alone.
+        masked = Pattern(text, ["low", "high"]) if self.value_range is not None else None
+        return replace(self, input=text, patterns=[], masked=masked)
 
     @property
     def parts(self) -> tuple[tuple[str, str | None], ...]:

@@ -151,7 +151,11 @@ class PromptDataModule(L.LightningDataModule):
                     "DataModule, or use a module with a hyperparameter `backbone`."
                 )
             self._encoder = Encoder.from_backbone(
-                str(backbone), self.max_input_length, answer_prefix=self.answer_prefix, with_bos=not self._has_context
+                str(backbone),
+                self.max_input_length,
+                answer_prefix=self.answer_prefix,
+                with_bos=not self._has_context,
+                classifies=getattr(module, "head", None) == "classification",
             )
         return self._encoder
 
@@ -181,9 +185,11 @@ class PromptDataModule(L.LightningDataModule):
             return
         draw = self._train_draw if split == "train" else self._eval_draw
         tables = []
-        self.cards = {name: card.for_family(self.encoder.family) for name, card in self.cards.items()}
+        for name, card in self.cards.items():
+            read = card.for_classifier() if self.encoder.classifies else card.for_family(self.encoder.family)
+            self.cards[name] = read
         for card in self.cards.values():
-            check_choices(card, self.tokenizer, self.encoder.family)
+            check_choices(card, self.tokenizer, self.encoder.family, self.encoder.classifies)
         for task_id, card in enumerate(self.cards.values()):
             rows = RowCache(self.data_root, self.cache_dir).encoded(card, split, draw, self.encoder)
             check_targets(card, rows, split, self.encoder)
@@ -213,7 +219,7 @@ class PromptDataModule(L.LightningDataModule):
     def _trains_on_choices(self) -> bool:
         """Return whether the module's loss is over the tasks' choices, which training batches have then."""
         module = self.trainer.lightning_module if self.trainer is not None else None
-        return (getattr(module, "over", None) or OVER[self.encoder.family]) == "choices"
+        return self.encoder.classifies or (getattr(module, "over", None) or OVER[self.encoder.family]) == "choices"
 
     def _choices(self, card: TaskCard) -> Choices:
         """Return the ids of a task's choices, if they do not depend on the input and come with the rows."""

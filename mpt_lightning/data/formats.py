@@ -199,6 +199,8 @@ class MaskedFormat(Format):
     """
 
     needs = "mask_token"
+    # Whether a classifier on the first token answers: then the inputs need no mask.
+    classifies = False
 
     @property
     def reserved(self) -> tuple[str, ...]:
@@ -221,15 +223,16 @@ class MaskedFormat(Format):
         return [ids if after[1:] == ids else after for ids, after in zip(alone, spaced, strict=True)]
 
     def targets(self, answers: list[str]) -> list[list[int]]:
-        """Return the label ids of B answers; there is no end of sequence."""
-        return self.words(answers)
+        """Return the label ids of B answers; there is no end of sequence, and one id marks a classifier's class."""
+        return [ids[:1] for ids in self.words(answers)] if self.classifies else self.words(answers)
 
     def inputs(self, texts: list[str]) -> list[list[int]]:
         """See the base class; raise MPTError if a text has not exactly one mask."""
         token = self.tokenizer.mask_token
         segments = []
         for text in texts:
-            placed = text if MASK in text or token in text else f"{text.rstrip()} {MASK}"
+            has_place = self.classifies or MASK in text or token in text
+            placed = text if has_place else f"{text.rstrip()} {MASK}"
             placed = placed.strip().removesuffix(SEPARATOR).replace(MASK, token)
             segments.append([piece.strip() for piece in placed.split(SEPARATOR)])
         tokens = iter(self.plain([piece for pieces in segments for piece in pieces]))
@@ -240,7 +243,7 @@ class MaskedFormat(Format):
                 for piece, whole in zip(pieces, islice(tokens, len(pieces)), strict=True)
             ]
             rows.append(self._enclose([*ids[0], *(token for other in ids[1:] for token in [*self._between, *other])]))
-            if (count := rows[-1].count(self.tokenizer.mask_token_id)) != 1:
+            if (count := rows[-1].count(self.tokenizer.mask_token_id)) != 1 and not self.classifies:
                 raise MPTError(
                     f"Got {count} masks in {text[:80]!r}, expected one; change the text, or `input` or `masked` of the "
                     "card."

@@ -17,7 +17,7 @@ from mpt_lightning.backbones.load import family_of
 from mpt_lightning.backbones.pretrained import load_config, load_tokenizer
 from mpt_lightning.data.card import TaskCard
 from mpt_lightning.data.examples import Example
-from mpt_lightning.data.formats import FORMATS, EncodedInput
+from mpt_lightning.data.formats import FORMATS, EncodedInput, MaskedFormat
 from mpt_lightning.data.rows import Split
 from mpt_lightning.data.template import render
 from mpt_lightning.errors import MPTError
@@ -33,6 +33,7 @@ class Encoder:
         answer_prefix: Words at the end of every input, joined with one space unless there is whitespace.
         with_bos: Whether the inputs of a decoder-only model begin with BOS; False if they follow a context, which
             begins with it.
+        classifies: Whether a classifier on a masked model's first token answers, so that inputs have no mask.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -40,10 +41,13 @@ class Encoder:
     max_input_length: PositiveInt
     answer_prefix: str = ""
     with_bos: bool = True
+    classifies: bool = False
 
     def __post_init__(self) -> None:
         check_arguments(Encoder, vars(self))  # they may come from a checkpoint
         self.format = FORMATS[self.family](self.tokenizer, self.with_bos)
+        if isinstance(self.format, MaskedFormat):
+            self.format.classifies = self.classifies
 
     @classmethod
     def from_backbone(cls, backbone: str, max_input_length: int, **options: Any) -> Encoder:
@@ -62,7 +66,7 @@ class Encoder:
         """Hash of everything that decides which ids a text becomes."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         state = backend.to_str() if backend is not None else sorted(self.tokenizer.get_vocab().items())
-        kind = (self.tokenizer.eos_token_id, self.family, self.max_input_length)
+        kind = (self.tokenizer.eos_token_id, self.family, self.max_input_length, self.classifies)
         return str(Hasher.hash([type(self.tokenizer).__name__, state, kind, self.answer_prefix, self.with_bos]))
 
     def text(self, card: TaskCard, values: dict[str, str]) -> str:

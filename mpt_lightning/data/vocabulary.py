@@ -24,14 +24,17 @@ def unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return None if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id) else unknown
 
 
-def check_choices(card: TaskCard, tokenizer: PreTrainedTokenizerBase, family: Family) -> None:
-    """Raise MPTError if the family cannot rank a task's choices, or the tokenizer not write them or tell them apart."""
+def check_choices(card: TaskCard, tokenizer: PreTrainedTokenizerBase, family: Family, classifies: bool = False) -> None:
+    """Raise MPTError if the family cannot rank a task's choices, or the tokenizer not write them or tell them apart.
+
+    A classifier (`classifies`) knows classes by their numbers, and writes no words.
+    """
     if family == "masked" and card.words(family) is None:
         raise MPTError(
             f"Task '{card.name}': got neither `choices` nor a `value_range` with two words in `masked`, expected words "
             "that a masked language model can rank; change the card, or `backbone`."
         )
-    choices = card.words(family) or []
+    choices = [] if classifies else card.words(family) or []
     rows = FORMATS[family](tokenizer).words(choices)
     space = tokenizer(" ", add_special_tokens=False, verbose=False)["input_ids"]
     unknown = unknown_id(tokenizer)

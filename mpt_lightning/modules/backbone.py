@@ -61,6 +61,8 @@ class BackboneModule(L.LightningModule, ABC):
     initial_arguments: ClassVar[tuple[str, ...]] = ("tasks",)
     # The families of models that the method works with.
     families: ClassVar[tuple[Family, ...]] = get_args(Family)
+    # "classification": a new classifier per task answers, instead of the language model's own head.
+    head: str | None = None
     # Whether `adapt` needs the backbone on the CPU. Otherwise weights are loaded straight to the Trainer's device.
     adapts_on_cpu = False
 
@@ -239,7 +241,7 @@ class BackboneModule(L.LightningModule, ABC):
     def over_choices(self) -> bool:
         """Whether the loss is over the tasks' choices; False before the backbone is loaded, unless `over` says so."""
         default = OVER[self.backbone.family] if self.backbone is not None else "vocabulary"
-        return (self.over or default) == "choices"
+        return self.head is not None or (self.over or default) == "choices"
 
     def parts(self) -> tuple[Backbone, Prompt]:
         """Return the backbone and the prompt, or raise if they are not built yet."""

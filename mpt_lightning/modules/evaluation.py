@@ -40,7 +40,7 @@ class EvaluatedModule(CheckpointedModule):
         """Check the choices of the data's cards, whoever made the DataModule."""
         backbone, _ = self.parts()
         for card in (card for name, card in self.cards.items() if name in self._data_tasks() and card.choices):
-            check_choices(card, backbone.tokenizer, backbone.family)
+            check_choices(card, backbone.tokenizer, backbone.family, self.head is not None)
 
     def on_validation_epoch_start(self) -> None:
         """Encode the prompts once for the whole evaluation, and reset the metrics."""
@@ -70,15 +70,15 @@ class EvaluatedModule(CheckpointedModule):
         counted = counted_rows(batch, loaders, batch_idx, index)
         inputs = self._inputs(batch, rows)
         if "choices" in batch:
-            # The gold answer is scored as one more choice, so that the loss takes no pass of its own.
-            scores = backbone.score(*inputs, with_gold(batch["choices"], labels))
-            texts = choice_texts(scores[:, :-1], self.cards.get(task))
             if self.over_choices:
-                part: dict[str, Any] = {
-                    key: batch[key][:counted] for key in ("labels", "choices", "shares") if key in batch
-                }
-                loss = choice_loss(scores[:counted, :-1], part)
+                scores = backbone.score(*inputs, batch["choices"])
+                keys = [key for key in ("labels", "choices", "shares") if key in batch]
+                loss = choice_loss(scores[:counted], {key: batch[key][:counted] for key in keys})
+                texts = choice_texts(scores, self.cards.get(task))
             else:
+                # The gold answer is scored as one more choice, so that the loss takes no pass of its own.
+                scores = backbone.score(*inputs, with_gold(batch["choices"], labels))
+                texts = choice_texts(scores[:, :-1], self.cards.get(task))
                 loss = -scores[:counted, -1].sum() / (labels[:counted] != objectives.IGNORE).sum()
         else:
             texts = self.predict_texts(batch, rows, task) if task in evaluator.metrics else []

@@ -9,7 +9,8 @@ from mpt_lightning.arguments import NonNegativeFloat
 from mpt_lightning.backbones import Backbone
 from mpt_lightning.errors import MPTError
 from mpt_lightning.modules.base import PromptModule
-from mpt_lightning.prompts import EmptyPrompt
+from mpt_lightning.modules.initialization import build_classifier
+from mpt_lightning.prompts import EmptyPrompt, Prompt
 
 # The key in a checkpoint of what was done to the model.
 ADAPTATION = "adaptation"
@@ -36,18 +37,18 @@ class AdaptedModule(PromptModule):
         before = set(backbone.modules())
         self.change(backbone)
         backbone.parts = [module for module in backbone.modules() if module not in before]
-        if not any(parameter.requires_grad for parameter in backbone.parameters()):
+        if self.head is None and not any(parameter.requires_grad for parameter in backbone.parameters()):
             raise MPTError(f"{type(self).__name__} would train nothing: {self.adaptation()} leaves no free weight.")
         backbone.train(backbone.training)
 
-    def build_prompt(self, backbone: Backbone) -> EmptyPrompt:
+    def build_prompt(self, backbone: Backbone) -> Prompt:
         """Return a prompt without tokens, which holds the tasks' names."""
         return EmptyPrompt(len(self.tasks), backbone.dim, self.tasks)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return one group: everything that is trained."""
-        backbone, _ = self.parts()
-        trained = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
+        backbone, prompt = self.parts()
+        trained = [value for part in (backbone, prompt) for value in part.parameters() if value.requires_grad]
         return [{"params": trained, "lr": self.lr, "name": "weights"}]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -75,6 +76,8 @@ class FineTuning(AdaptedModule):
         backbone: Hub id ("google-t5/t5-base") or folder of the model.
         train: "all" trains every weight; "head" the output layer [V, H] on a frozen body. A head that is tied to the
             input embeddings starts as their copy, and the embeddings stay.
+        head: "classification" adds a new classifier per task on a masked model's [CLS], which replaces the language
+            model's head: classic fine-tuning; with train="head" on a frozen body.
         lr: Learning rate.
         **kwargs: See `BackboneModule`.
 
@@ -83,10 +86,15 @@ class FineTuning(AdaptedModule):
     """
 
     def __init__(
-        self, backbone: str, train: Literal["all", "head"] = "all", lr: NonNegativeFloat = 1e-4, **kwargs: Any
+        self,
+        backbone: str,
+        train: Literal["all", "head"] = "all",
+        head: Literal["classification"] | None = None,
+        lr: NonNegativeFloat = 1e-4,
+        **kwargs: Any,
     ) -> None:
         super().__init__(backbone=backbone, **kwargs)
-        self.trained, self.lr = train, lr
+        self.trained, self.head, self.lr = train, head, lr
         for argument, only in (("backbone_dtype", "float32"), ("backbone_quantization", None)):
             if getattr(self, argument) != only:
                 raise MPTError(
@@ -96,12 +104,22 @@ class FineTuning(AdaptedModule):
 
     def adaptation(self) -> dict[str, Any]:
         """Return what is trained."""
-        return {"train": self.trained}
+        return {"train": self.trained} if self.head is None else {"train": self.trained, "head": self.head}
+
+    def build_prompt(self, backbone: Backbone) -> Prompt:
+        """Return the tasks' new classifiers if there are any, else an empty prompt."""
+        if self.head is None:
+            return super().build_prompt(backbone)
+        return build_classifier(backbone, self.cards, self.tasks)
 
     def change(self, backbone: Backbone) -> None:
         """Unfreeze the weights."""
         if self.trained == "all":
-            backbone.model.requires_grad_(True)
+            # A classifier replaces the language model's head.
+            part = backbone.model if self.head is None else backbone.model.base_model
+            part.requires_grad_(True)
+            return
+        if self.head is not None:
             return
         head = backbone.model.get_output_embeddings()
         if head is None:

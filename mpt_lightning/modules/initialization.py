@@ -10,7 +10,7 @@ from mpt_lightning.backbones import Backbone
 from mpt_lightning.checkpoint import read_checkpoint
 from mpt_lightning.data.card import TaskCard
 from mpt_lightning.errors import MPTError
-from mpt_lightning.prompts import init
+from mpt_lightning.prompts import ClassifierPrompt, init
 
 PromptInit = Literal["vocabulary", "text", "labels", "random", "checkpoint"]
 
@@ -66,6 +66,29 @@ def checkpoint_prompts(path: str | None, backbone: Backbone, tasks: Sequence[str
     with torch.no_grad():
         known = prompt(torch.arange(prompt.num_tasks)).embeddings_alone()
     return torch.stack([known[prompt.index(t)] if t in prompt.tasks else known.mean(dim=0) for t in tasks])
+
+
+def build_classifier(
+    backbone: Backbone, cards: Mapping[str, TaskCard], tasks: Sequence[str], length: int = 0
+) -> ClassifierPrompt:
+    """Build a classifier for each task on a masked model's first token, and prompts of P tokens that start at random.
+
+    Raises:
+        MPTError: If the backbone has no first token to read, or a task's classes are unknown.
+    """
+    if backbone.family != "masked":
+        raise MPTError(
+            f"head='classification' reads the first token of a masked language model, and {backbone.name} is "
+            f"{backbone.family}. Set --model.backbone to a model such as BERT, or leave --model.head unset."
+        )
+    words = {task: cards[task].words(backbone.family) if task in cards else None for task in tasks}
+    if unknown := [task for task, found in words.items() if not found]:
+        raise MPTError(
+            f"head='classification': the classes of {', '.join(unknown)} are unknown. Expected cards with `choices`."
+        )
+    hidden = backbone.model.config.hidden_size
+    counts = [len(found or []) for found in words.values()]
+    return ClassifierPrompt(len(tasks), length, backbone.dim, counts, hidden, list(tasks))
 
 
 def check_length(path: str, got: int, expected: int, argument: str) -> None:

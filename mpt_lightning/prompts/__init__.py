@@ -5,6 +5,7 @@ Notation used everywhere in the package: **B** rows, **L** input tokens, **M** l
 """
 
 from mpt_lightning.prompts.base import Prompt, PromptOutput
+from mpt_lightning.prompts.classifier import ClassifierPrompt
 from mpt_lightning.prompts.context import ContextPrompt
 from mpt_lightning.prompts.decomposed import DecomposedPrompt
 from mpt_lightning.prompts.encoded import EncodedPrompt
@@ -14,6 +15,7 @@ from mpt_lightning.prompts.soft import EmptyPrompt, SoftPrompt
 from mpt_lightning.prompts.superposed import SuperposedPrompt
 
 __all__ = [
+    "ClassifierPrompt",
     "ContextPrompt",
     "DecomposedPrompt",
     "EmptyPrompt",

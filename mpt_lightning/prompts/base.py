@@ -22,11 +22,13 @@ class PromptOutput:
         layers: Per layer the keys and values `[U, heads, P, D]`, which precede the text's; empty if the prompts
             are embeddings.
         shift: `[U, S, H]`, added to the embeddings of the text's first S tokens, or None.
+        head: Classifiers on the first token's last hidden state, weights `[U, C, D]` and biases `[U, C]`, or None.
     """
 
     embeddings: Tensor | None = None
     layers: tuple[tuple[Tensor, Tensor], ...] = ()
     shift: Tensor | None = None
+    head: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, prompts: "Tensor | PromptOutput") -> "PromptOutput":
@@ -46,12 +48,14 @@ class PromptOutput:
             None if self.embeddings is None else self.embeddings[rows],
             tuple((keys[rows], values[rows]) for keys, values in self.layers),
             None if self.shift is None else self.shift[rows],
+            None if self.head is None else (self.head[0][rows], self.head[1][rows]),
         )
 
     def embeddings_alone(self) -> Tensor:
         """Return the embeddings `[U, P, H]`; raise an `MPTError` if they are not all of the output."""
-        if self.embeddings is None or self.shift is not None:
-            got = "keys and values" if self.embeddings is None else "one that shifts the text's embeddings too"
+        if self.embeddings is None or self.shift is not None or self.head is not None:
+            got = "one that has a classifier" if self.head is not None else "one that shifts the text's embeddings too"
+            got = "keys and values" if self.embeddings is None else got
             raise MPTError(f"Expected a prompt of embeddings alone, got {got}.")
         return self.embeddings
 
