@@ -61,7 +61,7 @@ def load_backbone(
         check: Compare the results with the bare model's on a few tokens (see `probe`).
 
     Raises:
-        MPTError: If the model cannot be found, belongs to neither family, gives wrong results with prompts, or cannot
+        MPTError: If the model cannot be found, belongs to no family, gives wrong results with prompts, or cannot
             be quantized or compiled here.
     """
     if dtype not in get_args(DType):

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from mpt_lightning.backbones import MaskedBackbone
 from mpt_lightning.backbones.load import wrap_model
-from mpt_lightning.backbones.masked import MaskedBackbone
 from mpt_lightning.objectives import IGNORE
 from tests.backbones.architectures import build_tiny
 from tests.conftest import VOCABULARY

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from mpt_lightning.backbones import MaskedBackbone
 from mpt_lightning.backbones.load import wrap_model
-from mpt_lightning.backbones.masked import MaskedBackbone
 from mpt_lightning.backbones.sharding import shard
 from mpt_lightning.data.formats import MaskedFormat
 from mpt_lightning.errors import MPTError
