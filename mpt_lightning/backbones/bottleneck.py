@@ -15,7 +15,7 @@ Places = Literal["houlsby", "pfeiffer"]
 
 @dataclass(frozen=True)
 class Architecture:
-    """The names of the linear layers in the sublayers of a model; an adapter comes after the last one."""
+    """The names of the parts of a model's sublayers, the last with a path; an adapter comes after the last one."""
 
     name: str
     attention: tuple[str, ...]
@@ -28,6 +28,10 @@ ARCHITECTURES = (
     Architecture("GPT-2", ("c_attn", "c_proj"), ("c_fc", "c_proj")),
     Architecture("Llama", ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")),
     Architecture("BLOOM", ("query_key_value", "dense"), ("dense_h_to_4h", "dense_4h_to_h")),
+    Architecture("BERT", ("self", "output.dense"), ("intermediate", "output.dense")),  # RoBERTa, ELECTRA, DeBERTa, ...
+    Architecture("DistilBERT", ("q_lin", "k_lin", "v_lin", "out_lin"), ("lin1", "lin2")),
+    Architecture("ALBERT", ("query", "key", "value", "dense"), ("ffn", "ffn_output")),
+    Architecture("ModernBERT", ("Wqkv", "Wo"), ("Wi", "Wo")),
     Architecture("GPT-NeoX", ("query_key_value", "dense"), ("dense_h_to_4h", "dense_4h_to_h")),
 )
 
@@ -59,9 +63,10 @@ def _adapted(module: nn.Module, _: Any, output: Tensor) -> Tensor:
 
 def _projections(model: nn.Module, sublayers: list[tuple[str, ...]]) -> Iterator[nn.Module]:
     for module in model.modules():
-        children = dict(module.named_children())
-        if names := next((names for names in sublayers if children.keys() >= set(names)), None):
-            yield children[names[-1]]
+        children = {name for name, _ in module.named_children()}
+        fits = (names for names in sublayers if children >= {name.split(".")[0] for name in names})
+        if names := next(fits, None):
+            yield module.get_submodule(names[-1])
 
 
 def add_adapters(backbone: Backbone, size: int, places: Places = "houlsby", dropout: float = 0.0) -> list[Bottleneck]:

@@ -11,6 +11,7 @@ from transformers import OPTConfig, OPTForCausalLM
 from mpt_lightning import Adapters, load_backbone
 from mpt_lightning.backbones import CausalBackbone
 from mpt_lightning.backbones.bottleneck import Bottleneck, add_adapters
+from tests.backbones.masked import ANSWERS, TEXTS, wrap
 from tests.conftest import KINDS
 from tests.modules.checks import assert_loads_equal, assert_resumes_exactly
 from tests.modules.conftest import AnyData
@@ -40,6 +41,27 @@ def test_adapters_start_as_identity_and_each_changes_the_logits(
     logits().sum().backward()
     assert all(adapter.up.weight.grad.abs().sum() > 0 for adapter in adapters)
     assert not any(p.requires_grad for n, p in backbone.named_parameters() if ".adapter." not in n)
+
+
+@pytest.mark.parametrize(
+    "kind", ["albert", "bert", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet", "roberta"]
+)
+def test_each_adapter_of_a_masked_model_changes_the_logits(kind: str) -> None:
+    backbone = wrap(kind)
+    ids = TEXTS[0][None]
+
+    def logits() -> torch.Tensor:
+        inputs = (torch.tensor([0]), ids, torch.ones_like(ids), ANSWERS[0][None])
+        return backbone(torch.zeros(1, 0, backbone.dim, dtype=torch.float64), *inputs).logits
+
+    layers = 1 if kind == "albert" else backbone.model.config.num_hidden_layers  # ALBERT's layers are one module
+    plain, adapters = logits(), add_adapters(backbone, 16)
+    assert len(adapters) == 2 * layers
+    assert torch.equal(logits(), plain)
+    for adapter in adapters:
+        torch.nn.init.normal_(adapter.up.weight)
+    logits().square().sum().backward()
+    assert all(adapter.up.weight.grad.abs().sum() > 0 for adapter in adapters)
 
 
 def test_an_adapter_equals_its_formula() -> None:
