@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from mpt_lightning.backbones import Backbone
+from mpt_lightning.backbones.base import Family
 from mpt_lightning.checkpoint import read_checkpoint
 from mpt_lightning.data.card import TaskCard
+from mpt_lightning.data.formats import FORMATS
 from mpt_lightning.errors import MPTError
 from mpt_lightning.prompts import ClassifierPrompt, init
 
@@ -31,10 +33,7 @@ def initial_prompt(kind: PromptInit, backbone: Backbone, length: int, text: str 
     if kind == "labels":
         if not words:
             raise MPTError("prompt_init='labels' needs tasks with choices; use 'vocabulary' for the others.")
-        # In a decoder-only model an answer follows a space, which can change its tokens.
-        space = " " if backbone.family == "causal" else ""
-        ids = [tokenizer(space + word, add_special_tokens=False)["input_ids"] for word in words]
-        return init.from_class_labels(table, ids, length)
+        return init.from_class_labels(table, FORMATS[backbone.family](tokenizer).words(list(words)), length)
     return init.sampled_vocabulary(table, length, exclude=tokenizer.all_special_ids)
 
 
@@ -47,7 +46,8 @@ def initial_prompts(
     tasks: Sequence[str],
 ) -> Tensor:
     """Return a separate start `[T, P, H]` for each task's prompt, with its card's class words; see `initial_prompt`."""
-    return torch.stack([initial_prompt(kind, backbone, length, text, class_words(cards, [task])) for task in tasks])
+    words = [class_words(cards, [task], backbone.family) for task in tasks]
+    return torch.stack([initial_prompt(kind, backbone, length, text, of_task) for of_task in words])
 
 
 def checkpoint_prompts(path: str | None, backbone: Backbone, tasks: Sequence[str], length: int) -> Tensor:
@@ -100,7 +100,7 @@ def check_length(path: str, got: int, expected: int, argument: str) -> None:
         )
 
 
-def class_words(cards: Mapping[str, TaskCard], tasks: Sequence[str]) -> list[str]:
-    """Return the distinct class words of some tasks, in order."""
-    words = [word for task in tasks if task in cards for word in cards[task].choices or []]
+def class_words(cards: Mapping[str, TaskCard], tasks: Sequence[str], family: Family) -> list[str]:
+    """Return the distinct words that a family's models rank in some tasks, in order."""
+    words = [word for task in tasks if task in cards for word in cards[task].words(family) or []]
     return list(dict.fromkeys(words))

@@ -182,7 +182,7 @@ class MPTSource(_MultitaskModule):
         if self.prompt_init == "checkpoint":
             start = checkpoint_prompts(self.init_checkpoint, backbone, self.tasks, length).mean(dim=0)
         else:
-            words = class_words(self.cards, self.tasks)
+            words = class_words(self.cards, self.tasks, backbone.family)
             start = initial_prompt(self.prompt_init, backbone, length, self.init_text, words)
         prompt.initialize(start)
         return prompt

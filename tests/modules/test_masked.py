@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoTokenizer, BertForMaskedLM, get_scheduler
 
-from mpt_lightning import MPTSource, MPTTarget, MultitaskDataModule, PromptTuning
+from mpt_lightning import MPTSource, MPTTarget, MultitaskDataModule, PromptTuning, load_task
 from mpt_lightning.modules import PromptModule
 from mpt_lightning.resources import backbone_path
 
@@ -170,3 +170,15 @@ def test_source_and_target_equal_hand_written_loops(by_hand: ByHand, trainer: Ma
     groups = [{"params": [adapted["prompt_embeddings"]], "lr": 0.01}, {"params": factors, "lr": 0.02}]
     descend(groups, target_losses, recorder.batches)
     assert_equal(target, adapted, recorder.start)
+
+
+def test_prompts_can_start_from_the_words_of_a_regression_task(
+    by_hand: ByHand, trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    data = load_task("demo/similarity", batch_size=8, max_train_rows=8, cache_dir=str(tmp_path))
+    module = PromptTuning(BERT, prompt_length=4, prompt_init="labels", lr=0.0)
+    trainer(max_steps=1).fit(module, datamodule=data)
+    words = data.cards["demo/similarity"].words("masked")
+    table = by_hand.model.get_input_embeddings().weight.float()
+    expected = table[by_hand.tokenizer.convert_tokens_to_ids(words)]
+    assert torch.equal(module.prompt.prompt_embeddings[0, :2], expected)
