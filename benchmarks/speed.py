@@ -9,8 +9,9 @@ ratio; the table shows the median over the rounds and the interquartile range. R
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as L
 import peft
@@ -19,15 +20,16 @@ from measure import RESULTS, Line, Step, alternate, difference, main, small_llam
 from peft import MultitaskPromptTuningConfig, PromptTuningConfig, get_peft_model
 from rich.progress import track
 from torch import Tensor, nn
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 from mpt_lightning import MPTSource, MultitaskPrompt, PromptTuning, SoftPrompt
-from mpt_lightning.backbones import CausalBackbone, Seq2SeqBackbone
+from mpt_lightning.backbones import Backbone, CausalBackbone, MaskedBackbone, Seq2SeqBackbone
 from mpt_lightning.modules import PromptModule
 from mpt_lightning.objectives import token_cross_entropy
 from mpt_lightning.prompts import Prompt
 
 LENGTH = 100  # P
+MASK = 103  # BERT's id of [MASK]
 LABELS = 2  # M: a class word and the end token
 TASKS = ["first", "second", "third", "fourth"]
 
@@ -44,6 +46,12 @@ def t5_small() -> T5ForConditionalGeneration:
         vocab_size=32128, d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_heads=8, decoder_start_token_id=0
     )  # fmt: skip
     return T5ForConditionalGeneration(config).eval()
+
+
+def bert_base() -> BertForMaskedLM:
+    """Return a model of BERT-base's shape: 110 million parameters."""
+    torch.manual_seed(0)
+    return BertForMaskedLM(BertConfig()).eval()
 
 
 def make_batch(rows: int, length: int, vocabulary: int, tasks: int) -> Batch:
@@ -138,24 +146,47 @@ class Turns:
 
 
 def overhead(repeats: int, rows: int = 8, length: int = 64) -> Iterator[Line]:
-    """Compare PromptTuning in a Trainer with transformers' T5 in a hand-written loop."""
-    model = t5_small().requires_grad_(False)
-    batch = make_batch(rows, length, 32128, len(TASKS))
-    torch.manual_seed(2)
-    module = PromptTuning("t5-small's shape", prompt_init="random", tasks=TASKS, schedule="constant", lr=1e-3)
-    module.backbone, module.prompt = Seq2SeqBackbone(model, "t5-small's shape"), SoftPrompt(4, LENGTH, 512, TASKS)
-    table = nn.Parameter(module.prompt.prompt_embeddings.detach().clone())
+    """Compare PromptTuning in a Trainer with transformers' T5 and BERT in a hand-written loop."""
+    t5, bert = t5_small().requires_grad_(False), bert_base().requires_grad_(False)
     mask = torch.ones(rows, LENGTH + length, dtype=torch.long)
 
-    def loss() -> Tensor:
-        embeds = torch.cat([table[batch["task_ids"]], model.get_input_embeddings()(batch["input_ids"])], dim=1)
-        return model(inputs_embeds=embeds, attention_mask=mask, labels=batch["labels"], use_cache=False).loss
+    def t5_loss(embeds: Tensor, batch: Batch) -> Tensor:
+        words = t5.get_input_embeddings()(batch["input_ids"])
+        whole = torch.cat([embeds, words], dim=1)
+        return t5(inputs_embeds=whole, attention_mask=mask, labels=batch["labels"], use_cache=False).loss
 
+    def bert_loss(embeds: Tensor, batch: Batch) -> Tensor:
+        words = bert.get_input_embeddings()(batch["input_ids"])
+        whole = torch.cat([words[:, :1], embeds, words[:, 1:]], dim=1)
+        states = bert.bert(inputs_embeds=whole, attention_mask=mask).last_hidden_state
+        chosen = bert.cls(states[:, -1]).gather(1, batch["choices"][:, :, 0])  # the mask is the last token
+        return nn.functional.cross_entropy(chosen, torch.zeros(rows, dtype=torch.long))
+
+    of_t5 = make_batch(rows, length, 32128, len(TASKS))
+    of_bert = of_t5 | {"input_ids": of_t5["input_ids"] % 30000 + 200, "labels": torch.full((rows, 1), 300)}
+    of_bert["input_ids"][:, -1] = MASK
+    of_bert["choices"] = torch.tensor([[[300], [400]]]).expand(rows, -1, -1)
+    masked = MaskedBackbone(bert, "BERT-base's shape")
+    masked.tokenizer = SimpleNamespace(mask_token_id=MASK, sep_token_id=-1, all_special_ids=[])  # type: ignore[assignment]
+    masked.second_type = 0
+    yield through_trainer("T5", Seq2SeqBackbone(t5, "t5-small's shape"), of_t5, t5_loss, repeats)
+    yield through_trainer("BERT", masked, of_bert, bert_loss, repeats)
+
+
+def through_trainer(
+    kind: str, backbone: Backbone, batch: Batch, loss: Callable[[Tensor, Batch], Tensor], repeats: int
+) -> Line:
+    """Compare PromptTuning in a Trainer with a loop whose `loss` is given the prompts `[B, P, H]` of the rows."""
+    torch.manual_seed(2)
+    module = PromptTuning(backbone.name, prompt_init="random", tasks=TASKS, schedule="constant", lr=1e-3)
+    module.backbone, module.prompt = backbone, SoftPrompt(4, LENGTH, backbone.dim, TASKS)
+    module._check_choices = lambda: None  # type: ignore[method-assign]  # there are no words
+    table = nn.Parameter(module.prompt.prompt_embeddings.detach().clone())
     optimizer = torch.optim.AdamW([table], lr=1e-3, weight_decay=0.0)
 
     def bare() -> None:
         optimizer.zero_grad()
-        loss().backward()
+        loss(table[batch["task_ids"]], batch).backward()
         optimizer.step()
 
     turns = Turns(batch, bare, repeats + 3)
@@ -165,8 +196,9 @@ def overhead(repeats: int, rows: int = 8, length: int = 64) -> Iterator[Line]:
     ).fit(module, turns)  # fmt: skip
     note = f"prompts after the run: relative difference {difference(module.prompt.prompt_embeddings, table):.0e}"
     ours, theirs = (times[3:] for times in turns.times)
-    title = f"T5 step through the Trainer, t5-small's shape, P={LENGTH} L={length} B={rows}"
-    yield Line(title, "the bare model in a hand-written loop", 1.05, False, ours, theirs, note)
+    rows, length = batch["input_ids"].shape
+    title = f"{kind} step through the Trainer, {backbone.name}, P={LENGTH} L={length} B={rows}"
+    return Line(title, "the bare model in a hand-written loop", 1.05, False, ours, theirs, note)
 
 
 # -- distillation ---------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import torch
 
 from mpt_lightning import MultitaskPrompt, SoftPrompt
 from mpt_lightning.prompts import (
+    ClassifierPrompt,
     DecomposedPrompt,
     EmptyPrompt,
     EncodedPrompt,
@@ -28,6 +29,7 @@ PROMPTS: dict[str, Callable[[], Prompt]] = {
     "SuperposedPrompt": lambda: SuperposedPrompt(2, 3, 8, [[3, 5, 7], [2, 4, 6]]),
     "PrefixPrompt": lambda: PrefixPrompt(2, 3, layers=2, heads=2, width=4),
     "PrefixPrompt network": lambda: PrefixPrompt(2, 3, layers=2, heads=2, width=4, projection=5),
+    "ClassifierPrompt": lambda: ClassifierPrompt(2, 3, 8, [2, 3], hidden=6),
     "EmptyPrompt": lambda: EmptyPrompt(2, 8),
 }
 
