@@ -41,7 +41,7 @@ def shard(backbone: Backbone, mesh: DeviceMesh) -> None:
         fully_shard(block, mesh=mesh)
     fully_shard(backbone, mesh=mesh)  # the rest: embeddings, norms, head
     backbone.sharded = True
-    for method in ("encode_prompts", "score", "generate"):
+    for method in ("encode_prompts", "keys_and_values", "score", "generate"):
         register_fsdp_forward_method(backbone, method)
     if hasattr(backbone.model, "generate"):  # a rank that has finished generating runs on until all ranks have
         backbone.model.generate = partial(backbone.model.generate, synced_gpus=True)
