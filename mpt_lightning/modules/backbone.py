@@ -59,8 +59,9 @@ class BackboneModule(L.LightningModule, ABC):
     fixed_arguments: ClassVar[tuple[str, ...]] = ("optimizer",)
     # Arguments that are read once, when a new prompt is built: a resumed run uses the checkpoint's values.
     initial_arguments: ClassVar[tuple[str, ...]] = ("tasks",)
-    # The families of models that the method works with.
+    # The families of models that the method works with, and why only these.
     families: ClassVar[tuple[Family, ...]] = get_args(Family)
+    family_reason: ClassVar[str] = ""
     # "classification": a new classifier per task answers, instead of the language model's own head.
     head: str | None = None
     # Whether `adapt` needs the backbone on the CPU. Otherwise weights are loaded straight to the Trainer's device.
@@ -189,8 +190,9 @@ class BackboneModule(L.LightningModule, ABC):
                     check=self.backbone_check,
                 )
             if backbone.family not in self.families:
+                reason = self.family_reason and f", since {self.family_reason}"
                 raise MPTError(
-                    f"{type(self).__name__} works with models of the family {' or '.join(self.families)}, and "
+                    f"{type(self).__name__} works with models of the family {' or '.join(self.families)}{reason}, and "
                     f"{backbone.name} is {backbone.family}. Set --model.backbone to another model, or use PromptTuning."
                 )
             with torch.device("cpu"):  # a seed gives one start on every device

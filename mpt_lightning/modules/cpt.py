@@ -53,7 +53,7 @@ class CPT(PromptModule):
 
     title, paper = "Context-aware prompt tuning", "2410.17222"
     summary = "a context of training examples whose embeddings were trained within small balls"
-    families = ("causal",)  # an encoder does not predict the labels in a context
+    families, family_reason = ("causal",), "an encoder does not predict the answers in the context"
     group_name = "context"
     fixed_arguments = (*PromptModule.fixed_arguments, "method")
     initial_arguments = (*PromptModule.initial_arguments, "instruction_length", "instruction_text")

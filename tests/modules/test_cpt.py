@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import lightning.pytorch as L
 import pytest
 import torch
+from stages import BERT
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from mpt_lightning import CPT, load_backbone
+from mpt_lightning import CPT, load_backbone, load_task
 from mpt_lightning.objectives import IGNORE
 from tests.conftest import VOCABULARY, build_tokenizer
 from tests.modules.conftest import AnyData, Rows
@@ -343,8 +344,11 @@ def test_invalid_arguments_raise(options: dict, message: str) -> None:
 def test_mistakes_raise_before_training(model_folder: Folder, trainer: MakeTrainer, tmp_path) -> None:
     long = ContextData(examples=list(range(10)))
     long.max_input_length = 20
+    voice = load_task("demo/voice", context_shots=4, cache_dir=str(tmp_path))
     for module, data, message in [
-        (make(model_folder("t5")), ContextData(), "CPT works with models of the family causal, and .* is seq2seq"),
+        (make(model_folder("t5")), ContextData(), "since an encoder does not predict .* context, and .* is seq2seq"),
+        (make(BERT), ContextData(), "CPT works with models of the family causal, since .*, and .* is masked"),
+        (make(BERT), voice, "Got a masked backbone, .* because context-aware"),
         (make(model_folder("llama")), AnyData(["one"]), "the data has no `context`"),
         (make(model_folder("llama")), AnyData(), "the context of one task, and the data has 3"),
         (make(model_folder("llama")), long, r"has 91 tokens \(10 examples\).* more than the 96 .* About 8 such"),
