@@ -16,12 +16,14 @@ from mpt_lightning.backbones.load import family_of
 from mpt_lightning.backbones.pretrained import load_config, load_tokenizer
 from mpt_lightning.checkpoint import PromptCheckpoint
 from mpt_lightning.data.formats import MaskedFormat
-from mpt_lightning.data.template import MASK, SEPARATOR
+from mpt_lightning.data.template import MASK, SEPARATOR, count_slots
 from mpt_lightning.modules import PromptModule
 from mpt_lightning.prompts import ContextPrompt
 from mpt_lightning.resources import EMBEDDED
 
 CARD = "README.md"
+# The place of prompts whose tasks have slots for them.
+SLOTS = "at `[prompt*N]` in the template"
 Layout = Literal["task", "group", "folders", "prompt_embeds"]
 # Arguments that are listed in a card.
 SETTINGS = (
@@ -46,6 +48,8 @@ def model_card(
     if layout is None:
         is_group = checkpoint.prompt_class == "MultitaskPrompt"
         layout = "group" if is_group else "folders" if len(checkpoint.tasks) > 1 else "task"
+    config = config or load_config(checkpoint.backbone)
+    is_peft = layout != "prompt_embeds" and family_of(config) != "masked"
     method = PromptModule.classes.get(checkpoint.stage, PromptModule)
     summary = f"{method.summary[:1].upper()}{method.summary[1:]}"
     prompt = checkpoint.empty_prompt()
@@ -57,7 +61,7 @@ def model_card(
     arxiv = f"[arXiv:{method.paper}](https://arxiv.org/abs/{method.paper})"
     text = _fill(
         "card",
-        front_matter=_front_matter(checkpoint),
+        front_matter=_front_matter(checkpoint, is_peft),
         method=method.title or f"A prompt trained by {checkpoint.stage}",
         backbone=checkpoint.backbone,
         summary=f"{summary} ({arxiv}). The model itself is unchanged." if summary else "",
@@ -69,7 +73,7 @@ def model_card(
         tasks="\n".join(_task(checkpoint, task) for task in checkpoint.tasks),
         settings=_settings(checkpoint),
         scores=_scores(checkpoint),
-        code=_code(checkpoint, layout, config or load_config(checkpoint.backbone)),
+        code=_code(checkpoint, is_peft, layout, config),
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
@@ -80,12 +84,12 @@ def _fill(template: str, **fields: object) -> str:
     return Template(file.read_text(encoding="utf-8")).substitute(fields).strip()
 
 
-def _front_matter(checkpoint: PromptCheckpoint) -> str:
+def _front_matter(checkpoint: PromptCheckpoint, is_peft: bool) -> str:
     cards = list(checkpoint.cards.values())
     base = checkpoint.backbone
     values = ModelCardData(
         base_model=base if _is_hub_id(base) else None,
-        library_name="peft",
+        library_name="peft" if is_peft else None,
         tags=["mpt_lightning", "prompt-tuning", *sorted({f"task:{task}" for task in checkpoint.tasks})],
         datasets=sorted({card["path"] for card in cards if _is_from_hub(checkpoint, card)}) or None,
         language=sorted({card["language"] for card in cards if card.get("language")}) or None,
@@ -132,7 +136,7 @@ def _scores(checkpoint: PromptCheckpoint) -> str:
     return _fill("metrics", rows=rows)
 
 
-def _code(checkpoint: PromptCheckpoint, layout: Layout, config: PreTrainedConfig) -> str:
+def _code(checkpoint: PromptCheckpoint, is_peft: bool, layout: Layout, config: PreTrainedConfig) -> str:
     """Return the sections on how to load the folder."""
     name, task, family = checkpoint.backbone, checkpoint.tasks[0], family_of(config)
     base = f"\nbase = {name!r}"
@@ -150,17 +154,24 @@ def _code(checkpoint: PromptCheckpoint, layout: Layout, config: PreTrainedConfig
         "ids": _token_ids(checkpoint, family),
         "use": use,
     }
-    if family == "masked":
-        return _fill("prompt_embeds_masked", **fields | _masked_fields(checkpoint, config))
-    if layout == "prompt_embeds":
-        templates = ["prompt_embeds", "vllm"] if family == "causal" else ["prompt_embeds"]
-    else:
+    if is_peft:
         templates = ["peft_group" if layout == "group" else "peft", "mpt_lightning"]
+        return "\n\n".join(_fill(template, **fields) for template in templates)
+    place = prompt_place(checkpoint, config)
+    masked = _masked_fields(checkpoint, place) if family == "masked" else {}
+    if place == SLOTS or masked is None:
+        return _fill("prompt_embeds_bare", place=place, task=task)
+    if masked:
+        return _fill("prompt_embeds_masked", **fields, **masked)
+    templates = ["prompt_embeds", "vllm"] if family == "causal" else ["prompt_embeds"]
     return "\n\n".join(_fill(template, **fields) for template in templates)
 
 
-def prompt_place(config: PreTrainedConfig) -> str:
+def prompt_place(checkpoint: PromptCheckpoint, config: PreTrainedConfig) -> str:
     """Return where a backbone reads the prompt's embeddings."""
+    inputs = [str(card["input"]) for card in checkpoint.cards.values()]
+    if any(count_slots(text) for text in [*inputs, checkpoint.data.get("answer_prefix") or ""]):
+        return SLOTS
     if family_of(config) != "masked":
         return "before the text"
     return "before the mask" if attention_windows(config) else "after the first token"
@@ -173,20 +184,27 @@ def ranked_words(card: Mapping[str, Any]) -> list[str] | None:
     return words
 
 
-def _masked_fields(checkpoint: PromptCheckpoint, config: PreTrainedConfig) -> dict[str, object]:
-    """Return how a masked model's input is written, as code."""
-    card, place = checkpoint.cards.get(checkpoint.tasks[0]) or {}, prompt_place(config)
+def _masked_fields(checkpoint: PromptCheckpoint, place: str) -> dict[str, object] | None:
+    """Return how a masked model's input is written, as code; None if it has several masks or many segments."""
+    card = checkpoint.cards.get(checkpoint.tasks[0]) or {}
     prefix = checkpoint.data.get("answer_prefix") or ""
     text = f"{card.get('input', 'a good film')} {prefix}".strip()
     text = (text if MASK in text else f"{text} {MASK}").removesuffix(SEPARATOR)
     words = ranked_words(card) or ["yes", "no"]
     ids = MaskedFormat(load_tokenizer(checkpoint.backbone)).targets(words)
+    if any(len(own) > 1 for own in ids) or text.count(SEPARATOR) > 1:
+        return None
+    answer = "choices[int(scores.argmax())]"
+    if card.get("value_range"):
+        low, high = card["value_range"]
+        answer = f"{low} + {high - low} * float(scores.softmax(dim=0)[1])"
     return {
-        "segments": f"segments = {[part.strip() for part in text.split(SEPARATOR, 1)]}  # fill the columns in",
+        "segments": f"segments = {[part.strip() for part in text.split(SEPARATOR)]}  # fill the columns in",
         "place": place,
         "at": "mask" if place == "before the mask" else "1",
         "choices": words,
         "choice_ids": [own[0] for own in ids],
+        "answer": answer,
     }
 
 

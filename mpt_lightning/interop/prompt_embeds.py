@@ -48,7 +48,7 @@ def export_prompt_embeds(
             "tokenizer": found.backbone,
             "is_encoder_decoder": config.is_encoder_decoder,
             "dtype": "float32",
-            "place": prompt_place(config),
+            "place": prompt_place(found, config),
             "length": prompt.length,
             "width": prompt.dim,
             "tasks": {

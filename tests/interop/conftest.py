@@ -1,5 +1,6 @@
 """Untrained checkpoints of every kind on the tiny models."""
 
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 from peft import PeftModel
+from stages import BERT
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from mpt_lightning import ContextPrompt, MultitaskPrompt, SoftPrompt, load_backbone
@@ -16,6 +18,8 @@ from mpt_lightning.backbones import Backbone
 from mpt_lightning.checkpoint import KEY
 from mpt_lightning.checkpoint.format import metadata
 from mpt_lightning.prompts import EmptyPrompt, EncodedPrompt, Prompt, SuperposedPrompt
+from tests.backbones.architectures import build_tiny
+from tests.backbones.masked import build_tokenizer
 
 TASKS = ["glue/one", "two"]
 STAGES = ["PromptTuning", "MPTSource", "MPTTarget"]
@@ -60,13 +64,23 @@ def trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
 
 
 @pytest.fixture(scope="session")
-def backbones(model_folder: Callable[[str], str]) -> Callable[[str], Backbone]:
-    """Return a function that loads a tiny model by its kind."""
+def backbones(
+    model_folder: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Backbone]:
+    """Return a function that loads a tiny model by its kind; "bert" is the embedded one."""
     loaded: dict[str, Backbone] = {}
+
+    def folder(kind: str) -> str:
+        if kind != "modernbert":
+            return BERT if kind == "bert" else model_folder(kind)
+        folder = tmp_path_factory.mktemp(kind)
+        build_tiny(kind, "masked").float().save_pretrained(folder)
+        build_tokenizer().save_pretrained(folder)
+        return str(folder)
 
     def load(kind: str) -> Backbone:
         if kind not in loaded:
-            loaded[kind] = load_backbone(model_folder(kind)).eval()
+            loaded[kind] = load_backbone(folder(kind)).eval()
         return loaded[kind]
 
     return load
@@ -76,12 +90,13 @@ def backbones(model_folder: Callable[[str], str]) -> Callable[[str], Backbone]:
 def checkpoint(backbones: Callable[[str], Backbone], tmp_path: Path) -> Callable[..., Path]:
     """Return a function that saves a checkpoint as the modules do, and returns its path."""
 
-    def make(kind: str, stage: str, **more: Any) -> Path:
-        backbone, prompt = backbones(kind), make_prompt(stage)
+    def make(kind: str, stage: str, card: dict[str, Any] = CARD, **more: Any) -> Path:
+        backbone = backbones(kind)
+        prompt = make_prompt(stage, backbone.dim)
         prompt.attach(backbone.embeddings)
         name = {"encoded": "PromptTuning", "superposed": "PromptTuning"}.get(stage, stage)
         content = {
-            KEY: metadata(name, backbone.name, backbone.fingerprint, prompt, {"glue/one": CARD}),
+            KEY: metadata(name, backbone.name, backbone.fingerprint, prompt, {"glue/one": card}),
             "state_dict": {f"prompt.{key}": value for key, value in prompt.state_dict().items()},
             "hyper_parameters": {"lr": 0.3, "source": "/secret/place.ckpt", "backbone": backbone.name},
             "datamodule_hyper_parameters": {"answer_prefix": "is", "data_root": "/secret/data", "seed": 1},
@@ -95,6 +110,17 @@ def checkpoint(backbones: Callable[[str], Backbone], tmp_path: Path) -> Callable
         return path
 
     return make
+
+
+def run_code(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Run the README's examples in its folder; return their variables."""
+    monkeypatch.chdir(folder)
+    blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
+    made: list[dict[str, Any]] = []
+    for block in blocks:
+        made.append({})
+        exec(block, made[-1])
+    return made
 
 
 def with_peft(backbone: Backbone, folder: Path) -> PeftModel:

@@ -1,7 +1,6 @@
 """Model cards describe exports with code that runs, embeddings work in plain transformers, and folders are pushed."""
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,21 +19,10 @@ from mpt_lightning.backbones import Backbone
 from mpt_lightning.checkpoint import read_checkpoint
 from mpt_lightning.interop import export_prompt_embeds, hub, model_card, push
 from tests.conftest import KINDS
-from tests.interop.conftest import CARD, TASKS, make_prompt
+from tests.interop.conftest import CARD, TASKS, make_prompt, run_code
 
 Load = Callable[[str], Backbone]
 Make = Callable[..., Path]
-
-
-def run_code(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Run the README's examples in its folder; return their variables."""
-    monkeypatch.chdir(folder)
-    blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
-    made: list[dict[str, Any]] = []
-    for block in blocks:
-        made.append({})
-        exec(block, made[-1])
-    return made
 
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported")
@@ -76,6 +64,10 @@ def test_a_model_card_describes_the_export(checkpoint: Make, tmp_path: Path) -> 
     context = model_card(read_checkpoint(str(checkpoint("gpt2", "CPT"))))
     assert "The prompt is made of training examples" in context
     assert "| Trained parameters | 288 |" in context  # nine of sixteen tokens are trained
+    masked = model_card(read_checkpoint(str(checkpoint("bert", "MPTSource"))))
+    assert "library_name" not in yaml.safe_load(masked.split("---\n")[1])  # PEFT loads no prompts for masked models
+    assert "MultitaskPrompt, 5 tokens of width 128" in masked
+    assert "from peft" not in masked
 
 
 @pytest.mark.parametrize(
