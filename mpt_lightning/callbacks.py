@@ -139,9 +139,10 @@ class PEFTExport(L.Callback):
                 "Remove PEFTExport from the callbacks."
             )
         if isinstance(pl_module, PromptModule) and pl_module.backbone is not None:
-            from mpt_lightning.interop.peft import check_family
+            from mpt_lightning.interop.peft import check_place
 
-            check_family(pl_module.backbone.family)
+            slots = getattr(trainer.datamodule, "prompt_slots", {})  # type: ignore[attr-defined]
+            check_place(pl_module.backbone.family, bool(slots))
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Export what was saved since the last batch."""

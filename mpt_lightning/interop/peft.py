@@ -13,7 +13,7 @@ from mpt_lightning.checkpoint import PromptCheckpoint
 from mpt_lightning.checkpoint.export import DESCRIPTION, STATE, write_description, write_json
 from mpt_lightning.checkpoint.peft import ADAPTER, TASKS
 from mpt_lightning.errors import MPTError
-from mpt_lightning.interop.card import CARD, Layout, model_card
+from mpt_lightning.interop.card import CARD, SLOTS, Layout, model_card, prompt_place
 from mpt_lightning.interop.folder import check_paths, load_trained, only, write_tensors
 from mpt_lightning.io import new_folder
 from mpt_lightning.prompts import MultitaskPrompt, Prompt, SoftPrompt
@@ -43,11 +43,11 @@ def export_peft(
         replace: Replace an earlier export at `dest`.
 
     Raises:
-        MPTError: If `dest` exists, the checkpoint cannot be read, or the task or backbone is unknown, or the
-            backbone is a masked language model.
+        MPTError: If `dest` exists, the checkpoint cannot be read, or the task or backbone is unknown, or PEFT would
+            put the prompt elsewhere: in a masked language model, or with `[prompt*N]` in the template.
     """
     found, prompt, config = load_trained(checkpoint, task, backbone)
-    check_family(family_of(config))
+    check_place(family_of(config), prompt_place(found, config) == SLOTS)
     with new_folder(dest, DESCRIPTION if replace else None) as folder:
         if isinstance(prompt, MultitaskPrompt) and task is None:
             options = _shared_options(found, prompt, config)
@@ -69,12 +69,22 @@ def export_peft(
     return Path(dest).expanduser()
 
 
-def check_family(family: Family) -> None:
-    """Raise if PEFT has no equal of a family's prompts."""
+def check_place(family: Family, slots: bool) -> None:
+    """Raise if PEFT, which puts a prompt before all other tokens, would give other results.
+
+    Args:
+        family: The backbone's.
+        slots: Whether the prompt's tokens stand at `[prompt*N]` in the template.
+    """
     if family == "masked":
         raise MPTError(
             "PEFT has no task type for masked language models, and puts prompts before [CLS], so that its results "
             "would differ. Export embeddings instead: mpt export --to prompt-embeds."
+        )
+    if slots:
+        raise MPTError(
+            "The template has places for the prompt ([prompt*N]), and PEFT puts prompts before the text, so that its "
+            "results would differ. Export embeddings instead: mpt export --to prompt-embeds."
         )
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -10,11 +11,12 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 
-from mpt_lightning import PromptTuning, import_peft
+from mpt_lightning import PromptTuning, import_peft, load_task
 from mpt_lightning.backbones import Backbone
 from mpt_lightning.callbacks import PEFTExport
 from mpt_lightning.checkpoint import read_checkpoint
 from mpt_lightning.cli.main import main
+from mpt_lightning.data import load_card
 from tests.interop.conftest import TASKS
 from tests.modules.conftest import AnyData
 
@@ -116,6 +118,11 @@ def test_the_callback_needs_a_module_with_a_prompt(
     callbacks = [PEFTExport(), ModelCheckpoint(tmp_path)]
     with pytest.raises(ValueError, match="exports prompt modules, and this is BoringModel"):
         trainer(callbacks=callbacks, enable_checkpointing=True).fit(BoringModel(), datamodule=AnyData())
+    slots = load_task(replace(load_card("demo/topic"), input="[prompt*4] {sentence}"), batch_size=4)
+    with pytest.raises(ValueError, match="The template has places for the prompt"):
+        trainer(callbacks=[PEFTExport(), ModelCheckpoint(tmp_path)], enable_checkpointing=True).fit(
+            PromptTuning("mpt_lightning/demo/t5", prompt_length=4), slots
+        )
     (tmp_path / "runs/peft").mkdir(parents=True)
     (tmp_path / "runs/peft/mine").write_text("mine")
     callbacks = [PEFTExport(), ModelCheckpoint(tmp_path / "runs")]

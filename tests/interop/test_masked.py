@@ -79,7 +79,17 @@ def test_inputs_that_need_more_code_get_none(
     assert json.loads((folder / "prompt_embeds.json").read_text())["place"] == place
 
 
-def test_peft_folders_of_masked_models_raise(checkpoint: Make, tmp_path: Path) -> None:
-    with pytest.raises(MPTError, match=r"PEFT has no task type for masked .*: mpt export --to prompt-embeds"):
-        export_peft(checkpoint("bert", "MPTSource"), tmp_path / "export")
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        ("bert", {}, "PEFT has no task type for masked"),
+        ("t5", {"input": "[prompt*2] film: {sentence} [prompt*3]"}, "The template has places for the prompt"),
+        ("llama", {"input": "film: {sentence} [prompt*5]"}, "The template has places for the prompt"),
+    ],
+)
+def test_prompts_that_peft_would_put_elsewhere_raise(
+    kind: str, fields: dict[str, Any], message: str, checkpoint: Make, tmp_path: Path
+) -> None:
+    with pytest.raises(MPTError, match=rf"{message}.*: mpt export --to prompt-embeds"):
+        export_peft(checkpoint(kind, "PromptTuning", CARD | fields), tmp_path / "export")
     assert not (tmp_path / "export").exists()
