@@ -67,7 +67,8 @@ def choice_cross_entropy(scores: Tensor, shares: Tensor, weights: Tensor) -> Ten
     """Return the cross-entropy in nats of the right choices, given log-likelihoods `[B, C]`, -inf where none is.
 
     `shares` `[B, C]` are how much each choice is right, and sum to 1 (two parts of a value: LM-BFF's regression, Gao et
-    al., 2021, section 4.2). The mean is over rows, each with a weight `[B]` of at least 0.
+    al., 2021, section 4.2). The mean is over rows, each with a weight `[B]` of at least 0, and NaN if one of
+    them has no right choice.
 
     Example:
         >>> choice_cross_entropy(torch.zeros(1, 2), torch.tensor([[0.25, 0.75]]), torch.ones(1))
@@ -75,6 +76,7 @@ def choice_cross_entropy(scores: Tensor, shares: Tensor, weights: Tensor) -> Ten
     """
     chances = functional.log_softmax(precise(scores), dim=1).masked_fill(scores.isinf(), 0.0)
     losses = -(shares.to(chances.dtype) * chances).sum(dim=1)
+    losses = losses.masked_fill((shares.sum(dim=1) == 0) & (weights > 0), torch.nan)
     return (losses * weights).sum() / weights.sum().clamp(min=1)
 
 

@@ -1,5 +1,6 @@
 """The four training stages on the demo's models, in float64, for tests that compare several processes with one."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,14 @@ import lightning.pytorch as L
 
 from mpt_lightning import CPT, MPTSource, MPTTarget, MultitaskDataModule, PromptTuning, TaskDataModule
 from mpt_lightning.backbones import Backbone
+from mpt_lightning.data import load_card
 from mpt_lightning.data.datamodule import PromptDataModule
 from mpt_lightning.modules import PromptModule
 
 T5, LLAMA, BERT = "mpt_lightning/demo/t5", "mpt_lightning/demo/llama", "mpt_lightning/demo/bert"
 TASKS = ["demo/voice", "demo/advice"]
+# The same with masked models' answers of one token and of three; one of the tasks has single tokens only.
+LONG = [replace(load_card(TASKS[0]), choices=["active", "passive yes no"], multi_mask=True), TASKS[1]]
 STAGES = ["prompt_tuning", "source", "target", "cpt"]
 
 
@@ -43,12 +47,13 @@ def doubled(module: PromptModule) -> PromptModule:
 
 
 def ragged(module: PromptModule) -> PromptModule:
-    """Remove a label token from a third of the training rows, and all from those of the task `module.unlabelled`."""
+    """Remove the last label token of a third of the training rows, and all those of the task `module.unlabelled`."""
     train, unlabelled = module.training_step, getattr(module, "unlabelled", -1)
 
     def training_step(batch: Any, batch_idx: int) -> Any:
         labels = batch["labels"].clone()
-        labels[batch["input_ids"].sum(dim=1) % 3 == 0, -1] = -100
+        chosen = (batch["input_ids"].sum(dim=1) % 3 == 0).nonzero()[:, 0]
+        labels[chosen, (labels[chosen] != -100).sum(dim=1) - 1] = -100
         labels[batch["task_ids"] == unlabelled] = -100
         return train(batch | {"labels": labels}, batch_idx)
 
@@ -61,7 +66,7 @@ def data(stage: str, batch_size: int, folder: Path, **options: Any) -> PromptDat
     options = {"batch_size": batch_size, "max_eval_rows": 5, "cache_dir": str(folder / "cache")} | options
     if stage == "cpt":
         return TaskDataModule("demo/voice", context_shots=8, answer_prefix="label :", separator="", **options)
-    return MultitaskDataModule(TASKS, sampling="all", **({"max_train_rows": 8} | options))
+    return MultitaskDataModule(**({"tasks": TASKS, "sampling": "all", "max_train_rows": 8} | options))
 
 
 def trainer(devices: int, strategy: Any = "ddp", **options: Any) -> L.Trainer:

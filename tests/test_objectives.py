@@ -10,10 +10,12 @@ from mpt_lightning.objectives import (
     IGNORE,
     Segment,
     bucketed_distillation,
+    choice_cross_entropy,
     chosen_states,
     context_cross_entropy,
     hidden_distillation,
     logit_distillation,
+    right_choices,
     token_cross_entropy,
     top_buckets,
 )
@@ -27,6 +29,15 @@ def test_cross_entropy_is_the_mean_over_label_tokens() -> None:
     logits = torch.randn(2, 3, 4, dtype=torch.double)
     expected = sum(-logits[b, m].log_softmax(-1)[LABELS[b, m]] for b, m in COUNTED) / 3
     torch.testing.assert_close(token_cross_entropy(logits, LABELS), expected)
+
+
+def test_choice_cross_entropy_needs_a_right_choice() -> None:
+    """Labels that are none of the choices have no loss to learn from."""
+    shares = right_choices(torch.tensor([[[1], [2]], [[3], [4]]]), torch.tensor([[2], [9]]))
+    assert shares.tolist() == [[0, 1], [0, 0]]
+    assert choice_cross_entropy(torch.zeros(2, 2), shares, torch.tensor([1, 1])).isnan()
+    expected = torch.tensor(math.log(2))
+    torch.testing.assert_close(choice_cross_entropy(torch.zeros(2, 2), shares, torch.tensor([3, 0])), expected)
 
 
 def text(states: torch.Tensor) -> dict[str, Segment]:

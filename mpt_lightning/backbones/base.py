@@ -18,6 +18,7 @@ from mpt_lightning.backbones.cache import Pair
 from mpt_lightning.backbones.compilation import compile_parts
 from mpt_lightning.backbones.fingerprint import fingerprint
 from mpt_lightning.backbones.pretrained import load_tokenizer
+from mpt_lightning.errors import MPTError
 from mpt_lightning.objectives import IGNORE, Segment
 from mpt_lightning.prompts import PromptOutput
 
@@ -204,6 +205,16 @@ class Backbone(nn.Module, ABC):
         index = place.clamp(0, shift.shape[1] - 1)[..., None].expand(-1, -1, text.shape[2])
         return text + shift.to(text.dtype)[rows].gather(1, index) * shifted
 
+    def has_places(self, input_ids: Tensor) -> bool:
+        """Return whether rows `[B, L]` have places for the prompt's tokens; raise MPTError if only some of them do."""
+        among = (input_ids < 0).any(dim=1)
+        if (found := bool(among.any())) and not bool(among.all()):
+            raise MPTError(
+                "Some rows of the batch have places for the prompt's tokens ([prompt*N]), and others have none. Give "
+                "places to all tasks or to none."
+            )
+        return found
+
     def embed_among(self, prompts: Tensor, rows: Tensor, input_ids: Tensor) -> Tensor:
         """Return the embeddings `[B, L, H]` of rows; id -1 is the first token of a row's prompt, -2 the second."""
         text = self.embed(input_ids.clamp(min=0))
@@ -245,11 +256,11 @@ class Backbone(nn.Module, ABC):
         """
         exists = (choices != IGNORE).any(dim=2)
         of_row, _ = exists.nonzero(as_tuple=True)
-        labels = choices[exists]
-        inputs = (prompts, rows, input_ids, attention_mask)
-        likelihood = self._likelihood(inputs, of_row, labels)
-        scores = torch.full(exists.shape, float("-inf"), dtype=likelihood.dtype, device=choices.device)
-        return scores.masked_scatter(exists, likelihood)
+        scores = torch.full(exists.shape, float("-inf"), device=choices.device)
+        if not len(of_row):
+            return scores
+        likelihood = self._likelihood((prompts, rows, input_ids, attention_mask), of_row, choices[exists])
+        return scores.to(likelihood.dtype).masked_scatter(exists, likelihood)
 
     @abstractmethod
     def _likelihood(self, inputs: Inputs, of_row: Tensor, labels: Tensor) -> Tensor:

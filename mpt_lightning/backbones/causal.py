@@ -142,7 +142,7 @@ class CausalBackbone(Backbone):
         """
         if encoded.shift is not None:
             return encoded, self.add_shift(self.embed(input_ids), encoded.shift, rows, text)
-        if encoded.embeddings is None or not (input_ids < 0).any():
+        if encoded.embeddings is None or not self.has_places(input_ids):
             return encoded, input_ids
         return EncodedPrompts(), self.embed_among(encoded.embeddings, rows, input_ids)
 
@@ -200,7 +200,7 @@ class CausalBackbone(Backbone):
         whole = torch.cat([input_ids, given.clamp(min=0)], dim=1)
         mask = torch.cat([attention_mask, read.to(attention_mask.dtype)], dim=1)
         packable = self._packable(prompts)
-        if packable is not None and not bool((input_ids < 0).any()):
+        if packable is not None and not self.has_places(input_ids):
             self._check_length(packable.shape[1] + whole.shape[1])
             return packed_forward(
                 self, packable, rows, whole, mask, predicted=labels.shape[1], hidden_states=hidden_states,

@@ -42,19 +42,22 @@ def length_limit(config: PreTrainedConfig) -> Limit | None:
     """Return the length beyond which a decoder-only model treats a prompt and its rows differently, or None."""
     # A window counts columns, so that beyond it the attended tokens of a row would depend on padding.
     windows = [Limit(size, f"attends to the last {size} only") for size in attention_windows(config)]
-    return min((*windows, *_rotations(config)), key=lambda limit: limit.columns, default=None)
+    return min((*windows, *rotation_limits(config)), key=lambda limit: limit.columns, default=None)
 
 
 def attention_windows(config: Any) -> list[int]:
     """Return the sizes of the layers' attention windows; empty if every layer attends to all tokens."""
     layers = getattr(config, "layer_types", None)
-    sizes = [getattr(config, "sliding_window", None) if layers is None or "sliding_attention" in layers else None]
+    # In some models each layer has a window of its own (NeoMME).
+    owners = getattr(config, "per_layer_config", None) or [config]
+    slides = layers is None or "sliding_attention" in layers
+    sizes = [getattr(owner, "sliding_window", None) if slides else None for owner in owners]
     if "local" in (getattr(config, "attention_layers", None) or []):  # GPT-Neo
         sizes.append(config.window_size)
     return [size for size in sizes if size and size > 0]
 
 
-def _rotations(config: Any) -> Iterator[Limit]:
+def rotation_limits(config: Any) -> Iterator[Limit]:
     """Yield the lengths beyond which a model's rotary embedding changes.
 
     The longest row of a pass determines the frequencies of all its positions (`transformers.modeling_rope_utils`), so

@@ -20,7 +20,7 @@ from mpt_lightning.backbones.base import Backbone, BackboneOutput, Inputs, align
 from mpt_lightning.backbones.cache import Pair, gather_layers
 from mpt_lightning.backbones.columns import insert, keep_columns
 from mpt_lightning.backbones.layer_prefix import NAME, keys_and_values, prefixed
-from mpt_lightning.backbones.limits import attention_windows, check_masked
+from mpt_lightning.backbones.limits import attention_windows, check_masked, rotation_limits
 from mpt_lightning.errors import MPTError
 from mpt_lightning.objectives import IGNORE, Segment, precise
 from mpt_lightning.prompts import PromptOutput
@@ -70,11 +70,12 @@ class MaskedBackbone(Backbone):
     @cached_property
     def max_positions(self) -> int | None:
         """The longest sequence, prompt included; RoBERTa's positions begin after its padding id."""
-        size = super().max_positions
+        sizes = [super().max_positions, *(limit.columns for limit in rotation_limits(self.model.config))]
         for name, module in self.model.named_modules():
-            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and size:
-                return size if module.padding_idx is None else module.num_embeddings - module.padding_idx - 1
-        return size
+            padding = getattr(module, "padding_idx", None)
+            if name.endswith("position_embeddings") and padding is not None:
+                sizes.append(module.num_embeddings - padding - 1)
+        return min(filter(None, sizes), default=None)
 
     @contextmanager
     def probing(self, texts: list[Tensor], spare: Tensor) -> Iterator[list[Tensor]]:
@@ -119,12 +120,13 @@ class MaskedBackbone(Backbone):
         ids, mask = align(*inputs[2:], "right")
         place = torch.zeros_like(ids[:, 0]) if masks is None else self._place(ids, mask)
         length = 0 if prompts.embeddings is None else prompts.length
-        if length and not bool((ids < 0).any()):
+        without = (ids >= 0).all(dim=1)  # rows of templates that have no places for the prompt
+        if length and bool(without.any()):
             beside = self._local and masks is not None
             new = torch.arange(-1, -1 - length, -1, device=ids.device)
-            at, count = place if beside else torch.ones_like(place), torch.full_like(place, length)
+            at, count = place if beside else torch.ones_like(place), length * without
             ids, mask = insert(ids, mask, at, new, count)
-            place = place + length * (place >= at)
+            place = place + count * (place >= at)
         masks = torch.ones_like(place) if masks is None else masks
         if (most := int(masks.max())) > 1:
             ids, mask = insert(ids, mask, place, ids.new_full((most - 1,), self.mask_id), masks - 1)

@@ -58,7 +58,7 @@ class Seq2SeqBackbone(Backbone):
         prompt, shift = given.embeddings, given.shift
         if prompt is None:
             raise MPTError("An encoder-decoder takes prompts of embeddings, got keys and values.")
-        if (input_ids < 0).any():  # the prompt's tokens are among the text's
+        if self.has_places(input_ids):  # the prompt's tokens are among the text's
             embeds, mask = self.embed_among(prompt, rows, input_ids), attention_mask
         else:
             text = self.embed(input_ids)

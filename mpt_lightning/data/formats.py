@@ -202,10 +202,19 @@ class MaskedFormat(Format):
     # Whether a classifier on the first token answers: then the inputs need no mask.
     classifies = False
 
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, with_bos: bool = True) -> None:
+        super().__init__(tokenizer, with_bos)
+        if not self.special[0]:
+            raise MPTError(
+                f"Tokenizer '{tokenizer.name_or_path}': got no token before a text, expected one such as [CLS], after "
+                "which a prompt stands and which a classifier reads; change `backbone` or the tokenizer's "
+                "post-processor."
+            )
+
     @property
     def reserved(self) -> tuple[str, ...]:
         """See the base class."""
-        return MASK, str(self.tokenizer.mask_token)
+        return () if self.classifies else (MASK, str(self.tokenizer.mask_token))
 
     @cached_property
     def _between(self) -> list[int]:

@@ -103,6 +103,12 @@ class Encoder:
             raise MPTError(f"{where}: got an input without tokens, expected some; change the data.")
         column = card.truncate or max(card.columns, key=lambda name: len(example.values[name]))
         whole = example.values[column]
+        if any(word in whole for word in self.format.reserved):
+            raise MPTError(
+                f"{where}: got {len(encoded.ids)} tokens and the place of the answer in column '{column}', which would "
+                f"be cut, expected at most max_input_length={self.max_input_length}; raise `max_input_length`, or put "
+                "the place into `input` or `masked` of the card."
+            )
         ends = list(range(1, len(whole) + 1))
         if self.tokenizer.is_fast:
             offsets = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

@@ -48,8 +48,7 @@ class PromptModule(EvaluatedModule):
     def task_loss(self, batch: Batch, logits: Tensor | None = None) -> Tensor:
         """Return the cross-entropy of a batch's answers, over the vocabulary or the tasks' choices (see `over`).
 
-        `logits` `[B, M, V]` are those of the labels, if they were computed already. Over the choices, rows have the
-        weight of their label tokens, as in the distillation terms.
+        `logits` `[B, M, V]` are those of the labels, if they were computed already.
         """
         if not self.over_choices:
             return objectives.token_cross_entropy(self(batch) if logits is None else logits, batch["labels"])
@@ -58,20 +57,24 @@ class PromptModule(EvaluatedModule):
                 "The batch: got no `choices`, expected the tokens of each row's choices, which the loss is over. Add "
                 "them to the batches, use tasks with choices, or set --model.over vocabulary."
             )
-        choices = batch["choices"]
-        if logits is not None and logits.shape[1] == choices.shape[2] == 1:
+        choices, weights = batch["choices"], self.row_weights(batch)
+        backbone, prompt = self.parts()
+        single = logits is not None and logits.shape[1] == choices.shape[2] == 1
+        if logits is not None and backbone.sharded:  # all ranks make a further pass, or none
+            single = self.trainer.strategy.reduce_boolean_decision(single)
+        if logits is not None and single:
             # Single tokens, of which the logits have all that a pass of their own would compute.
             found = functional.log_softmax(objectives.precise(logits[:, 0]), dim=1)
             scores = found.gather(1, choices[..., 0].clamp(min=0))
-            return choice_loss(scores.masked_fill(choices[..., 0] == objectives.IGNORE, float("-inf")), batch)
-        backbone, prompt = self.parts()
+            scores = scores.masked_fill(choices[..., 0] == objectives.IGNORE, float("-inf"))
+            return choice_loss(scores, batch, weights)
         distinct, rows = self.task_rows(batch).unique(return_inverse=True)
         scores = backbone.score(prompt(distinct), rows, batch["input_ids"], batch["attention_mask"], choices)
-        return choice_loss(scores, batch)
+        return choice_loss(scores, batch, weights)
 
     def label_tokens(self, batch: Batch) -> Tensor:
-        """Return the number of label tokens that `losses` takes its means over: the batch's weight in its step."""
-        return (batch["labels"] != objectives.IGNORE).sum()
+        """Return what `losses` takes its means over, the batch's weight in its step: label tokens (`row_weights`)."""
+        return self.row_weights(batch).sum()
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the logits `[B, M, V]` of the label tokens."""
@@ -84,6 +87,7 @@ class PromptModule(EvaluatedModule):
         self._fault, self._step = None, StepMean()
         self._match_tasks()
         self._check_choices()
+        self._check_loss()
         resumed, self._resumed = self._resumed, None
         ranks.check_one_start(self.trainer, resumed.step if resumed else None)
         if resumed is not None:
@@ -92,6 +96,22 @@ class PromptModule(EvaluatedModule):
             # To count the run's steps Lightning 2.6 builds the training data before the checkpoint is restored, and
             # then does not position it. So it is built again.
             self.trainer.fit_loop._combined_loader = None
+
+    def _check_loss(self) -> None:
+        """Check that the loss has an answer in each row of the data's tasks; warn if values become words."""
+        backbone, _ = self.parts()
+        words = {name: card.words(backbone.family) for name, card in self.cards.items() if name in self._data_tasks()}
+        if self.over_choices and (without := [name for name, found in words.items() if not found]):
+            raise MPTError(
+                f"The loss is over the tasks' choices, and the cards of {', '.join(without)} have none. Leave these "
+                "tasks out, or set --model.over vocabulary."
+            )
+        values = [name for name, found in words.items() if found and self.cards[name].value_range is not None]
+        if values and not self.over_choices:
+            rank_zero_warn(
+                f"Over the vocabulary, the values of {', '.join(values)} are learned as the nearer one of two words. "
+                "Set --model.over choices, where each word has its share."
+            )
 
     def on_train_start(self) -> None:
         """Record that the run is restored."""
@@ -146,8 +166,9 @@ class PromptModule(EvaluatedModule):
     def _not_finite(self, batch: Batch) -> str:
         """Return, by task, the rows whose loss is not finite; all rows if the loss of each single one is finite."""
         backbone, _ = self.parts()
-        # A sharded backbone runs on all ranks or none.
-        own = batch["labels"].new_zeros(len(batch["labels"])) if backbone.sharded else torch.stack(
+        # A sharded backbone runs on all ranks or none, and a classifier has no logits.
+        unknown = backbone.sharded or self.head is not None
+        own = batch["labels"].new_zeros(len(batch["labels"])) if unknown else torch.stack(
             [objectives.token_cross_entropy(logits[None], labels[None])
              for logits, labels in zip(self(batch), batch["labels"], strict=True)]
         )  # fmt: skip

@@ -36,6 +36,11 @@ class EvaluatedModule(CheckpointedModule):
         """Free what is kept on the device for one evaluation or one run; also called when a run fails."""
         self.evaluator = None
 
+    def row_weights(self, batch: Batch) -> Tensor:
+        """Return how often each row `[B]` counts in a loss: once per label token, or once over its choices."""
+        tokens = (batch["labels"] != objectives.IGNORE).sum(dim=1)
+        return tokens.clamp(max=1) if self.over_choices and batch.get("choices") is not None else tokens
+
     def _check_choices(self) -> None:
         """Check the choices of the data's cards, whoever made the DataModule."""
         backbone, _ = self.parts()
@@ -68,18 +73,18 @@ class EvaluatedModule(CheckpointedModule):
         (backbone, _), evaluator = self.parts(), self._running()
         rows, task, labels = self.task_rows(batch), task_of_loader(evaluator.tasks, index), batch["labels"]
         counted = counted_rows(batch, loaders, batch_idx, index)
-        inputs = self._inputs(batch, rows)
+        inputs, weights = self._inputs(batch, rows), self.row_weights(batch)[:counted]
         if "choices" in batch:
             if self.over_choices:
                 scores = backbone.score(*inputs, batch["choices"])
                 keys = [key for key in ("labels", "choices", "shares") if key in batch]
-                loss = choice_loss(scores[:counted], {key: batch[key][:counted] for key in keys})
+                loss = choice_loss(scores[:counted], {key: batch[key][:counted] for key in keys}, weights)
                 texts = choice_texts(scores, self.cards.get(task))
             else:
                 # The gold answer is scored as one more choice, so that the loss takes no pass of its own.
                 scores = backbone.score(*inputs, with_gold(batch["choices"], labels))
                 texts = choice_texts(scores[:, :-1], self.cards.get(task))
-                loss = -scores[:counted, -1].sum() / (labels[:counted] != objectives.IGNORE).sum()
+                loss = -scores[:counted, -1].sum() / weights.sum()
         else:
             texts = self.predict_texts(batch, rows, task) if task in evaluator.metrics else []
             loss = objectives.token_cross_entropy(backbone(*inputs, labels).logits[:counted], labels[:counted])
@@ -87,7 +92,7 @@ class EvaluatedModule(CheckpointedModule):
             batch, texts = {name: value[:counted] for name, value in batch.items()}, texts[:counted]
         if counted:
             evaluator.update(task, texts, batch)
-            evaluator.update_loss(task, loss, int((labels[:counted] != objectives.IGNORE).sum()))
+            evaluator.update_loss(task, loss, int(weights.sum()))
 
     def _end_evaluation(self, stage: str) -> None:
         if self.evaluator is not None:
@@ -146,11 +151,11 @@ def counted_rows(batch: Mapping[str, Any], loaders: Any, batch_idx: int, dataloa
     return len(batch["labels"]) - (filling if filling and batch_idx + 1 == len(loader) else 0)
 
 
-def choice_loss(scores: Tensor, batch: Mapping[str, Any]) -> Tensor:
-    """Return the loss over the choices of B rows, given their scores `[B, C]`; see `PromptModule.task_loss`."""
-    labels = batch["labels"]
-    shares = batch["shares"] if "shares" in batch else objectives.right_choices(batch["choices"], labels)
-    return objectives.choice_cross_entropy(scores, shares, (labels != objectives.IGNORE).sum(dim=1))
+def choice_loss(scores: Tensor, batch: Mapping[str, Any], weights: Tensor) -> Tensor:
+    """Return the loss over the choices of B rows, given their scores `[B, C]` and weights `[B]`."""
+    found = batch.get("shares")
+    shares = objectives.right_choices(batch["choices"], batch["labels"]) if found is None else found
+    return objectives.choice_cross_entropy(scores, shares, weights)
 
 
 def choice_texts(scores: Tensor, card: TaskCard | None) -> list[str]:

@@ -195,6 +195,10 @@ class MPTSource(_MultitaskModule):
         """
         return self.distils and (self.global_step + 1) % self.teacher_every == 0
 
+    def row_weights(self, batch: Batch) -> Tensor:
+        """Return the number of label tokens of each row `[B]`, which the distillation terms take their means over."""
+        return (batch["labels"] != objectives.IGNORE).sum(dim=1) if self.distils else super().row_weights(batch)
+
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Return the task loss, both distillation terms and their weighted sum."""
         if not self.distils_now:

@@ -74,6 +74,7 @@ OWN: dict[Family, dict[str, dict[str, Any]]] = {
         "luke": {"entity_vocab_size": 10},
         "esmc": {"num_key_value_heads": 4},
         "reformer": {"axial_pos_embds": False, "is_decoder": False, "attn_layers": ["local", "lsh"]},
+        "neomme": {"head_dim": 16, "sliding_window": 4, "embedding_rank": 16},
         "xmod": {"default_language": "en_XX"},
     },
 }  # fmt: skip
@@ -116,6 +117,7 @@ REFUSED: dict[Family, dict[str, str]] = {
     "masked": {
         **dict.fromkeys(("convbert", "funnel", "fnet", "nystromformer", "esm", "ibert", "yoso"), "off by|it fails"),
         "esmc": "it fails",
+        "neomme": "does not take embeddings instead of ids",
         # The check at load time runs short texts.
         "big_bird": "attends to blocks of long texts",
         "longformer": "gradients are not finite",
@@ -134,12 +136,9 @@ def build_tiny(kind: str, family: Family = "causal", **changes: Any) -> PreTrain
     torch.manual_seed(0)
     config_class = CONFIG_MAPPING[kind]
     default = config_class()
-    known = set(default.to_dict()) | set(getattr(config_class, "attribute_map", {}))
-    sizes = {
-        name: value
-        for name, value in TINY.items()
-        if name in known and not isinstance(getattr(default, name, None), dict)
-    }
+    values = default.to_dict()
+    known = set(values) | set(getattr(config_class, "attribute_map", {}))
+    sizes = {name: value for name, value in TINY.items() if name in known and not isinstance(values.get(name), dict)}
     options = sizes | ALWAYS | OWN[family].get(kind, {}) | changes
     config = config_class(**{name: value for name, value in options.items() if (name, value) != ("head_dim", None)})
     model = AUTO[family].from_config(config).eval()

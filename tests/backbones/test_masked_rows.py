@@ -93,6 +93,27 @@ def test_roberta_has_512_positions_of_514() -> None:
                 backbone(*inputs, labels)
 
 
+@pytest.mark.parametrize(("kind", "limit"), [("longrope", 32), ("dynamic", 96)])
+def test_rotations_that_change_with_length_are_limited(kind: str, limit: int) -> None:
+    rope = {"rope_type": kind, "factor": 4.0, "original_max_position_embeddings": 32}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4} if kind == "longrope" else {}
+    backbone = wrap("modernbert", rope_scaling=rope | factors)
+    assert backbone.max_positions == limit
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+def test_rows_with_and_without_places_for_the_prompt(kind: str) -> None:
+    """A batch may mix tasks whose templates place the prompt with others."""
+    backbone = wrap(kind)
+    ids, mask = IDS.clone(), ATTENTION
+    ids[1, 5:9] = torch.tensor([-1, -2, -3, -4])
+    inputs = (backbone.embed(PROMPTS), ROWS, ids, mask)
+    mixed = backbone(*inputs, LABELS).logits
+    for row in range(5):
+        alone = backbone(inputs[0], *(tensor[row : row + 1] for tensor in (*inputs[1:], LABELS))).logits
+        assert_equal(mixed[row][COUNTED[row]], alone[0][COUNTED[row]])
+
+
 @pytest.mark.parametrize("layers", ["sliding_attention", None])
 @pytest.mark.parametrize("length", [3, 8, 20, 50, 92])
 def test_every_prompt_token_reaches_any_mask_of_modernbert(length: int, layers: str | None) -> None:
@@ -178,6 +199,13 @@ def test_labels_of_padding_alone_have_no_loss(width: int) -> None:
     labels[1, 0] = 7
     mixed = backbone(*inputs, labels).logits[1, 0]
     assert_equal(mixed, backbone(*inputs, labels[:, :1]).logits[1, 0])
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_rows_without_choices_have_no_scores(count: int) -> None:
+    backbone = wrap("bert")
+    scores = backbone.score(backbone.embed(PROMPTS), ROWS, IDS, ATTENTION, torch.full((5, count, 1), IGNORE))
+    assert torch.equal(scores, torch.full((5, count), float("-inf")))
 
 
 def test_generation_raises() -> None:

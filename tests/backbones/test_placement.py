@@ -7,6 +7,7 @@ import torch
 from mpt_lightning import PrefixTuning, PromptTuning, load_task
 from mpt_lightning.backbones import CausalBackbone, Seq2SeqBackbone
 from mpt_lightning.data.template import count_slots, with_slots
+from mpt_lightning.errors import MPTError
 from mpt_lightning.prompts import PrefixPrompt
 from tests.backbones.bare_model import assert_equals_bare_model
 from tests.conftest import KINDS, build_model
@@ -30,6 +31,16 @@ def test_prompt_tokens_replace_their_ids(kind: str) -> None:
     logits = assert_equals_bare_model(backbone, prompts, wholes, rows, ids, mask, labels)
     logits.square().sum().backward()
     assert (prompts.grad.norm(dim=2) > 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_places_in_some_rows_of_a_batch_raise(kind: str) -> None:
+    backbone = (Seq2SeqBackbone if kind == "t5" else CausalBackbone)(build_model(kind), kind)
+    ids = torch.tensor([[-1, 7, 8], [9, 10, 11]])
+    inputs = (torch.zeros(1, 1, 32), torch.tensor([0, 0]), ids, torch.ones_like(ids))
+    for run in (lambda: backbone(*inputs, ids[:, 1:]), lambda: backbone.score(*inputs, ids[:, 1:, None])):
+        with pytest.raises(MPTError, match=r"places .* and others have none\. Give places to all tasks or to none"):
+            run()
 
 
 def test_prompt_slots_become_negative_ids() -> None:

@@ -247,6 +247,24 @@ def test_cut_keeps_mask_separator_and_template(kind, make_card):
     assert encoded.ids == ids_of(encoder.tokenizer, *pair)
 
 
+def test_a_row_is_not_cut_if_it_places_the_mask(reader, make_card):
+    encoder, card = Encoder(reader.tokenizer, "masked", 12), make_card(input="{text}")
+    text = " ".join([*["film was good"] * 5, "it was [MASK] ."])
+    with pytest.raises(MPTError, match=r"place of the answer in column 'text', which would be cut, .*raise `max_input"):
+        encoder.fit(card, [row_of(text=text)])
+    # A classifier needs no mask.
+    encoder = Encoder(reader.tokenizer, "masked", 12, classifies=True)
+    ((cut, _),) = encoder.fit(card, [row_of(text=text)])
+    assert text.startswith(cut.values["text"])
+
+
+def test_a_tokenizer_without_cls_raises():
+    tokenizer = word_level(TEXTS)
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    with pytest.raises(MPTError, match=r"got no token before a text, expected one such as \[CLS\]"):
+        MaskedFormat(tokenizer)
+
+
 # Choices and values
 
 

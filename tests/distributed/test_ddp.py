@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import LoraConfig
 from processes import launch
-from stages import BERT, STAGES, T5, FirstGradient, data, doubled, make, ragged, trainer
+from stages import BERT, LONG, STAGES, T5, FirstGradient, data, doubled, make, ragged, trainer
 
 from mpt_lightning import PEFTModule, PromptTuning
 from mpt_lightning.modules import PromptModule
@@ -42,7 +42,8 @@ def train(folder: str, devices: int) -> None:
         # P-tuning's tasks have networks of their own: with one row per rank, each rank has one task and one network.
         size = 2 if stage in ("p_tuning", "rank without labels") else 8
         module = ragged(doubled(build(stage, Path(folder, "1"))))
-        run.fit(module, datamodule=data(stage, size // devices, Path(folder)))
+        options = {"tasks": LONG} if stage == "masked" else {}
+        run.fit(module, datamodule=data(stage, size // devices, Path(folder), **options))
         if run.is_global_zero:
             metrics = dict(run.callback_metrics)
             metrics.pop("train/row", None)  # its denominator is not that of CPT's loss

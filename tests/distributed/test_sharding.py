@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from processes import finish, launch, start
 from safetensors.torch import load_file
-from stages import LLAMA, T5, FirstGradient, data, doubled, make, trainer
+from stages import BERT, LLAMA, LONG, T5, FirstGradient, data, doubled, make, trainer
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -35,7 +35,7 @@ from mpt_lightning.data.card import TaskCard
 from mpt_lightning.data.sampling import EvalSampler
 from mpt_lightning.distributed.strategy import check_strategy
 
-STAGES = ["source", "cached", "cpt", "checkpointed", "prefix"]
+STAGES = ["source", "cached", "cpt", "checkpointed", "prefix", "masked", "masked_prefix"]
 QUIET = {"limit_val_batches": 0, "enable_checkpointing": False}
 
 
@@ -48,6 +48,13 @@ def build(stage: str, folder: Path, devices: int) -> Any:
         options = {"teacher_cache": str(folder / f"teachers{devices}"), "hidden_positions": "prompt"}
         module = MPTSource(T5, str(folder / "prompt_tuning.ckpt"), prompt_length=4, **options)
         return doubled(module), data("source", batch_size, folder)
+    if stage.startswith("masked"):
+        # Two rows per batch: a rank has answers of one token or of several, and the other rank the other ones.
+        masked = {
+            "masked": lambda: MPTSource(BERT, str(folder / "masked.ckpt"), prompt_length=4),
+            "masked_prefix": lambda: PrefixTuning(BERT, prompt_length=4),
+        }[stage]()
+        return doubled(masked), data("source", 2 // devices, folder, tasks=LONG)
     # Prompts first, the rows on top of their keys and values: nobody uses the last block's output.
     module = (
         PrefixTuning(LLAMA, prompt_length=4)
@@ -58,14 +65,15 @@ def build(stage: str, folder: Path, devices: int) -> Any:
 
 
 class Watch(L.Callback):
-    """Records the loss over all ranks after each step, and the norm of CPT's perturbation relative to its radius."""
+    """Records the loss of each step over all ranks, and the norm of CPT's perturbation relative to its radius."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.ratios: list[float] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, *_: Any) -> None:
-        self.losses.append(trainer.strategy.reduce(outputs["loss"].detach()).item())
+        if not trainer.fit_loop._should_accumulate():
+            self.losses.append(trainer.callback_metrics["train/loss"].item())
         if isinstance(module, CPT):
             norms = module.prompt.delta_embedding.detach().norm(dim=1, keepdim=True)
             self.ratios.append((norms / module.prompt.radius).max().item())
@@ -159,9 +167,11 @@ def do_all(folder: str, devices: int) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharding")
-    run = trainer(1, max_steps=2, **QUIET)
-    run.fit(make("prompt_tuning", folder), datamodule=data("prompt_tuning", 4, folder))
-    run.save_checkpoint(folder / "prompt_tuning.ckpt")
+    teachers = {"prompt_tuning": make("prompt_tuning", folder), "masked": PromptTuning(BERT, prompt_length=4)}
+    for name, teacher in teachers.items():
+        run = trainer(1, max_steps=2, **QUIET)
+        run.fit(teacher, datamodule=data("prompt_tuning", 4, folder))
+        run.save_checkpoint(folder / f"{name}.ckpt")
     do_all(str(folder), 1)
     launch(do_all, str(folder), 2)
     return folder
@@ -171,7 +181,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_loss_curve_is_that_of_a_whole_backbone(stage: str, folder: Path) -> None:
     one, *two = (torch.load(folder / f"{name}.pt") for name in (f"1/{stage}.0", f"2/{stage}.0", f"2/{stage}.1"))
-    assert len(one["losses"]) >= 8
+    assert len(one["losses"]) >= 4
     assert one["losses"][-1] < one["losses"][0]
     for ranks in two:
         # A rank's loss is weighted by its share of the step's tokens; AdamW amplifies that rounding over the steps.

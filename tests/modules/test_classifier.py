@@ -163,6 +163,14 @@ def test_a_classifier_learns_values(folder: Path, data: Callable[..., Any], tmp_
     assert 0 <= float(found.prediction) <= 5
 
 
+def test_a_classifiers_loss_that_is_not_finite_names_its_rows(folder: Path, data: Callable[..., Any]) -> None:
+    module = FineTuning(str(folder / "bert"), head="classification")
+    losses = module.losses
+    module.losses = lambda batch: {"loss": losses(batch)["loss"] * torch.nan}
+    with pytest.raises(MPTError, match=r"The loss is not finite at step 0, .* Rows: texts \d.*Lower the learning"):
+        trainer(max_steps=1, limit_val_batches=0).fit(module, datamodule=data(TEXTS))
+
+
 @pytest.mark.parametrize(
     ("module", "message"),
     [

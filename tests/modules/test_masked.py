@@ -2,18 +2,21 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import pytest
 import torch
-from stages import BERT, doubled
+from stages import BERT, LONG, T5, doubled
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoTokenizer, BertForMaskedLM, get_scheduler
 
 from mpt_lightning import MPTSource, MPTTarget, MultitaskDataModule, PromptTuning, load_task
+from mpt_lightning.data import load_card
+from mpt_lightning.errors import MPTError
 from mpt_lightning.modules import PromptModule
 from mpt_lightning.resources import backbone_path
 
@@ -182,3 +185,42 @@ def test_prompts_can_start_from_the_words_of_a_regression_task(
     table = by_hand.model.get_input_embeddings().weight.float()
     expected = table[by_hand.tokenizer.convert_tokens_to_ids(words)]
     assert torch.equal(module.prompt.prompt_embeddings[0, :2], expected)
+
+
+def test_each_row_counts_once_in_a_loss_over_the_choices(trainer: MakeTrainer, tmp_path: Path) -> None:
+    """Answers of three tokens weigh as much as answers of one, in training and in validation."""
+    data = MultitaskDataModule(LONG, batch_size=8, max_train_rows=8, max_eval_rows=8, cache_dir=str(tmp_path))
+    module = PromptTuning(BERT, prompt_length=4, lr=0.0)
+    run = trainer(max_steps=1, limit_val_batches=1.0)
+    run.fit(module, datamodule=data)
+    run.validate(module, datamodule=data, verbose=False)
+    for task, loader in zip(data.tasks, data.val_dataloader(), strict=True):
+        (batch,) = loader
+        batch["task_ids"] = torch.full((8,), data.tasks.index(task))
+        backbone, prompt = module.parts()
+        inputs = (prompt(torch.arange(2)), batch["task_ids"], batch["input_ids"], batch["attention_mask"])
+        with torch.no_grad():
+            scores = backbone.score(*inputs, batch["choices"]).log_softmax(dim=1)
+            assert float(module.label_tokens(batch)) == 8
+            expected = -scores[batch["shares"] == 1].mean()
+            torch.testing.assert_close(module.losses(batch)["loss"], expected)
+        torch.testing.assert_close(run.callback_metrics[f"val/{task}/loss"], expected)
+    assert (batch["labels"] >= 0).sum() == 8
+    assert len(set((next(iter(data.val_dataloader()[0]))["labels"] >= 0).sum(dim=1).tolist())) == 2
+
+
+def test_tasks_without_choices_raise_in_a_loss_over_choices(trainer: MakeTrainer, tmp_path: Path) -> None:
+    """Their rows would have a loss of zero."""
+    tasks = [
+        "demo/voice",
+        replace(load_card("demo/advice"), choices=None, label="sentence", metrics=["squad"], patterns=[]),
+    ]
+    data = MultitaskDataModule(tasks, max_train_rows=4, cache_dir=str(tmp_path))
+    with pytest.raises(MPTError, match=r"over the tasks' choices, and the cards of demo/advice have none\. Leave"):
+        trainer(max_steps=1).fit(PromptTuning(T5, prompt_length=2, over="choices"), datamodule=data)
+
+
+def test_values_over_the_vocabulary_end_in_a_warning(trainer: MakeTrainer, tmp_path: Path) -> None:
+    data = load_task("demo/similarity", max_train_rows=4, cache_dir=str(tmp_path))
+    with pytest.warns(UserWarning, match="the values of demo/similarity are learned as the nearer one of two words"):
+        trainer(max_steps=1).fit(PromptTuning(BERT, prompt_length=2, over="vocabulary"), datamodule=data)
