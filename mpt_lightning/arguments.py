@@ -41,12 +41,13 @@ PositiveInt: TypeAlias = Annotated[int, Range(1)]
 NonNegativeInt: TypeAlias = Annotated[int, Range(0)]
 PositiveFloat: TypeAlias = Annotated[float, Range(0, above=True)]
 NonNegativeFloat: TypeAlias = Annotated[float, Range(0)]
+_PLAIN = {str: "a string", list: "a list", bool: "true or false"}
 
 
 def check_arguments(cls: type, values: Mapping[str, Any]) -> None:
     """Raise if an argument does not have the type that the `__init__` of a class or of one of its bases annotates.
 
-    Choices (`Literal`), ranges (`Annotated` with a `Range`), strings and lists are checked.
+    Choices (`Literal`), ranges (`Annotated` with a `Range`), strings, lists and booleans are checked.
     """
     for base in reversed(cls.__mro__):
         if "__init__" in vars(base) and base.__module__.split(".")[0] != "torch":
@@ -78,8 +79,8 @@ def _check(name: str, value: Any, kind: Any) -> None:
             numeric = isinstance(value, number if number is int else int | float) and not isinstance(value, bool)
             matches = numeric and value in allowed
             words = f"{'a whole number' if number is int else 'a number'} {allowed!r}"
-        elif plain in (str, list):
-            matches, words = isinstance(value, plain), "a string" if plain is str else "a list"
+        elif plain in _PLAIN:
+            matches, words = isinstance(value, plain), _PLAIN[plain]
         else:
             return
         if matches:

@@ -20,7 +20,7 @@ from mpt_lightning.io import one_line, read_text, write_json_lines
 from mpt_lightning.modules.base import PromptModule
 from mpt_lightning.modules.checkpointing import read_cards
 from mpt_lightning.modules.evaluation import generated_texts
-from mpt_lightning.prompts import Prompt
+from mpt_lightning.prompts import ClassifierPrompt, Prompt
 
 
 @dataclass
@@ -75,8 +75,10 @@ class Predictor:
         self.cards = {name: card.for_family(backbone.family) for name, card in (cards or {}).items()}
         self.batch_size = batch_size
         self.encoder = encoder or Encoder(backbone.tokenizer, backbone.family, max_input_length=256)
-        for card in self.cards.values():
+        for name, card in self.cards.items():
             check_choices(card, self.encoder.tokenizer, backbone.family, self.encoder.classifies)
+            if isinstance(prompt, ClassifierPrompt):
+                prompt.check_classes(name, len(card.words(backbone.family) or []))
         prompt.attach(backbone.embeddings)
         with torch.no_grad():
             self._encoded = backbone.encode_prompts(prompt(torch.arange(prompt.num_tasks, device=self.device)))

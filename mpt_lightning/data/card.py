@@ -214,8 +214,9 @@ class TaskCard:
             self._require("value_range", numbers and pair[0] < pair[1], "[lowest, highest] with lowest < highest")
             self.value_range = (float(pair[0]), float(pair[1]))
             ends = ["lowest", "highest"] if self.masked is None else self.masked.choices or []
-            two = len(set(ends)) == 2 and all(isinstance(word, str) and word.strip() for word in ends)
-            self._require("masked", two, "`choices` of two words, for the lowest and the highest value")
+            texts = isinstance(ends, list) and all(isinstance(word, str) and word.strip() for word in ends)
+            distinct = texts and len(set(ends)) == 2
+            self._require("masked", distinct, "`choices` of two words, for the lowest and the highest value")
             tenths = self.value_step * 10 if _is_number(self.value_step) else 0
             on_grid = abs(round(tenths) - tenths) < 1e-6 and 0 < round(tenths) <= (pair[1] - pair[0]) * 10
             self._require("value_step", on_grid, "a multiple of 0.1, no wider than `value_range`")

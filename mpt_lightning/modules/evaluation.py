@@ -15,6 +15,7 @@ from mpt_lightning.errors import MPTError
 from mpt_lightning.modules.batch import Batch, check_batch, task_of_loader
 from mpt_lightning.modules.checkpointing import CheckpointedModule
 from mpt_lightning.modules.evaluator import Evaluator
+from mpt_lightning.prompts import ClassifierPrompt
 
 NO_PROMPT = (
     "There is no trained prompt to evaluate: give --ckpt_path with a checkpoint (in Python: ckpt_path=..., or a "
@@ -43,9 +44,12 @@ class EvaluatedModule(CheckpointedModule):
 
     def _check_choices(self) -> None:
         """Check the choices of the data's cards, whoever made the DataModule."""
-        backbone, _ = self.parts()
-        for card in (card for name, card in self.cards.items() if name in self._data_tasks() and card.choices):
-            check_choices(card, backbone.tokenizer, backbone.family, self.head is not None)
+        backbone, prompt = self.parts()
+        for name, card in ((name, card) for name, card in self.cards.items() if name in self._data_tasks()):
+            if card.choices:
+                check_choices(card, backbone.tokenizer, backbone.family, self.head is not None)
+            if isinstance(prompt, ClassifierPrompt):
+                prompt.check_classes(name, len(card.words(backbone.family) or []))
 
     def on_validation_epoch_start(self) -> None:
         """Encode the prompts once for the whole evaluation, and reset the metrics."""

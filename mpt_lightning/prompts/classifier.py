@@ -48,6 +48,14 @@ class ClassifierPrompt(Prompt):
         self.weight = nn.Parameter(0.02 * torch.randn(num_tasks, max(class_counts), hidden))
         self.bias = nn.Parameter(torch.zeros(num_tasks, max(class_counts)))
 
+    def check_classes(self, task: str, count: int) -> None:
+        """Raise MPTError if a task has another number of classes than its classifier."""
+        if (own := self.class_counts[self.index(task)]) != count:
+            raise MPTError(
+                f"The classifier of {task} has {own} classes, and the task's card has {count}. Use the card that it "
+                "was trained with, or train a new classifier."
+            )
+
     def forward(self, task_ids: Tensor) -> PromptOutput:
         """Return the prompts `[U, P, H]` and the classifiers of the tasks `[U]`; a class that a task lacks has -inf."""
         counts = torch.tensor(self.class_counts, device=task_ids.device)[task_ids]

@@ -57,6 +57,14 @@ FIELDS: dict[str, list[Any]] = {
         [{"input": "{text}", "more": 1}], {"input": "{text}"}, [{"input": "{text}", "choices": [1, 2]}],
         [{"input": "{"}],
     ],
+    "masked": [
+        5, "x", [], {}, {"input": 5}, {"input": ""}, {"input": "{other} [MASK]"}, {"input": "{text} [MASK] [MASK]"},
+        {"input": "it was [MASK]"}, {"input": "{text", "choices": ["a", "b"]}, {"input": "{text}", "more": 1},
+        {"input": "{text}", "choices": ["a"]}, {"input": "{text}", "choices": ["a", "A"]},
+        {"input": "{text}", "choices": [1, 2]}, {"input": "{text}", "choices": "ab"}, [{"input": "{text}"}],
+    ],
+    "multi_mask": [None, "perhaps", 5, []],
+    "label_names": [5, "ab", ["a"], ["a", "a"], ["a", "b", "c"], [], {"a": 1}],
     "language": [5, ["en"], None],
     "citation": [5, {}],
     "colour": ["red"],
@@ -64,6 +72,23 @@ FIELDS: dict[str, list[Any]] = {
 }  # fmt: skip
 OF_A_RANGE: dict[str, list[Any]] = {
     "value_range": [5, [1], [5, 0], [0, 0], ["a", "b"], [NAN, 1], [0, INF], [0, 1, 2], [True, 5], [None, 1], {}, "05"],
+    "masked": [
+        {"input": "{text} [MASK]"},
+        *(
+            {"input": "{text} [MASK]", "choices": words}
+            for words in (
+                [],
+                ["no"],
+                ["no", "no"],
+                ["no", " "],
+                ["no", "so", "yes"],
+                [0, 5],
+                "no",
+                5,
+                [["no"], ["yes"]],
+            )
+        ),
+    ],
     "value_step": [0, -1, "x", NAN, INF, 0.25, None, [1], True, 9],
 }
 CARD_CASES = [

@@ -1,7 +1,9 @@
 """Classic fine-tuning and prompts with a new classifier on [CLS], compared with a hand-written loop."""
 
+import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ from torch.nn import functional
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from mpt_lightning import FineTuning, MultitaskDataModule, Predictor, PromptTuning, TaskDataModule
+from mpt_lightning.checkpoint import KEY
 from mpt_lightning.data.card import TaskCard
 from mpt_lightning.errors import MPTError
 from mpt_lightning.modules import PromptModule
 from tests.backbones.architectures import build_tiny
 from tests.backbones.masked import build_tokenizer
+from tests.faults.damage import Change, drop, put
 
 PAIRS = TaskCard(
     name="pairs", path="made/pairs", input="{a} {b} [MASK]", metrics=["accuracy"], choices=["90", "91", "92"],
@@ -161,6 +165,49 @@ def test_a_classifier_learns_values(folder: Path, data: Callable[..., Any], tmp_
     run.save_checkpoint(tmp_path / "a.ckpt")
     (found,) = Predictor.from_checkpoint(str(tmp_path / "a.ckpt")).predict([{"a": "10 13 16", "b": "31 34"}])
     assert 0 <= float(found.prediction) <= 5
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> dict[str, Any]:
+    """Return the content of a classifier's checkpoint."""
+    module = FineTuning(str(folder / "bert"), head="classification", train="head")
+    options = {"data_root": str(folder / "data"), "cache_dir": str(folder / "cache")}
+    run = trainer(max_steps=1, limit_val_batches=0)
+    run.fit(module, datamodule=TaskDataModule(TEXTS, max_input_length=60, **options))
+    run.save_checkpoint(folder / "trained.ckpt")
+    return torch.load(folder / "trained.ckpt", weights_only=True)
+
+
+CONFIG = (KEY, "prompt_config")
+MORE = {"choices": ["90", "91", "92"], "label_names": None}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put(*CONFIG, "class_counts", value=[3]), r"other sizes: prompt\.bias: \[1, 2\] instead of \[1, 3\]"),
+        (put(*CONFIG, "class_counts", value=[2, 2]), "Expected 1 counts of at least 2"),
+        (put(*CONFIG, "hidden", value=8), r"other sizes: prompt\.weight: \[1, 2, 32\] instead of \[1, 2, 8\]"),
+        (drop("state_dict", "prompt.bias"), r"missing: prompt\.bias"),
+        (lambda content: content[KEY]["cards"]["texts"].update(MORE), "has 2 classes, and the task's card has 3. Use"),
+    ],
+)
+def test_a_damaged_classifier_raises(change: Change, message: str, trained: dict[str, Any], tmp_path: Path) -> None:
+    content = copy.deepcopy(trained)
+    change(content)
+    torch.save(content, tmp_path / "damaged.ckpt")
+    with pytest.raises(MPTError, match=message):
+        Predictor.from_checkpoint(str(tmp_path / "damaged.ckpt"))
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_a_task_with_other_classes_raises(
+    count: int, trained: dict[str, Any], folder: Path, data: Callable[..., Any]
+) -> None:
+    module = FineTuning.load_from_checkpoint(str(folder / "trained.ckpt"))
+    card = replace(TEXTS, choices=[str(90 + number) for number in range(count)])
+    with pytest.raises(MPTError, match=f"classifier of texts has 2 classes, and the task's card has {count}"):
+        trainer().test(module, datamodule=data(card), verbose=False)
 
 
 def test_a_classifiers_loss_that_is_not_finite_names_its_rows(folder: Path, data: Callable[..., Any]) -> None:
