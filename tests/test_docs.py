@@ -66,5 +66,5 @@ def test_masked_example_gives_the_printed_answers(capsys: pytest.CaptureFixture[
         pytest.skip("no ../shared/models/minilm-l6-mlm")
     page = (DOCS / "masked.md").read_text(encoding="utf-8")
     code, printed = re.search(r"```python\n(.*?)```\s+```\n(.*?)```", page, flags=re.DOTALL).groups()
-    exec(code.replace('"minilm-l6-mlm"', repr(str(MINILM))), {})
+    exec(code.replace('"path/to/minilm-l6-mlm"', repr(str(MINILM))), {})
     assert capsys.readouterr().out == printed

@@ -205,13 +205,17 @@ class Backbone(nn.Module, ABC):
         index = place.clamp(0, shift.shape[1] - 1)[..., None].expand(-1, -1, text.shape[2])
         return text + shift.to(text.dtype)[rows].gather(1, index) * shifted
 
-    def has_places(self, input_ids: Tensor) -> bool:
-        """Return whether rows `[B, L]` have places for the prompt's tokens; raise MPTError if only some of them do."""
-        among = (input_ids < 0).any(dim=1)
-        if (found := bool(among.any())) and not bool(among.all()):
+    def has_places(self, input_ids: Tensor, length: int, mixed: bool = False) -> bool:
+        """Return whether rows `[B, L]` have places for a prompt's tokens; `mixed` allows rows without beside them.
+
+        Raises:
+            MPTError: If a row has another number of places than the prompt has tokens.
+        """
+        counts = (input_ids < 0).sum(dim=1)
+        if (found := bool(counts.any())) and bool((wrong := (counts != length) & ((counts > 0) | (not mixed))).any()):
             raise MPTError(
-                "Some rows of the batch have places for the prompt's tokens ([prompt*N]), and others have none. Give "
-                "places to all tasks or to none."
+                f"A row of the batch has places for {int(counts[wrong][0])} prompt tokens ([prompt*N]), expected "
+                f"{length}, the prompt's length, in all rows or in none. Change templates or texts with [prompt*N]."
             )
         return found
 

@@ -11,10 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from mpt_lightning.backbones.attention import NAME
 from mpt_lightning.backbones.base import Backbone, BackboneOutput, EncodedPrompts, Inputs, align
@@ -63,9 +67,9 @@ class CausalBackbone(Backbone):
     @classmethod
     def takes(cls, config: Any) -> bool:
         """Return whether the model is decoder-only; encoders with a causal head in transformers are not."""
-        kind = config.model_type
-        encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-        return not config.is_encoder_decoder and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not encoder
+        kind = type(config)
+        encoder = kind in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+        return not config.is_encoder_decoder and kind in MODEL_FOR_CAUSAL_LM_MAPPING and not encoder
 
     def bare_logits(
         self, inputs: Callable[[Tensor], dict[str, Tensor]], prompt: Tensor, text: Tensor, answer: Tensor
@@ -142,7 +146,7 @@ class CausalBackbone(Backbone):
         """
         if encoded.shift is not None:
             return encoded, self.add_shift(self.embed(input_ids), encoded.shift, rows, text)
-        if encoded.embeddings is None or not self.has_places(input_ids):
+        if encoded.embeddings is None or not self.has_places(input_ids, encoded.embeddings.shape[1]):
             return encoded, input_ids
         return EncodedPrompts(), self.embed_among(encoded.embeddings, rows, input_ids)
 
@@ -200,7 +204,7 @@ class CausalBackbone(Backbone):
         whole = torch.cat([input_ids, given.clamp(min=0)], dim=1)
         mask = torch.cat([attention_mask, read.to(attention_mask.dtype)], dim=1)
         packable = self._packable(prompts)
-        if packable is not None and not self.has_places(input_ids):
+        if packable is not None and not self.has_places(input_ids, packable.shape[1]):
             self._check_length(packable.shape[1] + whole.shape[1])
             return packed_forward(
                 self, packable, rows, whole, mask, predicted=labels.shape[1], hidden_states=hidden_states,

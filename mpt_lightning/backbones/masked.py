@@ -1,8 +1,9 @@
 """Masked language models (BERT, RoBERTa, ModernBERT, ...): the prompt follows [CLS], the answer is read at [MASK].
 
-Everything here holds for any `AutoModelForMaskedLM` that takes `inputs_embeds` and whose head reads one position at a
-time. The check at load time (`probe`) compares each model with its own results, so that another model of the family
-needs no code.
+A new architecture needs no code here if `AutoModelForMaskedLM` knows its configuration (`AutoModelForMaskedLM.register`
+for one's own), its `base_model` takes `inputs_embeds` and `attention_mask` and returns a `last_hidden_state`, and its
+head reads one position at a time. The check at load time (`probe`) compares it with its own results on single rows.
+What goes wrong only on longer texts than the check's is listed by type in `limits.check_masked`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForMaskedLM, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForMaskedLM, PreTrainedModel
 
 from mpt_lightning.backbones.base import Backbone, BackboneOutput, Inputs, align
 from mpt_lightning.backbones.cache import Pair, gather_layers
@@ -50,7 +50,7 @@ class MaskedBackbone(Backbone):
     @classmethod
     def takes(cls, config: Any) -> bool:
         """Return whether the model is an encoder with a masked language model's head in transformers."""
-        known = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        known = type(config) in MODEL_FOR_MASKED_LM_MAPPING
         if taken := known and not config.is_encoder_decoder and not getattr(config, "is_decoder", False):
             check_masked(config)
         return taken
@@ -121,6 +121,7 @@ class MaskedBackbone(Backbone):
         place = torch.zeros_like(ids[:, 0]) if masks is None else self._place(ids, mask)
         length = 0 if prompts.embeddings is None else prompts.length
         without = (ids >= 0).all(dim=1)  # rows of templates that have no places for the prompt
+        self.has_places(ids, length, mixed=True)
         if length and bool(without.any()):
             beside = self._local and masks is not None
             new = torch.arange(-1, -1 - length, -1, device=ids.device)

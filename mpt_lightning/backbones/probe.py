@@ -112,7 +112,7 @@ class _Probe:
             return f"It does not take embeddings instead of ids: {one_line(failure)}."
         if (error := self._error(embedded, self.expected)) > self.tolerance:
             return f"Without any padding, it gives other logits for embeddings than for their ids (off by {error:.2g})."
-        return "It takes embeddings; padding or positions change its results."
+        return "Without padding it gives the same logits for embeddings as for their ids."
 
     def _bare(self, inputs: Callable[[Tensor], dict[str, Tensor]]) -> Tensor:
         """Return the bare model's logits `[2, ANSWER, V]` of the answers, each row alone without padding."""

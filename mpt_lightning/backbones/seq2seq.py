@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 from mpt_lightning.backbones.base import Backbone, BackboneOutput, Inputs, align
 from mpt_lightning.backbones.cache import Pair
@@ -40,7 +39,7 @@ class Seq2SeqBackbone(Backbone):
                 "ProphetNet models cannot be backbones: in transformers itself their results depend on the padding of "
                 "the batch. Use a T5 or BART model."
             )
-        return config.is_encoder_decoder and config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+        return config.is_encoder_decoder and type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
     def bare_logits(
         self, inputs: Callable[[Tensor], dict[str, Tensor]], prompt: Tensor, text: Tensor, answer: Tensor
@@ -58,7 +57,7 @@ class Seq2SeqBackbone(Backbone):
         prompt, shift = given.embeddings, given.shift
         if prompt is None:
             raise MPTError("An encoder-decoder takes prompts of embeddings, got keys and values.")
-        if self.has_places(input_ids):  # the prompt's tokens are among the text's
+        if self.has_places(input_ids, prompt.shape[1]):  # the prompt's tokens are among the text's
             embeds, mask = self.embed_among(prompt, rows, input_ids), attention_mask
         else:
             text = self.embed(input_ids)

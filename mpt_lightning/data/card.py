@@ -21,6 +21,7 @@ from mpt_lightning.data.template import (
     parse_template,
     read_pattern,
     with_pattern,
+    wrong_places,
 )
 from mpt_lightning.errors import MPTError
 from mpt_lightning.io import LONGEST_NAME, can_be_path, read_yaml
@@ -116,6 +117,7 @@ class TaskCard:
         self._require("input", self.columns, "a template that names at least one column, like 'text: {sentence}'")
         known = f"a column of the template ({', '.join(self.columns)})"
         self._require("input", self.input.count(MASK) <= 1, f"a template with {MASK} at most once")
+        self._require("input", not wrong_places(self.input), f"places written as {MASK}, {SEPARATOR} and [prompt*4]")
         self._require("truncate", self.truncate is None or self.truncate in self.columns, known)
         dotted = self.preprocess is None or re.fullmatch(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+", self.preprocess, re.ASCII)
         self._require("preprocess", dotted, "a dotted path 'package.module.function'")
@@ -207,7 +209,8 @@ class TaskCard:
             self._require("value_range", self.value_range is None, "either `choices` or `value_range`, not both")
         if self.label_names is not None:
             names = len(self.label_names) == len(set(self.label_names)) == len(self.choices or [])
-            self._require("label_names", names, "one name for each of `choices`")
+            expected = "one name for each of `choices`" if self.choices else "`choices` too, one for each of the names"
+            self._require("label_names", names, expected)
         if self.value_range is not None:
             pair = self.value_range
             numbers = isinstance(pair, list | tuple) and len(pair) == 2 and all(map(_is_number, pair))

@@ -17,7 +17,16 @@ if TYPE_CHECKING:
 
 # The places of the answer and of the second segment in a template for masked language models.
 MASK, SEPARATOR = "[MASK]", "[SEP]"
+# How the places of a prompt's tokens begin.
+SLOT = "[prompt*"
 _SLOTS = re.compile(r"\[prompt\*(\d+)\]")
+# Places, and what was probably meant as one.
+_PLACES = re.compile(r"\[(?:mask|sep|prompt)[^\]]*\]|<mask>", re.IGNORECASE)
+
+
+def wrong_places(text: str) -> list[str]:
+    """Return what looks like one of a text's places and is none, such as `[mask]` or `[prompt 4]`."""
+    return [p for p in _PLACES.findall(text) if p not in (MASK, SEPARATOR) and not _SLOTS.fullmatch(p)]
 
 
 @lru_cache
@@ -128,7 +137,8 @@ def with_pattern(card: TaskCard, pattern: Pattern, where: str) -> TaskCard:
             masked=card.masked and replace(card.masked, input=pattern.input) if card.value_range is not None else None,
         )
     except ValueError as error:
-        raise MPTError(f"{where}: {error}") from error
+        text = str(error).removeprefix(f"Task card '{card.name}': ")
+        raise MPTError(f"{where}: {text}") from error
     if unknown := [column for column in chosen.columns if column not in card.columns]:
         raise MPTError(
             f"{where}: got the column '{unknown[0]}', expected columns of the card's `input` "

@@ -19,7 +19,7 @@ from mpt_lightning.data.card import TaskCard
 from mpt_lightning.data.examples import Example
 from mpt_lightning.data.formats import FORMATS, EncodedInput, MaskedFormat
 from mpt_lightning.data.rows import Split
-from mpt_lightning.data.template import render
+from mpt_lightning.data.template import SLOT, render
 from mpt_lightning.errors import MPTError
 
 _CHUNK = 1000
@@ -80,17 +80,24 @@ class Encoder:
 
         The column is the card's `truncate`, or else the row's longest; an example that fits is the same object.
         """
-        for example in examples if any(word in card.input for word in self.format.reserved) else ():
-            for column, text in example.values.items():
-                if found := [word for word in self.format.reserved if word in text]:
-                    raise MPTError(
-                        f"Task '{card.name}', row {example.row_id}: got {found[0]} in column '{column}', expected it "
-                        "in the card's template only, where it is the place of the answer; change or drop the row."
-                    )
+        for example in examples:
+            self._check_places(card, example)
         return [
             (example, encoded) if 0 < len(encoded.ids) <= self.max_input_length else self._cut(card, example, encoded)
             for example, encoded in zip(examples, self._encode_inputs(card, examples), strict=True)
         ]
+
+    def _check_places(self, card: TaskCard, example: Example) -> None:
+        """Raise if a row's own texts have places, unless they are the whole input, or the template has none."""
+        answer = self.format.reserved if any(word in card.input for word in self.format.reserved) else ()
+        prompt = () if card.input == f"{{{card.columns[0]}}}" else (SLOT,)
+        for column, text in example.values.items():
+            if found := [place for place in (*answer, *prompt) if place in text]:
+                raise MPTError(
+                    f"Task '{card.name}', row {example.row_id}: got {found[0]} in column '{column}', expected it in "
+                    "the card's template only, where it is the place of the answer or of the prompt; change or drop "
+                    "the row."
+                )
 
     def _encode_inputs(self, card: TaskCard, examples: list[Example]) -> list[EncodedInput]:
         return self.format.encode_inputs(

@@ -48,8 +48,9 @@ def check_choices(card: TaskCard, tokenizer: PreTrainedTokenizerBase, family: Fa
     if family == "masked" and not card.multi_mask and not wrong and pieces:
         raise MPTError(
             f"Task '{card.name}': got choices of several tokens, {', '.join(pieces)}, expected words of one token of "
-            f"'{tokenizer.name_or_path}'. Change `choices` of the card's `masked`, or set its `multi_mask: true` (then "
-            "each choice has as many masks as tokens, which tells the model its length)."
+            f"'{tokenizer.name_or_path}'. Change `choices` of the card's `masked`, or set `multi_mask: true` "
+            "of the card, beside `masked` (then each choice has as many masks as tokens, which tells the model its "
+            "length)."
         )
     if wrong:
         raise MPTError(

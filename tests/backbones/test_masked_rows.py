@@ -112,6 +112,9 @@ def test_rows_with_and_without_places_for_the_prompt(kind: str) -> None:
     for row in range(5):
         alone = backbone(inputs[0], *(tensor[row : row + 1] for tensor in (*inputs[1:], LABELS))).logits
         assert_equal(mixed[row][COUNTED[row]], alone[0][COUNTED[row]])
+    ids[1, 8] = 7
+    with pytest.raises(MPTError, match=r"places for 3 prompt tokens .*, expected 4, the prompt's"):
+        backbone(*inputs, LABELS)
 
 
 @pytest.mark.parametrize("layers", ["sliding_attention", None])

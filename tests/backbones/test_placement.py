@@ -34,12 +34,14 @@ def test_prompt_tokens_replace_their_ids(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_places_in_some_rows_of_a_batch_raise(kind: str) -> None:
+@pytest.mark.parametrize(("tokens", "found"), [(1, 0), (3, 1)], ids=["in some rows", "too few"])
+def test_other_places_than_the_prompts_tokens_raise(kind: str, tokens: int, found: int) -> None:
     backbone = (Seq2SeqBackbone if kind == "t5" else CausalBackbone)(build_model(kind), kind)
-    ids = torch.tensor([[-1, 7, 8], [9, 10, 11]])
-    inputs = (torch.zeros(1, 1, 32), torch.tensor([0, 0]), ids, torch.ones_like(ids))
-    for run in (lambda: backbone(*inputs, ids[:, 1:]), lambda: backbone.score(*inputs, ids[:, 1:, None])):
-        with pytest.raises(MPTError, match=r"places .* and others have none\. Give places to all tasks or to none"):
+    ids = torch.tensor([[-1, 7, 8], [9, 10, 11] if found == 0 else [-1, 10, 11]])
+    inputs = (torch.zeros(1, tokens, 32), torch.tensor([0, 0]), ids, torch.ones_like(ids))
+    labels = ids[:, 1:]
+    for run in (lambda: backbone(*inputs, labels), lambda: backbone.score(*inputs, labels[..., None])):
+        with pytest.raises(MPTError, match=rf"places for {found} prompt tokens .*, expected {tokens}, the prompt's"):
             run()
 
 

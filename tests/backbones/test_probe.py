@@ -6,11 +6,19 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     BertConfig,
+    BertForMaskedLM,
     BertForPreTraining,
     BertModel,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTConfig,
 )
 
@@ -104,6 +112,24 @@ def test_a_model_of_another_kind_is_refused(tmp_path) -> None:
     ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"'vit', which is neither an encoder-decoder, nor .* nor a masked"):
         load_backbone(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["Seq2Seq", "Causal", "Masked"])
+def test_an_architecture_of_ones_own_is_loaded(name: str, tmp_path) -> None:
+    """One that is registered with transformers' Auto classes, and unknown to transformers itself."""
+    base, kind, auto = {
+        "Seq2Seq": (T5Config, T5ForConditionalGeneration, AutoModelForSeq2SeqLM),
+        "Causal": (LlamaConfig, LlamaForCausalLM, AutoModelForCausalLM),
+        "Masked": (BertConfig, BertForMaskedLM, AutoModelForMaskedLM),
+    }[name]
+    config_class = type(f"{name}Config", (base,), {"model_type": f"own_{name.lower()}"})
+    model_class = type(f"{name}Model", (kind,), {"config_class": config_class})
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    auto.register(config_class, model_class, exist_ok=True)
+    built = build_model({"Seq2Seq": "t5", "Causal": "llama", "Masked": "bert"}[name])
+    own = model_class(config_class(**{k: v for k, v in built.config.to_dict().items() if k != "model_type"}))
+    own.save_pretrained(tmp_path)
+    assert type(load_backbone(str(tmp_path))).__name__ == f"{name}Backbone"
 
 
 def test_an_encoder_without_its_head_is_refused(tmp_path) -> None:

@@ -247,6 +247,15 @@ def test_cut_keeps_mask_separator_and_template(kind, make_card):
     assert encoded.ids == ids_of(encoder.tokenizer, *pair)
 
 
+@pytest.mark.parametrize("family", ["masked", "causal"])
+def test_a_row_of_a_template_has_no_places_for_the_prompt(reader, make_card, family):
+    encoder, row = Encoder(reader.tokenizer, family, 24), row_of(text="a [prompt*4] film")
+    with pytest.raises(MPTError, match=r"got \[prompt\* in column 'text', expected it in the card's template only"):
+        encoder.fit(make_card(input="film : {text}"), [row])
+    ((_, encoded),) = encoder.fit(make_card(input="{text}"), [row])  # the row is the whole input
+    assert sum(number < 0 for number in encoded.ids) == 4
+
+
 def test_a_row_is_not_cut_if_it_places_the_mask(reader, make_card):
     encoder, card = Encoder(reader.tokenizer, "masked", 12), make_card(input="{text}")
     text = " ".join([*["film was good"] * 5, "it was [MASK] ."])
@@ -333,6 +342,14 @@ def test_mask_in_the_input_of_another_family_raises(film, make_card):
         ({"masked": {"input": "{text}", "choices": ["a", "A"]}}, r"masked: .*non-empty words that differ"),
         ({"masked": {"text": "{text}"}}, r"got {'text': '{text}'} in masked, expected a mapping with `input`"),
         ({"label_names": ["a"]}, r"got label_names=\['a'\], expected one name for each of `choices`"),
+        ({"label_names": ["a", "b"], "choices": None}, r"expected `choices` too, one for each of the names"),
+        *(
+            (
+                {"masked": {"input": f"{{text}} {place}"}},
+                r"'film', masked: got input=.*, expected places written as \[M",
+            )
+            for place in ("[mask]", "<mask>", "[Sep] [MASK]", "[prompt]", "[prompt 4] [MASK]", "[PROMPT*4] [MASK]")
+        ),
     ],
 )
 def test_bad_masked_pattern(make_card, fields, message):
