@@ -85,7 +85,8 @@ class Comparison:
         few_shot_arguments: Further arguments of a run with k rows, for k above 0.
         full_data_arguments: Further arguments of a run with the full data.
         prepare: Runs that methods start from, each run once; a later one may use an earlier one's checkpoint.
-        metric: What is compared: the name of a test metric without `test/`.
+        metric: What is compared: the name of a test metric without `test/`; or the validation metric that chooses the
+            checkpoint (`val/average`), and then no test row is read.
         keep_checkpoints: Whether to keep every run's checkpoints; those of prepared runs are always kept.
         name: The name of the comparison; by default that of its file.
     """
@@ -116,6 +117,16 @@ class Comparison:
                     f"`prepare`: got the name {name!r}, expected small letters, digits and _, and none of "
                     f"{', '.join(PLACEHOLDERS)}, since ${name} will be its checkpoint. Rename it."
                 )
+
+    @property
+    def tests(self) -> bool:
+        """Whether the compared metric is one of `mpt test`."""
+        return not self.metric.startswith("val/")
+
+    @property
+    def metric_title(self) -> str:
+        """The metric as it stands in titles."""
+        return f"test/{self.metric}" if self.tests else self.metric
 
     def prepared_runs(self) -> list["Run"]:
         """Return the runs that others start from, in order."""
@@ -160,7 +171,7 @@ class Comparison:
         content = {
             "words": words,
             "fit": fit,
-            "metric": self.metric,
+            "metric": self.metric if "task" in names else None,
             "recipes": recipe.contents,
             "card": card,
             "needs": [run.fingerprint for run in needs],

@@ -24,7 +24,7 @@ class Outcome:
 
     error: str | None = None  # the message, in one line, of a run that failed
     commands: list[str] = field(default_factory=list)
-    metrics: dict[str, float] = field(default_factory=dict)  # all test metrics by name
+    metrics: dict[str, float] = field(default_factory=dict)  # all test metrics by name, and what chose the checkpoint
     trained_parameters: int = 0
     checkpoint_bytes: int = 0  # of the best checkpoint; 0 without training
     steps: int = 0

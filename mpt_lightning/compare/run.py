@@ -61,7 +61,8 @@ def _submit(comparison: Comparison, store: Store, run: Run, pool: WorkerPool) ->
     compared = run.task is not None
     keep = comparison.keep_checkpoints or not compared
     folder = store.output / "runs" / run.place
-    return pool.submit(work, run.arguments(checkpoints), folder, fit=run.fit, test=compared, keep=keep)
+    test = compared and comparison.tests
+    return pool.submit(work, run.arguments(checkpoints), folder, fit=run.fit, test=test, keep=keep)
 
 
 def _result(comparison: Comparison, run: Run, future: Future[Outcome]) -> Result:
@@ -72,5 +73,5 @@ def _result(comparison: Comparison, run: Run, future: Future[Outcome]) -> Result
     metric = comparison.metric.replace("$task", run.task or "")
     if run.task is not None and not outcome.error and metric not in outcome.metrics:
         known = ", ".join(outcome.metrics)
-        outcome.error = f"there is no test metric {metric!r}; set `metric` to one of {known}."
+        outcome.error = f"there is no metric {metric!r}; set `metric` to one of {known}."
     return Result.of(run, outcome, metric)

@@ -36,7 +36,7 @@ def work(words: Sequence[str], folder: Path, *, fit: bool, test: bool, keep: boo
                 checkpoint = ["--ckpt_path", outcome.checkpoint] if outcome.checkpoint else []
                 outcome.commands.append(shlex.join(["mpt", "test", *words, *checkpoint]))
                 metrics = RunCLI(["test", *words, *checkpoint], folder).trainer.callback_metrics
-                outcome.metrics = {name.removeprefix("test/"): float(value) for name, value in metrics.items()}
+                outcome.metrics |= {name.removeprefix("test/"): float(value) for name, value in metrics.items()}
         except Exception as error:
             traceback.print_exc()
             cause = find_error(error) or f"{type(error).__name__}: {error}"
@@ -59,10 +59,11 @@ def _fit(words: Sequence[str], folder: Path, outcome: Outcome) -> None:
     if outcome.steps and timer.seconds:
         outcome.seconds_per_step = median(timer.seconds) * len(timer.seconds) / outcome.steps
     saved = cli.trainer.checkpoint_callback
-    best = saved.best_model_path if isinstance(saved, ModelCheckpoint) else ""
-    if not best:
+    if not isinstance(saved, ModelCheckpoint) or saved.best_model_score is None:
         raise MPTError("The run saved no best checkpoint; the recipe needs a ModelCheckpoint that monitors a metric.")
-    outcome.checkpoint, outcome.checkpoint_bytes = best, Path(best).stat().st_size
+    outcome.checkpoint = saved.best_model_path
+    outcome.checkpoint_bytes = Path(outcome.checkpoint).stat().st_size
+    outcome.metrics[str(saved.monitor)] = float(saved.best_model_score)
 
 
 class RunCLI(MPTCLI):

@@ -172,7 +172,7 @@ def test_a_process_that_dies_is_one_failure(calls: list[str], tmp_path: Path) ->
 def test_an_unknown_metric_is_a_failure(calls: list[str], tmp_path: Path) -> None:
     comparison = make(metric="$task/f1")
     found = results(comparison, run_comparison(comparison, tmp_path))["lora/demo/topic/8/0"]
-    assert found.error == "there is no test metric 'demo/topic/f1'; set `metric` to one of average."
+    assert found.error == "there is no metric 'demo/topic/f1'; set `metric` to one of average."
 
 
 def test_an_interruption_leaves_complete_results(calls: list[str], tmp_path: Path) -> None:
