@@ -32,8 +32,9 @@ from mpt_lightning.errors import MPTError
 SOURCES = ["glue/sst2", "glue/qnli", "glue/qqp", "glue/mrpc", "glue/cola", "glue/stsb"]
 SEARCH = ["glue/sst2", "glue/mrpc", "glue/qnli"]
 TARGETS = [
-    "rotten_tomatoes", "sick", "glue/rte", "super_glue/wic", "super_glue/boolq", "super_glue/cb", "super_glue/copa",
+    "rotten_tomatoes", "sick", "glue/rte", "super_glue/wic", "super_glue/boolq", "super_glue/cb",
 ]  # fmt: skip
+LARGEST_K = {"super_glue/cb": 16}  # its rarest class has five training rows
 ALONE = ["glue/sst2"]  # evaluated without MPT, whose source has seen it
 SHOTS, SEEDS, SEARCH_SEED = [16, 32], [0, 1, 2], 100
 STEPS, SOURCE_STEPS = 60, 600
@@ -140,8 +141,8 @@ class Benchmark:
         means = scores["mean"].xs(AVERAGE, level="task").droplevel("k")
         return {name: max(CANDIDATES[name].rates, key=lambda rate: means[f"{name}-{rate}"]) for name in names}, scores
 
-    def run(self) -> dict[str, Report | pd.DataFrame]:
-        """Run everything that has no result, and return the search's scores and the two comparisons."""
+    def run(self) -> tuple[pd.DataFrame, list[Report]]:
+        """Run everything that has no result, and return the search's scores and the comparisons."""
         first, *others = CANDIDATES
         rates, search = self.choose_rates([first])
         prepare = self.prepare(rates[first])
@@ -152,13 +153,14 @@ class Benchmark:
         methods |= {name: candidate.method(rates[name]) for name, candidate in CANDIDATES.items()}
         # One batch is validated, since a checkpoint needs a score; the only one is that of the last step.
         arguments = {**self.few, "trainer.limit_val_batches": 1}
-        options = {"shots": SHOTS, "seeds": SEEDS, "metric": "$task/accuracy", "arguments": arguments}
+        options = {"seeds": SEEDS, "metric": "$task/accuracy", "arguments": arguments}
+        reports = []
+        for k in SHOTS:
+            tasks = [task for task in TARGETS if k <= LARGEST_K.get(task, k)]
+            reports.append(self.compare(tasks, methods, prepare=prepare, shots=[k], **options))
         without = {name: method for name, method in methods.items() if name != "mpt"}
-        return {
-            "search": pd.concat([search, scores]),
-            "targets": self.compare(TARGETS, methods, prepare=prepare, **options),
-            "alone": self.compare(ALONE, without, **options),
-        }
+        reports.append(self.compare(ALONE, without, shots=SHOTS, **options))
+        return pd.concat([search, scores]), reports
 
     def majority(self, task: str) -> float:
         """Return the accuracy of always answering the most frequent class of the test rows."""
@@ -181,13 +183,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     os.environ |= MEMORY
     benchmark = Benchmark(args.backbone, args.data_root, args.output, args.jobs)
-    results = benchmark.run()
-    search, targets, alone = results["search"], results["targets"], results["alone"]
-    columns = ["mean", "standard_deviation", "seeds_done", "trained_parameters", "seconds_per_step", "seconds"]
+    search, reports = benchmark.run()
+    scores = pd.concat([report.scores for report in reports])
     args.results.mkdir(parents=True, exist_ok=True)
     search["mean"].to_csv(args.results / "masked_search.csv")
-    pd.concat([targets.scores, alone.scores.drop(AVERAGE, level="task")])[columns].to_csv(args.results / "masked.csv")
-    for report in (targets, alone):
+    columns = ["mean", "standard_deviation", "seeds_done", "trained_parameters", "seconds_per_step", "seconds"]
+    scores[~scores.index.duplicated()][columns].to_csv(args.results / "masked.csv")
+    for report in reports:
         print(report.markdown())
     for task in [*TARGETS, *ALONE]:
         print(f"majority of the test rows, {task}: {100 * benchmark.majority(task):.1f}")
