@@ -122,6 +122,16 @@ def data_root() -> Path:
     return Path(root)
 
 
+@pytest.fixture(scope="session")
+def minilm() -> str:
+    """Return the folder of a pretrained BERT, in MPT_MODEL_ROOT or beside the real data; skip the test without it."""
+    root = os.environ.get("MPT_MODEL_ROOT") or Path(os.environ.get("MPT_DATA_ROOT", "no data")).parent / "models"
+    path = Path(root) / "minilm-l6-mlm"
+    if not path.is_dir():
+        pytest.skip("neither MPT_MODEL_ROOT nor the folder beside MPT_DATA_ROOT has minilm-l6-mlm")
+    return str(path)
+
+
 def make_batch(rows: int = 5, length: int = 7, labels: int = 3, tasks: int = 3) -> dict[str, torch.Tensor]:
     """Build a right-padded batch of mixed tasks with rows and labels of different lengths."""
     import torch

@@ -15,7 +15,6 @@ from mpt_lightning import Predictor, modules, prompts
 from mpt_lightning.cli.main import main
 
 DOCS = Path(__file__).parents[1] / "docs"
-MINILM = DOCS.parents[1] / "shared" / "models" / "minilm-l6-mlm"
 PAGE = (DOCS / "new_method.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"## \d\. [^`]*`(\S+)`.*?```\w+\n(.*?)```", PAGE, flags=re.DOTALL)
 
@@ -61,10 +60,8 @@ def add_method() -> Path:
     return file
 
 
-def test_masked_example_gives_the_printed_answers(capsys: pytest.CaptureFixture[str]) -> None:
-    if not MINILM.is_dir():
-        pytest.skip("no ../shared/models/minilm-l6-mlm")
+def test_masked_example_gives_the_printed_answers(minilm: str, capsys: pytest.CaptureFixture[str]) -> None:
     page = (DOCS / "masked.md").read_text(encoding="utf-8")
     code, printed = re.search(r"```python\n(.*?)```\s+```\n(.*?)```", page, flags=re.DOTALL).groups()
-    exec(code.replace('"path/to/minilm-l6-mlm"', repr(str(MINILM))), {})
+    exec(code.replace('"path/to/minilm-l6-mlm"', repr(minilm)), {})
     assert capsys.readouterr().out == printed

@@ -1,8 +1,5 @@
 """A pretrained English model answers as in plain transformers: by hard prompts, in a Trainer and a Predictor."""
 
-import os
-from pathlib import Path
-
 import lightning.pytorch as L
 import pytest
 import torch
@@ -38,24 +35,14 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def folder() -> str:
-    """Return the model's folder, beside the real data or in MPT_MODEL_ROOT."""
-    root = os.environ.get("MPT_MODEL_ROOT") or Path(os.environ.get("MPT_DATA_ROOT", ".")).parent / "models"
-    path = Path(root) / "minilm-l6-mlm"
-    if not path.is_dir():
-        pytest.skip("MPT_MODEL_ROOT has no folder minilm-l6-mlm")
-    return str(path)
+def backbone(minilm: str) -> Backbone:
+    return load_backbone(minilm).eval()
 
 
 @pytest.fixture(scope="module")
-def backbone(folder: str) -> Backbone:
-    return load_backbone(folder).eval()
-
-
-@pytest.fixture(scope="module")
-def expected(folder: str) -> dict[str, float]:
+def expected(minilm: str) -> dict[str, float]:
     """Return plain transformers' log-odds of "great" against "terrible", with the second segment's token types."""
-    model, tokenizer = AutoModelForMaskedLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = AutoModelForMaskedLM.from_pretrained(minilm).eval(), AutoTokenizer.from_pretrained(minilm)
     found = {}
     for text in (LIKE, HATE, BORING):
         first, *second = text.removesuffix(" [SEP]").split(" [SEP] ")
@@ -87,9 +74,9 @@ def test_the_example_of_the_documentation(predictor: Predictor, expected: dict[s
     assert expected[BORING] == pytest.approx(-0.64, abs=0.05)
 
 
-def test_the_backbone_with_a_prompt_of_words(folder: str, backbone: Backbone) -> None:
+def test_the_backbone_with_a_prompt_of_words(minilm: str, backbone: Backbone) -> None:
     """The prompt's embeddings stand after [CLS]."""
-    model, tokenizer = AutoModelForMaskedLM.from_pretrained(folder).eval(), backbone.tokenizer
+    model, tokenizer = AutoModelForMaskedLM.from_pretrained(minilm).eval(), backbone.tokenizer
     whole = tokenizer(f"a film review : {BORING}", return_tensors="pt")["input_ids"][0]
     words = tokenizer("a film review :", add_special_tokens=False, return_tensors="pt")["input_ids"]
     ids = torch.cat([whole[:1], whole[1 + words.shape[1] :]])[None]
@@ -101,7 +88,7 @@ def test_the_backbone_with_a_prompt_of_words(folder: str, backbone: Backbone) ->
     torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-4)
 
 
-def test_a_hard_prompt_in_a_trainer(folder: str, predictor: Predictor, expected: dict[str, float]) -> None:
+def test_a_hard_prompt_in_a_trainer(minilm: str, predictor: Predictor, expected: dict[str, float]) -> None:
     """The loss of three rows of any DataModule, whose padding is on the left."""
     ids = predictor.encoder.format.inputs([LIKE, HATE, BORING])
     pad, size = predictor.encoder.pad_id, max(map(len, ids))
@@ -115,6 +102,6 @@ def test_a_hard_prompt_in_a_trainer(folder: str, predictor: Predictor, expected:
     }
     trainer = L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", enable_progress_bar=False)
     loader = DataLoader([batch], batch_size=None)
-    (scores,) = trainer.validate(HardPrompt(folder, tasks=["films"]), dataloaders=loader, verbose=False)
+    (scores,) = trainer.validate(HardPrompt(minilm, tasks=["films"]), dataloaders=loader, verbose=False)
     losses = softplus(-torch.tensor([expected[text] for text in (LIKE, HATE, BORING)]))
     assert scores["val/films/loss"] == pytest.approx(float(losses.mean()), abs=1e-4)

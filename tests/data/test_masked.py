@@ -22,7 +22,6 @@ from mpt_lightning.errors import MPTError
 from mpt_lightning.resources import backbone_path
 
 FIXTURES = Path(__file__).parent / "fixtures"
-MINILM = Path(__file__).parents[2].parent / "shared" / "models" / "minilm-l6-mlm"
 CARDS = [name for name in card_names() if load_card(name).masked is not None]
 KINDS = ["words", "bytes", "unigram"]
 TEXTS = ["it was a good film .", "the bad film was not very good .", "a film ? yes , the film", "good or bad it was"]
@@ -104,9 +103,7 @@ def rows(tmp_path_factory) -> Callable[[TaskCard], list[Example]]:
 def tokenizer(request) -> PreTrainedTokenizerFast:
     """Return a word-level tokenizer of the shipped cards' templates and words, or the MiniLM's."""
     if request.param == "minilm":
-        if not MINILM.is_dir():
-            pytest.skip("no ../shared/models/minilm-l6-mlm")
-        return load_tokenizer(str(MINILM))
+        return load_tokenizer(request.getfixturevalue("minilm"))
     cards = [load_card(name).for_family("masked") for name in CARDS]
     literals = [text for card in cards for text, _ in card.parts]
     return word_level([*literals, *(word for card in cards for word in card.words("masked") or [])])
