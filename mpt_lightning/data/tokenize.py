@@ -80,24 +80,25 @@ class Encoder:
 
         The column is the card's `truncate`, or else the row's longest; an example that fits is the same object.
         """
-        for example in examples:
-            self._check_places(card, example)
+        self._check_places(card, examples)
         return [
             (example, encoded) if 0 < len(encoded.ids) <= self.max_input_length else self._cut(card, example, encoded)
             for example, encoded in zip(examples, self._encode_inputs(card, examples), strict=True)
         ]
 
-    def _check_places(self, card: TaskCard, example: Example) -> None:
+    def _check_places(self, card: TaskCard, examples: list[Example]) -> None:
         """Raise if a row's own texts have places, unless they are the whole input, or the template has none."""
         answer = self.format.reserved if any(word in card.input for word in self.format.reserved) else ()
         prompt = () if card.input == f"{{{card.columns[0]}}}" else (SLOT,)
-        for column, text in example.values.items():
-            if found := [place for place in (*answer, *prompt) if place in text]:
-                raise MPTError(
-                    f"Task '{card.name}', row {example.row_id}: got {found[0]} in column '{column}', expected it in "
-                    "the card's template only, where it is the place of the answer or of the prompt; change or drop "
-                    "the row."
-                )
+        places = (*answer, *prompt)
+        for example in examples if places else ():
+            for column, text in example.values.items():
+                if found := [place for place in places if place in text]:
+                    raise MPTError(
+                        f"Task '{card.name}', row {example.row_id}: got {found[0]} in column '{column}', expected it "
+                        "in the card's template only, where it is the place of the answer or of the prompt; change or "
+                        "drop the row."
+                    )
 
     def _encode_inputs(self, card: TaskCard, examples: list[Example]) -> list[EncodedInput]:
         return self.format.encode_inputs(

@@ -1,7 +1,6 @@
 """Every baseline's recipe runs from the command line, on the embedded tasks."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,13 +25,6 @@ TRAINED = {
     "prefix_tuning_mlp": "networks.0.0.weight",
     "dept": "prompt.shift_cols", "lora": "lora_A.default.weight", "adalora": "lora_E.default", "ia3": "ia3_l.default",
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["mpt"])
-    return tmp_path
 
 
 def mpt(*words: str) -> None:

@@ -30,13 +30,6 @@ def mpt(*words: str) -> None:
     main(list(words))
 
 
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["mpt"])
-    return tmp_path
-
-
 def error(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     """Return the message of a command that must fail."""
     capsys.readouterr()

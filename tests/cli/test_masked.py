@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,13 +23,6 @@ SHORT = [
     *("--trainer.max_steps", "3", "--trainer.max_epochs", "-1", "--trainer.val_check_interval", "3"),
     *("--trainer.check_val_every_n_epoch", "null", "--model.warmup_steps", "0"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["mpt"])
-    return tmp_path
 
 
 def mpt(*words: str) -> None:
