@@ -1,28 +1,26 @@
 """What is compared: the YAML file as a dataclass, and its runs."""
 
-import hashlib
-import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
-from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser
 
+from mpt_lightning.compare.runs import PLACEHOLDERS, PREPARED, Run, make_run
+from mpt_lightning.compare.search import Values, make_trials
 from mpt_lightning.data.card import load_card, read_card_file
 from mpt_lightning.errors import MPTError
 from mpt_lightning.io import read_yaml
 from mpt_lightning.resources import find_file
 
-# The folder of the prepared runs, where others have the method's name.
-PREPARED = "prepare"
 # The mean over tasks in tables, where others have a task's name.
 AVERAGE = "average"
-PLACEHOLDERS = ("seed", "task", "k")
+# LM-BFF's (Gao et al., 2021).
+SEEDS = (13, 21, 42, 87, 100)
 if TYPE_CHECKING:
     Arguments = dict[str, Any]
 else:  # without types, since jsonargparse would parse strings such as `label :` as mappings
@@ -31,15 +29,18 @@ else:  # without types, since jsonargparse would parse strings such as `label :`
 
 @dataclass
 class Recipe:
-    """A run of `mpt fit` whose best checkpoint is available to other runs, as `$name` in their arguments.
+    """A run of `mpt fit` whose selected checkpoint is available to other runs, as `$name` in their arguments.
 
     Args:
         recipe: A shipped recipe or a path. In a list, later recipes override earlier ones.
         arguments: Arguments of `mpt fit` by their dotted names, such as `model.lr: 0.1`.
+        seeds: One run for each. The n-th seed of a method uses the n-th of them, and begins again after the last.
+            Unset: one run, with the recipe's seed.
     """
 
     recipe: str | list[str]
     arguments: Arguments = field(default_factory=dict)
+    seeds: list[int] | None = None
 
     @property
     def recipes(self) -> list[str]:
@@ -60,46 +61,61 @@ class Method(Recipe):
         recipe: See `Recipe`.
         arguments: Arguments of `mpt fit` and `mpt test`; they are added to the comparison's and override them.
         fit: False for a method without training, which is only tested.
+        search: Values to choose from, see `make_trials`. Every trained method needs the same number of trials.
     """
 
     shots: list[int | None] | None = None
-    seeds: list[int] | None = None
     fit: bool = True
     few_shot_arguments: Arguments | None = None
     full_data_arguments: Arguments | None = None
+    search: Arguments = field(default_factory=dict)
 
 
 @dataclass
 class Comparison:
     """Methods x tasks x shots x seeds.
 
-    Arguments may contain `$k`, `$seed`, `$task` and a name of `prepare`, which stands for the path of that run's best
-    checkpoint; `$$` is a dollar sign.
+    Arguments may contain `$k`, `$seed`, `$task` and a name of `prepare`, which stands for the path of that run's
+    selected checkpoint; `$$` is a dollar sign.
 
     Args:
         tasks: Names of shipped cards, or paths of cards.
         shots: Every k, the number of training rows; null is the full data.
-        seeds: One run for each.
         methods: The methods by name; folders are named after them.
+        seeds: One run for each: it draws the rows, and seeds the training.
+        dev: The number of rows that select checkpoints and hyperparameters, drawn from the training split beside the
+            training rows (Perez et al., 2021): a number, or `k` for as many as training rows (with the full data, as
+            many as the largest k). null: the validation split.
+        select: The checkpoint that is tested: the `best` on these rows, or the `last`.
+        trials: Number of trials of methods with `search`, drawn at random. null: every combination.
+        search_tasks: Tasks whose dev rows choose the values for all `tasks`, none of which may be among them. null:
+            each run chooses on its own dev rows.
+        search_seeds: The seeds of runs on `search_tasks`. Unset: the first of `seeds`.
         arguments: Arguments of every method.
         few_shot_arguments: Further arguments of a run with k rows, for k above 0.
         full_data_arguments: Further arguments of a run with the full data.
-        prepare: Runs that methods start from, each run once; a later one may use an earlier one's checkpoint.
-        metric: What is compared: the name of a test metric without `test/`; or the validation metric that chooses the
-            checkpoint (`val/average`), and then no test row is read.
+        prepare: Runs that methods start from; a later one may use an earlier one's checkpoint.
+        metric: What is compared: the name of a test metric without `test/`.
+        control: The method that others are compared with, in pairs of the same task and seed.
         keep_checkpoints: Whether to keep every run's checkpoints; those of prepared runs are always kept.
         name: The name of the comparison; by default that of its file.
     """
 
     tasks: list[str]
     shots: list[int | None]
-    seeds: list[int]
     methods: dict[str, Method]
+    seeds: list[int] = field(default_factory=lambda: list(SEEDS))
+    dev: int | Literal["k"] | None = "k"
+    select: Literal["best", "last"] = "best"
+    trials: int | None = None
+    search_tasks: list[str] | None = None
+    search_seeds: list[int] | None = None
     arguments: Arguments = field(default_factory=dict)
     few_shot_arguments: Arguments = field(default_factory=lambda: {"data.k_shot": "$k"})
     full_data_arguments: Arguments = field(default_factory=dict)
     prepare: dict[str, Recipe] = field(default_factory=dict)
     metric: str = "average"
+    control: str | None = None
     keep_checkpoints: bool = False
     name: str = ""
 
@@ -117,91 +133,112 @@ class Comparison:
                     f"`prepare`: got the name {name!r}, expected small letters, digits and _, and none of "
                     f"{', '.join(PLACEHOLDERS)}, since ${name} will be its checkpoint. Rename it."
                 )
+        for option, least in (("dev", 1), ("trials", 1)):
+            if isinstance(value := getattr(self, option), int) and value < least:
+                raise MPTError(f"`{option}`: got {value}, expected {least} or more.")
+        for name, method in self.methods.items():
+            if method.search and not method.fit:
+                raise MPTError(f"`search` of {name}: nothing is trained (fit: false), so there is nothing to choose.")
+        if self.control is not None and self.control not in self.methods:
+            raise MPTError(f"`control`: got {self.control!r}, expected one of {', '.join(self.methods)}.")
 
-    @property
-    def tests(self) -> bool:
-        """Whether the compared metric is one of `mpt test`."""
-        return not self.metric.startswith("val/")
+    @cached_property
+    def trials_of(self) -> dict[str, tuple[Values, ...]]:
+        """The trials of each method.
 
-    @property
-    def metric_title(self) -> str:
-        """The metric as it stands in titles."""
-        return f"test/{self.metric}" if self.tests else self.metric
+        Raises:
+            MPTError: If a trained method has more trials than another.
+        """
+        trials = {name: make_trials(name, method.search, self.trials) for name, method in self.methods.items()}
+        counts = {name: len(found) for name, found in trials.items() if self.methods[name].fit}
+        if len(set(counts.values())) > 1:
+            listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+            raise MPTError(
+                f"`search` must have the same number of trials for every trained method, got {listed}. Add or remove "
+                "values, or set `trials`."
+            )
+        if self.dev is None and self.search_tasks is None and any(len(found) > 1 for found in trials.values()):
+            raise MPTError("`search` chooses on dev rows; set `dev` to a number, or to k.")
+        return trials
 
-    def prepared_runs(self) -> list["Run"]:
+    def prepared_runs(self) -> list[Run]:
         """Return the runs that others start from, in order."""
-        runs: list[Run] = []
-        for name, recipe in self.prepare.items():
-            runs.append(self._run(recipe, recipe.arguments, runs, method=PREPARED, name=name))
-        return runs
+        return [run for runs in self._prepared().values() for run in runs]
 
-    def runs(self) -> list["Run"]:
+    def runs(self) -> list[Run]:
         """Return the compared runs: methods, then k, then tasks, then seeds."""
-        prepared = self.prepared_runs()
-        cards = [(given, load_card(given).name, read_card_file(given)) for given in self.tasks]
-        _check_list("tasks", [task.casefold() for _, task, _ in cards])
+        prepared, tasks = self._prepared(), _read_cards("tasks", self.tasks)
+        searched = _read_cards("search_tasks", self.search_tasks) if self.search_tasks is not None else []
+        if both := {name for _, name, _ in tasks} & {name for _, name, _ in searched}:
+            raise MPTError(
+                f"`search_tasks` and `tasks` both have {', '.join(sorted(both))}; a choice must not see them."
+            )
         runs = []
-        for key, method in self.methods.items():
+        for name, method in self.methods.items():
             shots = self.shots if method.shots is None else method.shots
             seeds = self.seeds if method.seeds is None else method.seeds
-            few = self.few_shot_arguments if method.few_shot_arguments is None else method.few_shot_arguments
-            full = self.full_data_arguments if method.full_data_arguments is None else method.full_data_arguments
-            _check_list(f"shots of {key}", shots)
-            _check_list(f"seeds of {key}", seeds)
-            for k, (given, task, card), seed in product(shots, cards, seeds):
-                options = {"data": given, "seed_everything": seed, **self.arguments, **method.arguments}
-                if k != 0:
-                    options |= full if k is None else few
-                names = {"method": key, "name": f"{task}/{k_name(k)}/{seed}", "task": task, "k": k, "seed": seed}
-                runs.append(self._run(method, options, prepared, card, **names))
+            _check_list(f"shots of {name}", shots)
+            _check_list(f"seeds of {name}", seeds)
+            for k in shots:
+                searches: tuple[Run, ...] = ()
+                if searched and len(self.trials_of[name]) > 1:
+                    cells = product(searched, enumerate(self.search_seeds or self.seeds[:1]))
+                    searches = tuple(self._run(name, k, task, seed, prepared, test=False) for task, seed in cells)
+                for task, seed in product(tasks, enumerate(seeds)):
+                    runs.append(self._run(name, k, task, seed, prepared, searches=searches))
         return runs
 
+    def _prepared(self) -> dict[str, list[Run]]:
+        prepared: dict[str, list[Run]] = {}
+        for name, recipe in self.prepare.items():
+            prepared[name] = []
+            _check_list(f"seeds of {name}", recipe.seeds or [None])
+            for number, seed in enumerate(recipe.seeds or [None]):
+                options = recipe.arguments if seed is None else {"seed_everything": seed, **recipe.arguments}
+                run_name = name if seed is None else f"{name}/{seed}"
+                needs = {key: runs[number % len(runs)] for key, runs in prepared.items() if key != name}
+                fields = {
+                    "method": PREPARED,
+                    "name": run_name,
+                    "seed": seed,
+                    "fit": True,
+                    "test": False,
+                    "select": "best",
+                }
+                prepared[name].append(self._make(recipe, options, needs=needs, metric=None, **fields))
+        return prepared
+
     def _run(
-        self, recipe: Recipe, options: Mapping[str, Any], prepared: Sequence["Run"], card: Any = None, **names: Any
-    ) -> "Run":
-        place = f"{names['method']}/{names['name']}"
+        self, name: str, k: int | None, task: tuple[str, str, Any], seed: tuple[int, int],
+        prepared: Mapping[str, list[Run]], *, searches: tuple[Run, ...] = (), test: bool = True,
+    ) -> Run:  # fmt: skip
+        method, (given, task_name, card), (number, seed_value) = self.methods[name], task, seed
+        options = {"data": given, "seed_everything": seed_value, **self.arguments, **method.arguments}
+        if k != 0:
+            if method.fit and self.dev is not None:
+                options["data.dev_shot"] = self._dev_rows(k)
+            few = self.few_shot_arguments if method.few_shot_arguments is None else method.few_shot_arguments
+            full = self.full_data_arguments if method.full_data_arguments is None else method.full_data_arguments
+            options |= full if k is None else few
+        needs = {key: runs[number % len(runs)] for key, runs in prepared.items()}
+        place = f"{task_name}/{k_name(k)}/{seed_value}"
+        return self._make(
+            method, options, method=name, name=place if test else f"search/{place}", task=task_name, k=k,
+            seed=seed_value, card=card, metric=self.metric, fit=method.fit, test=test, select=self.select,
+            trials=self.trials_of[name], searches=searches, needs=needs,
+        )  # fmt: skip
+
+    def _make(self, recipe: Recipe, options: Mapping[str, Any], **fields: Any) -> Run:
+        place = f"{fields['method']}/{fields['name']}"
         _check_list(f"recipe of {place}", recipe.recipes)
-        known = {name: str(names[name]) for name in PLACEHOLDERS if names.get(name) is not None}
-        known |= {run.name: f"${{{run.name}}}" for run in prepared}
-        words = [word for name in recipe.recipes for word in ("--config", name)]
-        words += [word for option, value in options.items() for word in _option(option, value)]
-        words = [_fill(word, known, place) for word in words]
-        needs = tuple(run for run in prepared if known[run.name] in " ".join(words))
-        fit = getattr(recipe, "fit", True)
-        content = {
-            "words": words,
-            "fit": fit,
-            "metric": self.metric if "task" in names else None,
-            "recipes": recipe.contents,
-            "card": card,
-            "needs": [run.fingerprint for run in needs],
-        }
-        fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        return Run(words=tuple(words), fit=fit, needs=needs, fingerprint=fingerprint, **names)
+        return make_run(place, recipe.recipes, recipe.contents, options, **fields)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """One run; a prepared one has no task, k and seed."""
-
-    method: str  # "prepare" for a prepared run
-    name: str  # in `prepare`, or "task/k/seed"
-    task: str | None = None
-    k: int | None = None  # number of training rows; None for the full data
-    seed: int | None = None
-    words: tuple[str, ...]  # arguments of `mpt fit` and `mpt test`, with `${name}` for checkpoints of prepared runs
-    fit: bool  # whether it is trained
-    needs: tuple["Run", ...]  # the prepared runs that it starts from
-    fingerprint: str  # hash of everything that can change its result: arguments, recipes, the card, `needs`
-
-    @property
-    def place(self) -> str:
-        """The path of its files, such as "lora/demo/topic/16/0"."""
-        return f"{self.method}/{self.name}"
-
-    def arguments(self, checkpoints: Mapping[str, str]) -> list[str]:
-        """Return the arguments with the paths of the prepared runs' checkpoints."""
-        return [Template(word).substitute(checkpoints) for word in self.words]
+    def _dev_rows(self, k: int | None) -> int:
+        if isinstance(self.dev, int):
+            return self.dev
+        if known := [shots for shots in (k, *self.shots) if shots]:
+            return known[0] if k else max(known)
+        raise MPTError("`dev: k` with the full data alone: set `dev` to a number, or to null for the validation split.")
 
 
 def read_comparison(name: str) -> Comparison:
@@ -233,22 +270,13 @@ def k_title(k: int | None) -> str:
     return "full data" if k is None else f"k = {k}"
 
 
+def _read_cards(place: str, tasks: list[str]) -> list[tuple[str, str, Any]]:
+    """Return each task as given, the name of its card, and the card's values if it is in a file."""
+    cards = [(given, load_card(given).name, read_card_file(given)) for given in tasks]
+    _check_list(place, [task.casefold() for _, task, _ in cards])
+    return cards
+
+
 def _check_list(place: str, values: Sequence[Any]) -> None:
     if not values or len(set(values)) < len(values) or any(isinstance(value, int) and value < 0 for value in values):
         raise MPTError(f"{place}: got {values}, expected one or more different values, and no numbers below 0.")
-
-
-def _option(option: str, value: Any) -> list[str]:
-    if isinstance(value, str) and value.startswith("-"):  # would be read as an option
-        return [f"--{option}={value}"]
-    return [f"--{option}", value if isinstance(value, str) else json.dumps(value)]
-
-
-def _fill(word: str, known: Mapping[str, str], place: str) -> str:
-    try:
-        return Template(word.replace("$$", "$$$$")).substitute(known)  # `Run.arguments` substitutes once more
-    except (KeyError, ValueError) as error:
-        raise MPTError(
-            f"{place}: {word!r} has a $ with an unknown name ({error}). Known here are "
-            f"{', '.join(f'${name}' for name in known)}; write $$ for a dollar sign."
-        ) from None

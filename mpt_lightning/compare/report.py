@@ -133,7 +133,7 @@ class Report:
     def print(self, console: Console) -> None:
         """Print the tables."""
         for k in self.shots:
-            title = f"{self.comparison.name}: {self.comparison.metric_title}, {k_title(k)}"
+            title = f"{self.comparison.name}: test/{self.comparison.metric}, {k_title(k)}"
             console.print(rich_table(title, "method", self.table(k)))
         console.print(CAPTION, markup=False, highlight=False)
         for run, error in self.failures:
@@ -145,12 +145,12 @@ class Report:
         files = [output / f"report.{kind}" for kind in ("csv", "md", "png")]
         self.scores.drop(columns="seconds").reorder_levels(["method", "k", "task"]).to_csv(files[0])
         files[1].write_text(self.markdown(), encoding="utf-8")
-        draw(self.scores, self.shots, self.comparison.metric_title, files[2])
+        draw(self.scores, self.shots, f"test/{self.comparison.metric}", files[2])
         return files
 
     def markdown(self) -> str:
         """Return the report as Markdown."""
-        parts = [f"# {self.comparison.name}: {self.comparison.metric_title}", CAPTION]
+        parts = [f"# {self.comparison.name}: test/{self.comparison.metric}", CAPTION]
         for k in self.shots:
             table = self.table(k).reset_index(names="method")
             rows = [table.columns, ["---", *["---:"] * (len(table.columns) - 1)], *table.to_numpy()]

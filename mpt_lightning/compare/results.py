@@ -9,22 +9,25 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mpt_lightning.compare.plan import Run
+from mpt_lightning.compare.runs import Run
 from mpt_lightning.errors import MPTError
 from mpt_lightning.io import write_file
 
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What a run returned.
+    """What a run returned; costs are those of the best trial, `seconds` of all.
 
     `peak_memory_bytes` is the GPU's peak memory, or else the memory that the process took beyond what it had before the
     run; None if the system does not report it.
     """
 
     error: str | None = None  # the message, in one line, of a run that failed
+    # For each trial its `values`, and the `score` and `loss` of its selected checkpoint on the rows that select.
+    trials: list[dict[str, Any]] = field(default_factory=list)
+    chosen: dict[str, Any] = field(default_factory=dict)  # the values of the best trial
     commands: list[str] = field(default_factory=list)
-    metrics: dict[str, float] = field(default_factory=dict)  # all test metrics by name, and what chose the checkpoint
+    metrics: dict[str, float] = field(default_factory=dict)  # all test metrics by name
     trained_parameters: int = 0
     checkpoint_bytes: int = 0  # of the best checkpoint; 0 without training
     steps: int = 0
@@ -59,7 +62,7 @@ class Result(Outcome):
         """Either "done", "failed" or "missing"."""
         if self.error:
             return "failed"
-        return "done" if self.metrics or self.checkpoint else "missing"
+        return "done" if self.metrics or self.checkpoint or self.trials else "missing"
 
 
 class Store:

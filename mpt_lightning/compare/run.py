@@ -7,9 +7,11 @@ from concurrent.futures.process import BrokenProcessPool
 import torch
 from rich.console import Console
 
-from mpt_lightning.compare.plan import Comparison, Run
+from mpt_lightning.compare.plan import Comparison
 from mpt_lightning.compare.pool import WorkerPool, progress_bar
 from mpt_lightning.compare.results import Outcome, Result, Store
+from mpt_lightning.compare.runs import Run
+from mpt_lightning.compare.search import best_trial
 from mpt_lightning.compare.worker import work
 
 DIED = "the process of this run died: out of memory, or killed. With fewer --jobs, each has more memory."
@@ -24,8 +26,8 @@ def run_all(comparison: Comparison, store: Store, console: Console, jobs: int | 
     with store.locked(), progress_bar(console) as bar, WorkerPool(jobs) as pool:
         progress = bar.add_task("runs", total=len(waiting))
         while waiting or running:
-            unfinished = [*waiting, *running.values()]
-            ready = [run for run in waiting if not any(need in unfinished for need in run.needs)]
+            unfinished = {run.place for run in (*waiting, *running.values())}
+            ready = [run for run in waiting if unfinished.isdisjoint(n.place for n in (*run.needs, *run.searches))]
             # No more than there are processes: if one dies, all these runs fail.
             for run in ready[: jobs - len(running)]:
                 waiting.remove(run)
@@ -40,29 +42,37 @@ def run_all(comparison: Comparison, store: Store, console: Console, jobs: int | 
 
 
 def _pending(comparison: Comparison, store: Store) -> list[Run]:
-    """Return the runs that have no result, failed or have changed, after the prepared runs that they need."""
-    runs = [run for run in comparison.runs() if store.read(run).status != "done"]
-    for prepared in reversed(comparison.prepared_runs()):
-        if store.read(prepared).status != "done" and any(prepared in run.needs for run in runs):
-            runs.insert(0, prepared)
-    return runs
+    """Return the runs that have no result, failed or have changed, each after the runs that it needs."""
+    pending: dict[str, Run] = {}
+
+    def add(run: Run) -> None:
+        if run.place not in pending and store.read(run).status != "done":
+            for need in (*run.needs, *run.searches):
+                add(need)
+            pending[run.place] = run
+
+    for run in comparison.runs():
+        add(run)
+    # Prepared runs first: others wait for them. Then searches.
+    return sorted(pending.values(), key=lambda run: (run.task is not None, run.test))
 
 
 def _submit(comparison: Comparison, store: Store, run: Run, pool: WorkerPool) -> Future[Outcome]:
-    checkpoints: dict[str, str] = {}
-    for need in run.needs:
-        result = store.read(need)
+    needs = {need.place: store.read(need) for need in (*run.needs, *run.searches)}
+    for place, result in needs.items():
         if result.status != "done":
             reason = result.error or "its checkpoint was removed."
             failed = Future[Outcome]()
-            failed.set_result(Outcome(error=f"{need.name}, which it starts from, failed: {reason}"))
+            failed.set_result(Outcome(error=f"{place}, which it needs, failed: {reason}"))
             return failed
-        checkpoints[need.name] = str(result.checkpoint)
-    compared = run.task is not None
-    keep = comparison.keep_checkpoints or not compared
+    checkpoints = {need.prepared_name: str(needs[need.place].checkpoint) for need in run.needs}
+    trials = list(run.trials)
+    if run.searches:
+        trials = [trials[best_trial([needs[search.place].trials for search in run.searches])]]
+    keep = run.task is None or (run.test and comparison.keep_checkpoints)
     folder = store.output / "runs" / run.place
-    test = compared and comparison.tests
-    return pool.submit(work, run.arguments(checkpoints), folder, fit=run.fit, test=test, keep=keep)
+    words = run.arguments(checkpoints)
+    return pool.submit(work, words, folder, trials, fit=run.fit, test=run.test, select=run.select, keep=keep)
 
 
 def _result(comparison: Comparison, run: Run, future: Future[Outcome]) -> Result:
@@ -71,7 +81,7 @@ def _result(comparison: Comparison, run: Run, future: Future[Outcome]) -> Result
     except BrokenProcessPool:
         outcome = Outcome(error=DIED)
     metric = comparison.metric.replace("$task", run.task or "")
-    if run.task is not None and not outcome.error and metric not in outcome.metrics:
+    if run.test and not outcome.error and metric not in outcome.metrics:
         known = ", ".join(outcome.metrics)
-        outcome.error = f"there is no metric {metric!r}; set `metric` to one of {known}."
+        outcome.error = f"there is no test metric {metric!r}; set `metric` to one of {known}."
     return Result.of(run, outcome, metric)

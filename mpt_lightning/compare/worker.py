@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import math
 import re
 import shlex
 import shutil
@@ -19,24 +20,39 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from mpt_lightning.compare.results import Outcome
+from mpt_lightning.compare.runs import option_words
+from mpt_lightning.compare.search import Values, best_trial
 from mpt_lightning.errors import MPTError, find_error
 from mpt_lightning.recipes import MPTCLI
 
 
-def work(words: Sequence[str], folder: Path, *, fit: bool, test: bool, keep: bool) -> Outcome:
-    """Run `mpt fit`, and `mpt test` with the best checkpoint, in a folder that is emptied; return errors as well."""
+def work(
+    words: Sequence[str], folder: Path, trials: Sequence[Values], *, fit: bool, test: bool, select: str, keep: bool
+) -> Outcome:
+    """Run `mpt fit` for each trial, and `mpt test` with the best one's checkpoint; return errors as well.
+
+    Args:
+        words: Arguments of both commands.
+        folder: Of the run's files; it is emptied.
+        trials: Further arguments of each trial.
+        fit: Whether anything is trained.
+        test: Whether to test.
+        select: The checkpoint of a trial that counts, "best" or "last".
+        keep: Whether to keep the checkpoint.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     outcome, before, begin = Outcome(), _reset_peak_memory(), time.perf_counter()
     with (folder / "log.txt").open("w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         try:
             if fit:
-                _fit(words, folder, outcome)
+                outcome = _search(words, folder, trials, select)
             if test:
                 checkpoint = ["--ckpt_path", outcome.checkpoint] if outcome.checkpoint else []
-                outcome.commands.append(shlex.join(["mpt", "test", *words, *checkpoint]))
-                metrics = RunCLI(["test", *words, *checkpoint], folder).trainer.callback_metrics
-                outcome.metrics |= {name.removeprefix("test/"): float(value) for name, value in metrics.items()}
+                arguments = [*words, *option_words(outcome.chosen), *checkpoint]
+                outcome.commands.append(shlex.join(["mpt", "test", *arguments]))
+                metrics = RunCLI(["test", *arguments], folder).trainer.callback_metrics
+                outcome.metrics = {name.removeprefix("test/"): float(value) for name, value in metrics.items()}
         except Exception as error:
             traceback.print_exc()
             cause = find_error(error) or f"{type(error).__name__}: {error}"
@@ -50,20 +66,52 @@ def work(words: Sequence[str], folder: Path, *, fit: bool, test: bool, keep: boo
     return outcome
 
 
-def _fit(words: Sequence[str], folder: Path, outcome: Outcome) -> None:
-    timer = StepTimer()
-    outcome.commands.append(shlex.join(["mpt", "fit", *words]))
-    cli = RunCLI(["fit", *words], folder, timer)
-    outcome.steps = cli.trainer.global_step
-    outcome.trained_parameters = sum(p.numel() for p in cli.model.parameters() if p.requires_grad)
-    if outcome.steps and timer.seconds:
-        outcome.seconds_per_step = median(timer.seconds) * len(timer.seconds) / outcome.steps
-    saved = cli.trainer.checkpoint_callback
-    if not isinstance(saved, ModelCheckpoint) or saved.best_model_score is None:
-        raise MPTError("The run saved no best checkpoint; the recipe needs a ModelCheckpoint that monitors a metric.")
-    outcome.checkpoint = saved.best_model_path
-    outcome.checkpoint_bytes = Path(outcome.checkpoint).stat().st_size
-    outcome.metrics[str(saved.monitor)] = float(saved.best_model_score)
+def _search(words: Sequence[str], folder: Path, trials: Sequence[Values], select: str) -> Outcome:
+    """Return the outcome of the best trial, with the scores of all; only its checkpoint is left."""
+    outcomes = []
+    for number, values in enumerate(trials):
+        place = folder / str(number) if len(trials) > 1 else folder
+        outcomes.append(_fit([*words, *option_words(values)], place, select))
+        outcomes[-1].trials[0]["values"] = values
+    records = [record for outcome in outcomes for record in outcome.trials]
+    best = best_trial([records])
+    for number in set(range(len(trials))) - {best}:
+        shutil.rmtree(folder / str(number))
+    outcome = outcomes[best]
+    outcome.trials, outcome.chosen = records, trials[best]
+    return outcome
+
+
+def _fit(words: Sequence[str], folder: Path, select: str) -> Outcome:
+    recorder = Recorder()
+    cli = RunCLI(["fit", *words], folder, recorder)
+    trainer, saved = cli.trainer, cli.trainer.checkpoint_callback
+    if not isinstance(saved, ModelCheckpoint) or saved.best_model_score is None or saved.mode != "max":
+        raise MPTError(
+            "The run has no best checkpoint; the recipe needs a ModelCheckpoint that monitors a metric with mode: max."
+        )
+    monitor = str(saved.monitor)
+    if select == "best":
+        checkpoint = Path(saved.best_model_path)
+        step = max(
+            recorder.metrics, key=lambda step: recorder.metrics[step][monitor]
+        )  # the first of equal ones, as in Lightning
+    else:
+        checkpoint, step = folder / "selected.ckpt", trainer.global_step
+        trainer.save_checkpoint(checkpoint)
+        if step not in recorder.metrics:
+            trainer.validate(cli.model, cli.datamodule, verbose=False)
+    found = recorder.metrics[step]
+    steps = trainer.global_step
+    return Outcome(
+        commands=[shlex.join(["mpt", "fit", *words])],
+        trials=[{"score": found[monitor], "loss": found.get("val/loss", math.nan)}],
+        steps=steps,
+        seconds_per_step=median(recorder.seconds) * len(recorder.seconds) / steps if recorder.seconds else None,
+        trained_parameters=sum(p.numel() for p in cli.model.parameters() if p.requires_grad),
+        checkpoint=str(checkpoint),
+        checkpoint_bytes=checkpoint.stat().st_size,
+    )
 
 
 class RunCLI(MPTCLI):
@@ -88,11 +136,17 @@ class RunCLI(MPTCLI):
                 callback.init_args.dirpath = folder
 
 
-class StepTimer(L.Callback):
-    """Times the training batches."""
+class Recorder(L.Callback):
+    """Times the training batches, and records the metrics of each validation.
+
+    Attributes:
+        seconds: Of each batch.
+        metrics: By the step of the validation, the metrics by name.
+    """
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.metrics: dict[int, dict[str, float]] = {}
         self._begin = 0.0
 
     def on_train_batch_start(self, *_: Any) -> None:
@@ -104,6 +158,10 @@ class StepTimer(L.Callback):
         """Record the batch's time."""
         _synchronize()
         self.seconds.append(time.perf_counter() - self._begin)
+
+    def on_validation_end(self, trainer: L.Trainer, _: L.LightningModule) -> None:
+        """Record the metrics."""
+        self.metrics[trainer.global_step] = {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
 def _synchronize() -> None:

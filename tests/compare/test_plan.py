@@ -61,15 +61,18 @@ def test_arguments_of_the_command_line(comparison: Callable[..., Comparison]) ->
     common = "--seed_everything {0} --data.seed {0} --trainer.max_steps 3"
     lora = "--config baselines/lora --data demo/voice " + common.format(2)
     lora += ' --model.lr 0.5 --model.peft_config.target_modules ["q", "v"]'
-    assert words("lora/demo/voice/16/2") == lora + " --data.k_shot 16"
-    assert words("lora/demo/voice/full/2") == lora + " --data.max_train_rows 50"
+    assert words("lora/demo/voice/16/2") == lora + " --data.dev_shot 16 --data.k_shot 16"
+    assert words("lora/demo/voice/full/2") == lora + " --data.dev_shot 16 --data.max_train_rows 50"
     target = f"--config demo/target --data demo/topic {common.format(1)} --model.lr 1 --model.source a/b.ckpt"
-    assert words("mpt/demo/topic/16/1", source="a/b.ckpt") == target + " --data.k_shot 16"
+    assert words("mpt/demo/topic/16/1", source="a/b.ckpt") == target + " --data.dev_shot 16 --data.k_shot 16"
     hard = f"--config baselines/hard_prompt --data demo/topic {common.format(7)} --model.lr 1"
     assert words("hard/demo/topic/0/7") == hard
     cpt = f"--config demo/cpt --config cpt/instruction --data demo/topic {common.format(0)} --model.lr 1"
-    assert words("cpt/demo/topic/16/0") == cpt + " --data.context_shots 16 --data.answer_prefix cost $ :"
-    assert words("cpt/demo/topic/full/0") == cpt + " --data.context_shots 4 --data.separator=-"
+    assert (
+        words("cpt/demo/topic/16/0")
+        == cpt + " --data.dev_shot 16 --data.context_shots 16 --data.answer_prefix cost $ :"
+    )
+    assert words("cpt/demo/topic/full/0") == cpt + " --data.dev_shot 16 --data.context_shots 4 --data.separator=-"
     assert not runs["hard/demo/topic/0/7"].fit
 
 
@@ -127,6 +130,13 @@ def test_a_fingerprint_changes_with_all_that_changes_a_run(
         ("  hard:", "  ../hard:", "Got the name '../hard'"),
         ("  teachers:", "  k:", "`prepare`: got the name 'k'"),
         ("tasks:", "tasks: [", "cannot be read as YAML"),
+        ("tasks:", "dev: 0\ntasks:", "`dev`: got 0, expected 1 or more."),
+        ("tasks:", "control: lore\ntasks:", "`control`: got 'lore', expected one of lora, mpt, hard, cpt."),
+        ("tasks:", "search_tasks: [demo/voice]\ntasks:", "`search_tasks` and `tasks` both have demo/voice"),
+        ("baselines/lora,", "baselines/lora, search: {model.lr: 1},", "got model.lr: 1, expected a list of values"),
+        ("baselines/lora,", "baselines/lora, search: {model.lr: [1, 2]},", "got lora 2, mpt 1, cpt 1."),
+        ("baselines/lora,", "baselines/lora, search: {model.lr: {low: 1, high: 2}},", "set `trials` to the number"),
+        ("fit: false", "fit: false, search: {data.pattern: [0, 1]}", "nothing is trained (fit: false)"),
     ],
 )
 def test_mistakes_get_one_message(
@@ -147,7 +157,7 @@ def test_unknown_and_wrong_files(tmp_path: Path) -> None:
 
 
 def test_full_data_has_no_k() -> None:
-    comparison = Comparison(["demo/topic"], [None], [0], {"a": Method("demo/target", {"data.k_shot": "$k"})})
+    comparison = Comparison(["demo/topic"], [None], {"a": Method("demo/target", {"data.k_shot": "$k"})}, [0], dev=8)
     with pytest.raises(ValueError, match=r"unknown name \('k'\)"):
         comparison.runs()
 
@@ -155,7 +165,7 @@ def test_full_data_has_no_k() -> None:
 def test_names_of_prepared_runs_are_replaced_exactly() -> None:
     prepare = {"a": Recipe("demo/teachers"), "ab": Recipe("demo/teachers", {"model.lr": 1})}
     method = Method("demo/target", {"model.source": "x$ab/${a}b$$a"})
-    (run,) = Comparison(["demo/topic"], [4], [0], {"m": method}, prepare=prepare).runs()
+    (run,) = Comparison(["demo/topic"], [4], {"m": method}, [0], prepare=prepare).runs()
     assert "x2/1b$a" in run.arguments({"a": "1", "ab": "2"})
 
 

@@ -23,7 +23,7 @@ VALUES: dict[str, list[list[float | str | None]]] = {
 @pytest.fixture
 def report(tmp_path: Path) -> Report:
     methods = {name: Method(f"baselines/{name}") for name in VALUES}
-    comparison = Comparison(TASKS, [16, None], [0, 1, 2], methods, name="mine")
+    comparison = Comparison(TASKS, [16, None], methods, [0, 1, 2], name="mine")
     store = Store(tmp_path / "out", "mine")
     for run in comparison.runs():
         value = VALUES[run.method][TASKS.index(str(run.task))][int(run.seed or 0)]

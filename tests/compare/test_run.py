@@ -28,7 +28,7 @@ def make(lr: float = 1, **options: Any) -> Comparison:
         "teachers": Recipe("demo/teachers"),
         "source": Recipe("demo/source", {"model.teachers": "$teachers"}),
     }
-    return Comparison(["demo/topic"], [8], [0, 1], methods, prepare=prepare, name="test", **options)
+    return Comparison(["demo/topic"], [8], methods, [0, 1], prepare=prepare, name="test", **options)
 
 
 @pytest.fixture
@@ -36,14 +36,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Replace the runs by a function, and return the list of started runs."""
     done: list[str] = []
 
-    def work(words: list[str], folder: Path, *, fit: bool, test: bool, keep: bool) -> Outcome:
+    def work(words: list[str], folder: Path, trials: list[Any], *, test: bool, keep: bool, **_: Any) -> Outcome:
         place = "/".join(folder.parts[folder.parts.index("runs") + 1 :])
         done.append(place)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "best.ckpt").write_text("")
-        outcome = Outcome(
-            commands=[f"mpt fit {' '.join(words)}"], metrics={"average": len(place) / 100} if test else {}
-        )
+        records = [{"values": values, "score": 0.5, "loss": 1.0} for values in trials]
+        metrics = {"average": len(place) / 100} if test else {}
+        outcome = Outcome(commands=[f"mpt fit {' '.join(words)}"], metrics=metrics, trials=records, chosen=trials[0])
         outcome.checkpoint = str(folder / "best.ckpt") if keep else None
         return answers.get(place, lambda ordinary: ordinary)(outcome)
 
@@ -153,10 +153,70 @@ def test_runs_fail_with_the_prepared_run_they_need(calls: list[str], tmp_path: P
     comparison = make()
     set_outcome("prepare/teachers", lambda outcome: Outcome(error="no luck"))
     found = results(comparison, run_comparison(comparison, tmp_path))
-    reason = "source, which it starts from, failed: teachers, which it starts from, failed: no luck"
+    reason = "prepare/source, which it needs, failed: prepare/teachers, which it needs, failed: no luck"
     assert found["mpt/demo/topic/8/0"].error == reason
     assert found["lora/demo/topic/8/0"].status == "done"
     assert set(calls) == {"prepare/teachers", "lora/demo/topic/8/0", "lora/demo/topic/8/1"}
+
+
+def test_seeds_of_prepared_runs_take_turns(calls: list[str], tmp_path: Path) -> None:
+    """The third seed of a method starts from the first source again, which has its own teachers."""
+    seen: dict[str, str] = {}
+    methods = {"mpt": Method("demo/target", {"model.source": "$source"})}
+    prepare = {
+        "teachers": Recipe("demo/teachers", seeds=[5, 6]),
+        "source": Recipe("demo/source", {"model.teachers": "$teachers", "data.seed": "$seed"}, [7, 8]),
+    }
+    comparison = Comparison(["demo/topic"], [8], methods, [0, 1, 2], prepare=prepare, name="test")
+    for run in [*comparison.prepared_runs(), *comparison.runs()]:
+        set_outcome(run.place, lambda outcome, run=run: seen.update({run.place: outcome.commands[0]}) or outcome)
+    run_comparison(comparison, tmp_path)
+    assert set(calls) == {f"prepare/{name}" for name in ("teachers/5", "teachers/6", "source/7", "source/8")} | {
+        f"mpt/demo/topic/8/{seed}" for seed in (0, 1, 2)
+    }
+    for place, needed in {
+        "prepare/source/7": "prepare/teachers/5", "prepare/source/8": "prepare/teachers/6",
+        "mpt/demo/topic/8/0": "prepare/source/7", "mpt/demo/topic/8/1": "prepare/source/8",
+        "mpt/demo/topic/8/2": "prepare/source/7",
+    }.items():  # fmt: skip
+        assert f"runs/{needed}/best.ckpt" in seen[place]
+    assert "--seed_everything 8" in seen["prepare/source/8"]
+    assert "--data.seed 8" in seen["prepare/source/8"]
+
+
+@pytest.mark.parametrize("search_tasks", [None, ["demo/voice"]])
+def test_trials_are_chosen_on_the_search_tasks(
+    calls: list[str], tmp_path: Path, search_tasks: list[str] | None
+) -> None:
+    """With search tasks their runs choose for all others; without, each run gets every trial."""
+    methods = {"lora": Method("baselines/lora", search={"model.lr": [1, 2, 3]})}
+    options = {"search_tasks": search_tasks, "search_seeds": [4, 5], "name": "test"}
+    comparison = Comparison(["demo/topic"], [8, None], methods, [0], **options)
+    scores = {4: (0.1, 0.4, 0.5), 5: (0.9, 0.7, 0.4)}  # means 0.5, 0.55, 0.45
+    for seed, found in scores.items():
+
+        def with_scores(outcome: Outcome, found: tuple[float, ...] = found) -> Outcome:
+            for record, score in zip(outcome.trials, found, strict=True):
+                record["score"] = score
+            return outcome
+
+        for k in ("8", "full"):
+            set_outcome(f"lora/search/demo/voice/{k}/{seed}", with_scores)
+    found = results(comparison, run_comparison(comparison, tmp_path))
+    tried = [record["values"] for record in found["lora/demo/topic/8/0"].trials]
+    searches = [f"lora/search/demo/voice/{k}/{seed}" for k in ("8", "full") for seed in (4, 5)]
+    if search_tasks:
+        assert tried == [{"model.lr": 2}]
+        assert calls[:4] == searches
+        file = tmp_path / "results" / f"{searches[0]}.json"
+        assert [record["score"] for record in json.loads(file.read_text())["trials"]] == [0.1, 0.4, 0.5]
+        assert json.loads(file.read_text())["metrics"] == {}  # nothing was tested
+    else:
+        assert tried == [{"model.lr": rate} for rate in (1, 2, 3)]
+        assert len(calls) == 2
+    calls.clear()
+    run_comparison(comparison, tmp_path)
+    assert calls == []
 
 
 def test_a_process_that_dies_is_one_failure(calls: list[str], tmp_path: Path) -> None:
@@ -172,7 +232,7 @@ def test_a_process_that_dies_is_one_failure(calls: list[str], tmp_path: Path) ->
 def test_an_unknown_metric_is_a_failure(calls: list[str], tmp_path: Path) -> None:
     comparison = make(metric="$task/f1")
     found = results(comparison, run_comparison(comparison, tmp_path))["lora/demo/topic/8/0"]
-    assert found.error == "there is no metric 'demo/topic/f1'; set `metric` to one of average."
+    assert found.error == "there is no test metric 'demo/topic/f1'; set `metric` to one of average."
 
 
 def test_an_interruption_leaves_complete_results(calls: list[str], tmp_path: Path) -> None:
