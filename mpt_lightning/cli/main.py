@@ -18,7 +18,7 @@ from mpt_lightning.resources import find_file, packaged_names
 PATIENCE = 10.0
 TRAINER_COMMANDS = {
     "fit": "train: mpt fit --config mpt/source --data.data_root DATA",
-    "validate": "evaluate a checkpoint on the validation split",
+    "validate": "evaluate a checkpoint on the validation rows",
     "test": "evaluate a checkpoint on the test split",
     "predict": "write a checkpoint's answers as JSONL (--output FILE); --input FILE.jsonl answers texts of your own",
 }

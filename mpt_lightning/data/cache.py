@@ -15,7 +15,7 @@ from datasets.fingerprint import Hasher
 
 from mpt_lightning.data.card import TaskCard
 from mpt_lightning.data.examples import Example, read_examples
-from mpt_lightning.data.rows import Draw, Split, select_rows, source_rows
+from mpt_lightning.data.rows import Draw, select_rows, source_rows
 from mpt_lightning.data.source import preprocess_source
 from mpt_lightning.data.tokenize import Encoder
 from mpt_lightning.errors import MPTError
@@ -44,13 +44,13 @@ class RowCache:
     data_root: str | None = None
     cache_dir: str | None = None
 
-    def encoded(self, card: TaskCard, split: Split, draw: Draw, encoder: Encoder) -> Dataset:
-        """Return the encoded rows of a split; `choices` is empty if the choices' ids do not depend on the input."""
-        to_rows = partial(encoder.encode, card, split=split)
-        return self._read(card, split, draw, to_rows, _ENCODED, encoder.identity)
+    def encoded(self, card: TaskCard, draw: Draw, encoder: Encoder) -> Dataset:
+        """Return the encoded rows of a draw; `choices` is empty if the choices' ids do not depend on the input."""
+        to_rows = partial(encoder.encode, card, split=draw.split)
+        return self._read(card, draw, to_rows, _ENCODED, encoder.identity)
 
-    def examples(self, card: TaskCard, split: Split, draw: Draw) -> list[Example]:
-        """Return the rows of a split as texts, in the order of `encoded`; they all go into memory."""
+    def examples(self, card: TaskCard, draw: Draw) -> list[Example]:
+        """Return the rows of a draw as texts, in the order of `encoded`; they all go into memory."""
         features = Features(
             row_id=Value("int64"),
             values={column: Value("string") for column in card.columns},
@@ -58,18 +58,16 @@ class RowCache:
             references=List(Value("string")),
             group=Value("string"),
         )
-        table = self._read(card, split, draw, lambda drawn: map(asdict, drawn), features, "examples")
+        table = self._read(card, draw, lambda drawn: map(asdict, drawn), features, "examples")
         return [Example(**row) for row in table.to_list()]
 
-    def _read(
-        self, card: TaskCard, split: Split, draw: Draw, to_rows: ToRows, features: Features, kind: str
-    ) -> Dataset:
+    def _read(self, card: TaskCard, draw: Draw, to_rows: ToRows, features: Features, kind: str) -> Dataset:
         """Return a table of what `to_rows` makes of the drawn rows; `kind` is its part of the cache key."""
-        raw = source_rows(card, split, self.data_root, self.cache_dir)
-        key = Hasher.hash([_FORMAT, raw._fingerprint, asdict(card), preprocess_source(card), split, kind, asdict(draw)])
+        raw = source_rows(card, draw.source, self.data_root, self.cache_dir)
+        key = Hasher.hash([_FORMAT, raw._fingerprint, asdict(card), preprocess_source(card), kind, asdict(draw)])
 
         def generate() -> Iterator[dict[str, Any]]:
-            return to_rows(filter(None, read_examples(card, select_rows(card, raw, split, draw))))
+            return to_rows(filter(None, read_examples(card, select_rows(card, raw, draw))))
 
         try:
             cache: Any = self.cache_dir  # the annotation of `from_generator` lacks None, its default
@@ -81,7 +79,7 @@ class RowCache:
             raise
         except Exception as error:  # Arrow's errors, if a file of the cache was changed after it was written
             raise MPTError(
-                f"Task '{card.name}': got cached {split} rows that cannot be read ({type(error).__name__}: "
+                f"Task '{card.name}': got cached {draw.split} rows that cannot be read ({type(error).__name__}: "
                 f"{one_line(error)}), expected them as they were written; remove the folder `cache_dir` "
                 f"({cache or HF_DATASETS_CACHE}), and they are written again."
             ) from error

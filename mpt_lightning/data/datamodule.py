@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import lightning.pytorch as L
@@ -49,8 +49,13 @@ class PromptDataModule(L.LightningDataModule):
         k_shot: Number of training rows, drawn with `seed`. Unset: all rows.
         shots_per: Count `k_shot` per `class` or per `task`; `balanced` is per task, evenly over its classes. A task
             without classes counts per task.
+        dev_shot: Number of training rows that replace the validation rows, drawn with `seed` and counted like `k_shot`:
+            checkpoints are then chosen as from few labelled rows (Perez et al., 2021), and the validation split is
+            never read. None of them is a training row, in a training row's group or in the context. Without `k_shot`
+            training has all the others. Unset: the validation split.
         max_train_rows: Most training rows per task, drawn with `seed`. Unset: all.
-        max_eval_rows: Most validation, test and prediction rows per task, the same for every seed. Unset: all.
+        max_eval_rows: Most validation, test and prediction rows per task, the same for every seed; not those of
+            `dev_shot`. Unset: all.
         seed: Seed of draws and of the order of training rows.
         group_by_length: Put rows of similar length into one batch (single task only).
         predict_split: Split that `predict` reads: `train`, `validation` or `test`.
@@ -74,6 +79,7 @@ class PromptDataModule(L.LightningDataModule):
         pattern: int | None = None,
         k_shot: PositiveInt | None = None,
         shots_per: ShotsPer = "class",
+        dev_shot: PositiveInt | None = None,
         max_train_rows: PositiveInt | None = None,
         max_eval_rows: PositiveInt | None = None,
         seed: int = 42,
@@ -102,7 +108,10 @@ class PromptDataModule(L.LightningDataModule):
         self.seed = seed
         self.cache_dir = cache_dir
         self.num_workers = num_workers
-        self._train_draw = Draw(k_shot, shots_per, max_train_rows, seed)
+        self._train_draw = Draw("train", k_shot, shots_per, max_train_rows, seed)
+        self._dev_draw: Draw | None = None
+        if dev_shot is not None:
+            self._dev_draw = Draw("validation", dev_shot, shots_per, seed=seed, options=("dev_shot", "shots_per"))
         # The same evaluation rows for every seed, so that a deviation over seeds comes from training alone.
         self._eval_draw = Draw(max_rows=max_eval_rows, seed=SPLIT_SEED)
         self._has_context = False
@@ -183,7 +192,7 @@ class PromptDataModule(L.LightningDataModule):
     def _load(self, split: Split) -> None:
         if split in self._splits:
             return
-        draw = self._train_draw if split == "train" else self._eval_draw
+        draw = self._draw(split)
         tables = []
         for name, card in self.cards.items():
             read = card.for_classifier() if self.encoder.classifies else card.for_family(self.encoder.family)
@@ -191,7 +200,7 @@ class PromptDataModule(L.LightningDataModule):
         for card in self.cards.values():
             check_choices(card, self.tokenizer, self.encoder.family, self.encoder.classifies)
         for task_id, card in enumerate(self.cards.values()):
-            rows = RowCache(self.data_root, self.cache_dir).encoded(card, split, draw, self.encoder)
+            rows = RowCache(self.data_root, self.cache_dir).encoded(card, draw, self.encoder)
             check_targets(card, rows, split, self.encoder)
             if card.name not in self._warned and warn_of_unknown_inputs(card, rows, split, self.encoder):
                 self._warned.add(card.name)
@@ -202,6 +211,18 @@ class PromptDataModule(L.LightningDataModule):
                 )
             tables.append(rows.add_column("task_ids", np.full(len(rows), task_id)))
         self._splits[split] = tables
+
+    def _draw(self, split: Split) -> Draw:
+        """Return which rows a split has. With `k_shot` training rows are drawn before dev rows, without it after."""
+        train, dev = self._train_draw, self._dev_draw
+        if dev and train.k_shot:
+            dev = replace(dev, beside=train)
+        elif dev:
+            dev = replace(dev, beside=train.beside)
+            train = replace(train, beside=dev)
+        if split == "train":
+            return train
+        return dev if dev and split == "validation" else replace(self._eval_draw, split=split)
 
     def _rows(self, split: Split) -> list[Dataset]:
         if split not in self._splits:

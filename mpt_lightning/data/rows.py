@@ -22,21 +22,46 @@ HELD_OUT_ROWS = 1000
 
 @dataclass(frozen=True)
 class Draw:
-    """Which of a split's rows are used; see `PromptDataModule` for `k_shot` and `shots_per`.
+    """Which rows of a split are used; see `PromptDataModule` for `k_shot` and `shots_per`.
 
     A larger draw with the same seed contains the smaller one.
 
     Args:
-        beside: Another draw, whose rows are removed before this one. Training rows only.
+        split: How the rows are read: as training rows, or as evaluation rows, which have all their references.
+        k_shot: Number of training rows. If `split` is an evaluation split, they replace its rows.
+        beside: A draw of training rows that is made before this one. Its rows and those of its own `beside` are
+            excluded, and so are rows of the same groups and rows made of the same raw rows.
         options: Names of the user's options behind `k_shot` and `shots_per`, for error messages.
     """
 
+    split: Split = "train"
     k_shot: int | None = None
     shots_per: ShotsPer = "class"
     max_rows: int | None = None
     seed: int = 42
     beside: Draw | None = None
     options: tuple[str, str] = ("k_shot", "shots_per")
+
+    @property
+    def source(self) -> Split:
+        """The split that contains the rows."""
+        return self.split if self.k_shot is None else "train"
+
+    @property
+    def earlier(self) -> list[Draw]:
+        """The draws whose rows are excluded, in the order in which they are drawn."""
+        return [] if self.beside is None else [*self.beside.earlier, self.beside]
+
+
+@dataclass(frozen=True)
+class _Labelled:
+    """The rows of a table that have a label and text: their positions in it, and what draws depend on [N]."""
+
+    table: Dataset
+    positions: np.ndarray
+    raw_rows: np.ndarray
+    groups: np.ndarray
+    classes: np.ndarray
 
 
 def source_rows(card: TaskCard, split: Split, data_root: str | None, cache_dir: str | None) -> Dataset:
@@ -63,38 +88,58 @@ def source_rows(card: TaskCard, split: Split, data_root: str | None, cache_dir: 
     return raw
 
 
-def select_rows(card: TaskCard, raw: Dataset, split: Split, draw: Draw) -> Dataset:
+def select_rows(card: TaskCard, raw: Dataset, draw: Draw) -> Dataset:
     """Return the drawn rows of those of `source_rows`, in their order; labels and texts of all rows are checked."""
-    rows = preprocess(card, raw, split)
-    examples = enumerate(read_examples(card, rows))
-    found = [(number, example.group, example.target) for number, example in examples if example is not None]
+    tables: dict[Split, _Labelled] = {}
+    taken: set[int | str] = set()
+    for part in [*draw.earlier, draw]:
+        split = part.split if card.preprocess else draw.split
+        if split not in tables:
+            tables[split] = _read_labelled(card, raw, split, draw.source)
+        rows = tables[split]
+        numbers = _draw_rows(card, rows, part, taken)
+        taken.update(rows.raw_rows[numbers], filter(None, rows.groups[numbers]))
+    return rows.table.select(rows.positions[numbers].astype(int))
+
+
+def _read_labelled(card: TaskCard, raw: Dataset, split: Split, source: Split) -> _Labelled:
+    table = preprocess(card, raw, split)
+    examples = enumerate(read_examples(card, table))
+    found = [(place, row.row_id, row.group, row.target) for place, row in examples if row is not None]
     if not found:
         raise MPTError(
-            f"Task '{card.name}': got no labelled {split} row with text out of {len(rows)}, expected at least one; "
+            f"Task '{card.name}': got no labelled {source} row with text out of {len(table)}, expected at least one; "
             "change the data, or `unlabelled` and `empty_text` of the card."
         )
-    numbers, groups, classes = (np.array(column, dtype=object) for column in zip(*found, strict=True))
-    positions = np.arange(len(found))
-    if card.split_rule == "halved" and split != "train":
-        halves = _cut(positions, groups, len(positions) // 2, SPLIT_SEED)
-        positions = halves[0 if split == "validation" else 1]
-        if len(positions) == 0:
+    return _Labelled(table, *(np.array(column, dtype=object) for column in zip(*found, strict=True)))
+
+
+def _draw_rows(card: TaskCard, rows: _Labelled, draw: Draw, taken: set[int | str]) -> np.ndarray:
+    """Return the numbers of the drawn rows, sorted; `taken` are the raw rows and groups of earlier draws."""
+    numbers = np.arange(len(rows.classes))
+    if card.split_rule == "halved" and draw.source != "train":
+        halves = _cut(numbers, rows.groups, len(numbers) // 2, SPLIT_SEED)
+        numbers = halves[0 if draw.split == "validation" else 1]
+        if len(numbers) == 0:
             raise MPTError(
-                f"Task '{card.name}': got {len(found)} validation rows, which leave the {split} half empty, expected "
-                "two or more rows (or groups); change the data or `split_rule`."
+                f"Task '{card.name}': got {len(rows.classes)} validation rows, which leave the {draw.split} half "
+                "empty, expected two or more rows (or groups); change the data or `split_rule`."
             )
-    if draw.beside is not None:
-        positions = np.setdiff1d(positions, _draw_shots(card, positions, classes, draw.beside))
-        if len(positions) == 0:
-            raise MPTError(
-                f"Task '{card.name}': got {draw.beside.options[0]}={draw.beside.k_shot}, which takes all {len(found)} "
-                f"training rows, expected some beside them; lower `{draw.beside.options[0]}`."
-            )
+    if taken:
+        free = [taken.isdisjoint(keys) for keys in zip(rows.raw_rows, rows.groups, strict=True)]
+        numbers = np.flatnonzero(free)
     if draw.k_shot is not None:
-        positions = _draw_shots(card, positions, classes, draw)
-    if draw.max_rows is not None and draw.max_rows < len(positions):
-        positions, _ = _cut(positions, groups if split != "train" else None, draw.max_rows, draw.seed)
-    return rows.select(numbers[positions].astype(int))
+        numbers = _draw_shots(card, numbers, rows.classes, draw)
+    elif len(numbers) == 0:
+        options = {earlier.options[0]: earlier.k_shot for earlier in draw.earlier}
+        raise MPTError(
+            f"Task '{card.name}': got {' and '.join(f'{name}={k}' for name, k in options.items())}, after which none "
+            f"of the {len(rows.classes)} training rows is left, expected at least one; lower "
+            f"{' or '.join(f'`{name}`' for name in options)}."
+        )
+    if draw.max_rows is not None and draw.max_rows < len(numbers):
+        numbers, _ = _cut(numbers, rows.groups if draw.split != "train" else None, draw.max_rows, draw.seed)
+    return numbers
 
 
 def _cut(positions: np.ndarray, groups: np.ndarray | None, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -123,7 +168,8 @@ def _draw_shots(card: TaskCard, positions: np.ndarray, classes: np.ndarray, draw
         wanted = shots if draw.shots_per != "balanced" else (shots + len(pools) - 1 - place) // len(pools)
         if len(pool) < wanted:
             what = f"class '{word}'" if per_class else "the task"
-            left = f"{len(pool)}" + (" beside the context" if draw.beside else "")
+            others = " and ".join(earlier.options[0] for earlier in draw.earlier)
+            left = f"{len(pool)}" + (f" beside the rows of {others}" if others else "")
             raise MPTError(
                 f"Task '{card.name}': got {option}={shots}, which needs {wanted} training rows, but {what} has only "
                 f"{left}; lower `{option}`" + (f" or set `{per}: task`." if per_class else ".")

@@ -27,7 +27,8 @@ class TaskDataModule(PromptDataModule):
         card: The task: a card's fields, the name of a shipped card (`glue/sst2`) or the path of a card's YAML file.
         context_shots: Training rows in the context, drawn and shuffled with `seed`. Unset: no context.
         context_per: What `context_shots` counts, like `shots_per`.
-        context_rows: Train on the rows of the context (`train`), or draw the training rows from the others (`apart`).
+        context_rows: Train on the rows of the context (`train`; `dev_shot` is then counted like `context_shots`), or
+            draw the training rows from the others (`apart`).
         max_context_length: Most tokens of the context. Unset: as many as its examples have.
         separator: Text after each example of the context, a line break by default. Empty: none.
         options: See `PromptDataModule`.
@@ -61,7 +62,9 @@ class TaskDataModule(PromptDataModule):
         self.separator = separator
         self._context: Context | None = None
         self._has_context = context_shots is not None
-        self._context_draw = Draw(context_shots, context_per, seed=self.seed, options=("context_shots", "context_per"))
+        self._context_draw = Draw(
+            "train", context_shots, context_per, seed=self.seed, options=("context_shots", "context_per")
+        )
         if self._has_context and context_rows == "apart":
             self._train_draw = replace(self._train_draw, beside=self._context_draw)
         elif self._has_context:
@@ -72,6 +75,8 @@ class TaskDataModule(PromptDataModule):
                         f"training rows, expected none; unset `{option}`, or set `context_rows` to `apart`."
                     )
             self._train_draw = self._context_draw
+            if self._dev_draw is not None:
+                self._dev_draw = replace(self._dev_draw, shots_per=context_per, options=("dev_shot", "context_per"))
         self._save_options("card", [card], {**chosen, **options})
 
     @property
@@ -85,7 +90,7 @@ class TaskDataModule(PromptDataModule):
         # Every stage needs the context, and its errors should come before those of the rows.
         if self._has_context and self._context is None:
             (card,) = self.cards.values()
-            drawn = RowCache(self.data_root, self.cache_dir).examples(card, "train", self._context_draw)
+            drawn = RowCache(self.data_root, self.cache_dir).examples(card, self._context_draw)
             ordered = [drawn[index] for index in self._context_order(len(drawn))]
             self._context = build_context(card, ordered, self.encoder, self.separator, self.max_context_length)
         super()._load(split)

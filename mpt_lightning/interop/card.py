@@ -27,7 +27,8 @@ SLOTS = "at `[prompt*N]` in the template"
 Layout = Literal["task", "group", "folders", "prompt_embeds"]
 # Arguments that are listed in a card.
 SETTINGS = (
-    "lr", "shared_lr", "task_lr", "rank", "method", "epsilon", "template_epsilon", "k_shot", "context_shots", "seed",
+    "lr", "shared_lr", "task_lr", "rank", "method", "epsilon", "template_epsilon", "k_shot", "dev_shot",
+    "context_shots", "seed",
 )  # fmt: skip
 
 

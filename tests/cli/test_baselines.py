@@ -16,7 +16,7 @@ QUIET = [
 ]
 SHORT = [
     *("--trainer.max_steps", "3", "--trainer.val_check_interval", "3", "--data.k_shot", "8"),
-    *("--model.warmup_steps", "0"),
+    *("--data.dev_shot", "8", "--model.warmup_steps", "0"),
 ]
 TRAINED = {
     "fine_tuning": "shared.weight", "head": "lm_head.weight", "adapters": "adapter.up.weight",
@@ -68,6 +68,19 @@ def test_a_recipe_runs_from_training_to_predictions(
     mpt("predict", *recipe, "--ckpt_path", best, "--output", "answers.jsonl")
     assert answers(own_folder) <= {"animals", "food", "weather", "travel"}
     assert "There is no trained prompt" in error(capsys, "test", *recipe)
+
+
+def test_a_few_shot_recipe_trains_on_all_rows_but_its_dev_rows(own_folder: Path) -> None:
+    recipe = ["--config", "baselines/prompt_tuning", *QUIET, *SHORT, "--data.k_shot", "null", "--data.dev_shot", "10"]
+    mpt("fit", *recipe)
+    best = ["--ckpt_path", "runs/baselines/prompt_tuning/best.ckpt", "--trainer.limit_predict_batches", "1"]
+    rows = {}
+    for split in ("train", "validation"):
+        mpt("predict", *recipe, *best, "--data.predict_split", split, "--output", f"{split}.jsonl")
+        rows[split] = {json.loads(line)["row"] for line in (own_folder / f"{split}.jsonl").read_text().splitlines()}
+    # A batch of 100 rows; `max_eval_rows` is less than 10.
+    assert [len(found) for found in rows.values()] == [100, 10]
+    assert not rows["train"] & rows["validation"]
 
 
 def test_a_checkpoint_of_another_config_is_refused(own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -108,7 +108,8 @@ def test_every_recipe_runs_from_teachers_to_predictions(
         options += ["--model.backbone", t5_with_all_words, "--model.warmup_steps", "0"]
     else:
         options += ["--data.max_train_rows", "50", "--data.max_eval_rows", "20", "--model.warmup_steps", "0"]
-    stages = {"teachers": [], "source": [], "target": [], "few_shot": ["--data.k_shot", "2"]}
+    few = ["--data.k_shot", "2", "--data.dev_shot", "2", "--data.shots_per", "task"]
+    stages = {"teachers": [], "source": [], "target": [], "few_shot": few}
     ran = []
     for stage, more in stages.items():
         if f"{family}/{stage}" not in packaged_names("configs"):
@@ -158,8 +159,9 @@ def test_cpt_runs_from_training_to_predictions(
     assert {record["prediction"] for record in records} <= {"positive", "negative"}
 
 
-# The tests' tokenizer has tokens for whole words only, and none for line breaks.
+# The tests' tokenizer has tokens for whole words only, and none for line breaks; all rows are in the context.
 CPT_WORDS = ["--data.separator", ".", "--data.answer_prefix", "is :", "--data.max_input_length", "20"]
+CPT_WORDS += ["--data.dev_shot", "null"]
 
 
 def test_in_context_learning_needs_no_checkpoint(

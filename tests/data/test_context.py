@@ -332,9 +332,13 @@ def test_too_few_rows(make, write_split):
         match=r"got context_shots=4, which needs 4 .*'bad' has only 3; lower `context_shots` or set `context_p",
     ):
         make(context_shots=4)
-    with pytest.raises(ValueError, match=r"got k_shot=2, .*class 'bad' has only 1 beside the context; lower `k_shot`"):
+    with pytest.raises(
+        ValueError, match=r"got k_shot=2, .*'bad' has only 1 beside the rows of context_shots; lower `k_shot`"
+    ):
         make(context_shots=2, context_rows="apart", k_shot=2)
-    with pytest.raises(ValueError, match=r"got context_shots=9, which takes all 9 training rows"):
+    with pytest.raises(
+        ValueError, match=r"got context_shots=9, after which none of the 9 training rows is left, expected"
+    ):
         make(context_shots=9, context_per="task", context_rows="apart")
 
 

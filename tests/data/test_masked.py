@@ -94,7 +94,7 @@ def rows(tmp_path_factory) -> Callable[[TaskCard], list[Example]]:
     def read(card: TaskCard) -> list[Example]:
         root = None if card.name.startswith("demo/") else str(FIXTURES)
         raw = source_rows(card, "train", root, folder)
-        return [row for row in read_examples(card, select_rows(card, raw, "train", Draw(max_rows=20))) if row]
+        return [row for row in read_examples(card, select_rows(card, raw, Draw(max_rows=20))) if row]
 
     return read
 

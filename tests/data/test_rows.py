@@ -18,7 +18,7 @@ def read(tmp_path):
 
     def read(card, root, split="train", **draw):
         raw = source_rows(card, split, root, str(tmp_path / "cache"))
-        return list(read_examples(card, select_rows(card, raw, split, Draw(**draw))))
+        return list(read_examples(card, select_rows(card, raw, Draw(split, **draw))))
 
     return read
 

@@ -32,7 +32,7 @@ def load(tmp_path_factory):
         raw = source_rows(card, split, str(root), cache)
         if most is not None:
             raw = raw.select(range(min(most, len(raw))))
-        return list(read_examples(card, select_rows(card, raw, split, Draw())))
+        return list(read_examples(card, select_rows(card, raw, Draw(split))))
 
     return load
 

@@ -162,8 +162,8 @@ def encode_calls(monkeypatch):
 
 def test_second_run_reads_the_cache(make_card, write_split, film_rows, seq2seq, tmp_path, encode_calls):
     root, cache = write_split(film_rows(20)), str(tmp_path / "cache")
-    first = RowCache(root, cache).encoded(make_card(), "train", DRAW, seq2seq)
-    second = RowCache(root, cache).encoded(make_card(), "train", DRAW, seq2seq)
+    first = RowCache(root, cache).encoded(make_card(), DRAW, seq2seq)
+    second = RowCache(root, cache).encoded(make_card(), DRAW, seq2seq)
     assert encode_calls == ["film"]
     assert first.to_list() == second.to_list()
     assert len(second) == 20
@@ -175,7 +175,7 @@ def test_any_change_creates_a_new_cache(make_card, write_split, film_rows, backb
 
     def run(card=None, draw=DRAW, kind="seq2seq", length=12, **options):
         encoder = Encoder.from_backbone(backbones[kind], length, **options)
-        return RowCache(root, cache).encoded(card or make_card(), "train", draw, encoder)
+        return RowCache(root, cache).encoded(card or make_card(), draw, encoder)
 
     run()
     if change == "data":
@@ -198,5 +198,5 @@ def test_any_change_creates_a_new_cache(make_card, write_split, film_rows, backb
 def test_an_error_leaves_nothing_in_the_cache(make_card, write_split, film_rows, seq2seq, tmp_path):
     root, cache = write_split([*film_rows(1500), {"text": "a", "label": 9}]), tmp_path / "cache"
     with pytest.raises(ValueError, match="row 1500: got label 9"):
-        RowCache(root, str(cache)).encoded(make_card(), "train", DRAW, seq2seq)
+        RowCache(root, str(cache)).encoded(make_card(), DRAW, seq2seq)
     assert not list((cache / "generator").rglob("*.arrow"))
