@@ -70,6 +70,12 @@ class Method(Recipe):
     full_data_arguments: Arguments | None = None
     search: Arguments = field(default_factory=dict)
 
+    @property
+    def has_dev_rows(self) -> bool:
+        """Whether the recipe draws dev rows."""
+        data = [content.get("data") or {} for content in self.contents if isinstance(content, Mapping)]
+        return any((found.get("init_args") or {}).get("dev_shot") for found in data)
+
 
 @dataclass
 class Comparison:
@@ -215,8 +221,8 @@ class Comparison:
         method, (given, task_name, card), (number, seed_value) = self.methods[name], task, seed
         options = {"data": given, "seed_everything": seed_value, **self.arguments, **method.arguments}
         if k != 0:
-            if method.fit and self.dev is not None:
-                options["data.dev_shot"] = self._dev_rows(k)
+            if method.fit and (self.dev is not None or method.has_dev_rows):
+                options["data.dev_shot"] = None if self.dev is None else self._dev_rows(k)
             few = self.few_shot_arguments if method.few_shot_arguments is None else method.few_shot_arguments
             full = self.full_data_arguments if method.full_data_arguments is None else method.full_data_arguments
             options |= full if k is None else few

@@ -76,6 +76,17 @@ def test_arguments_of_the_command_line(comparison: Callable[..., Comparison]) ->
     assert not runs["hard/demo/topic/0/7"].fit
 
 
+@pytest.mark.parametrize(
+    ("dev", "few", "full"), [("k", "16", "16"), ("7", "7", "7"), ("null", "null", "null")], ids=["k", "number", "none"]
+)
+def test_dev_rows_replace_the_recipes(comparison: Callable[..., Comparison], dev: str, few: str, full: str) -> None:
+    runs = comparison(("tasks:", f"dev: {dev}\ntasks:")).runs()
+    for place, expected in (("lora/demo/topic/16/0", few), ("lora/demo/topic/full/0", full)):
+        (words,) = [run.words for run in runs if run.place == place]
+        assert words[words.index("--data.dev_shot") + 1] == expected
+    assert not any("--data.dev_shot" in run.words for run in runs if run.method == "hard")
+
+
 def test_prepared_runs_are_in_order_and_needed_by_methods(comparison: Callable[..., Comparison]) -> None:
     plan = comparison()
     teachers, source = plan.prepared_runs()
