@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     scores = pd.concat([report.scores for report in reports])
     args.results.mkdir(parents=True, exist_ok=True)
     search["mean"].to_csv(args.results / "masked_search.csv")
-    columns = ["mean", "standard_deviation", "seeds_done", "trained_parameters", "seconds_per_step", "seconds"]
+    columns = ["mean", "standard_deviation", "runs_done", "trained_parameters", "seconds_per_step", "seconds"]
     scores[~scores.index.duplicated()][columns].to_csv(args.results / "masked.csv")
     for report in reports:
         print(report.markdown())

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -101,6 +102,10 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--output", metavar="DIR", help="folder of the results (default: runs/compare/NAME)")
     compare.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one per core, one with a GPU)")
     compare.add_argument("--report", action="store_true", help="only report the results so far")
+    compare.add_argument(
+        "--format", choices=["report", "peft"], default="report",
+        help="tables and pictures (default), or files for the dashboard of PEFT's method comparison",
+    )  # fmt: skip
     compare.set_defaults(run=_compare)
     demo = commands.add_parser("demo", help="the whole method, offline, on two CPU cores, in three minutes")
     demo.add_argument("--output", default="outputs/demo", help="folder of the results (default: %(default)s)")
@@ -167,6 +172,7 @@ def _export(options: Namespace) -> None:
 def _compare(options: Namespace) -> None:
     from rich.console import Console
 
+    from mpt_lightning.compare.peft_results import write_peft_results
     from mpt_lightning.compare.plan import read_comparison
     from mpt_lightning.compare.report import Report
     from mpt_lightning.compare.results import Store
@@ -188,9 +194,14 @@ def _compare(options: Namespace) -> None:
         except KeyboardInterrupt:
             print("mpt: interrupted; the same command resumes", file=sys.stderr)
             raise SystemExit(130) from None
-    report = Report(comparison, store)
-    report.print(console)
-    console.print(f"wrote {', '.join(map(str, report.write(output)))}", highlight=False)
+    command = ["mpt", "compare", options.file, *(["--output", options.output] if options.output else [])]
+    report = Report(comparison, store, shlex.join(command))
+    if options.format == "peft":
+        files = write_peft_results((result for _, result in report.results), output / "peft")
+        console.print(f"wrote {len(files)} files in {output / 'peft'}", highlight=False)
+    else:
+        report.print(console)
+        console.print(f"wrote {', '.join(map(str, report.write(output)))}", highlight=False)
     if report.failures:
         raise SystemExit(1)
 

@@ -1,118 +1,68 @@
-"""Scores over seeds and costs of methods, as tables in the terminal, CSV and Markdown."""
+"""The report of a comparison: its tables and pictures, and how its runs were made."""
 
-import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import product
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
 
 import pandas as pd
 from rich.console import Console
-from rich.table import Table
 
-from mpt_lightning.compare.picture import draw
-from mpt_lightning.compare.plan import AVERAGE, Comparison, k_name, k_title
-from mpt_lightning.compare.results import Result, Store
+from mpt_lightning.compare import picture
+from mpt_lightning.compare.formats import Section, print_sections, to_latex, to_markdown
+from mpt_lightning.compare.plan import Comparison, k_name, k_title
+from mpt_lightning.compare.results import Store
+from mpt_lightning.compare.scores import COSTS, repeat_zero_shot, summarize, tabulate_runs, zero_shot
+from mpt_lightning.compare.statistics import RESAMPLES, compare_with_control
+from mpt_lightning.compare.tables import difference_table, listing, score_table, setting_table, trial_table
 
-CAPTION = (
-    "Mean ± standard deviation (n - 1) over seeds, times 100. `average`: of each seed's mean over tasks. (2/3): two of "
-    "three seeds have a result; the others are not in the mean. Time per step and peak memory are medians over runs; a "
-    "peak is what the run's process took beyond what it had before, in training and in evaluation."
+SCORES = (
+    "Scores are percentages. Tasks: mean ± standard deviation (n - 1) over seeds. average: mean over tasks of the "
+    "means over seeds. interquartile mean: mean of the runs without the lowest and the highest quarter. [low, high]: "
+    f"95% interval of {RESAMPLES:,} resamples of tasks, and of seeds within each. (2/3): two of three runs have a "
+    "result; the others are left out.",
+    "Time per step and peak memory are medians over runs; a peak is what the run's process took beyond what it had "
+    "before, in training and in evaluation.",
 )
-
-
-@dataclass(frozen=True)
-class Cost:
-    """How a cost is summarised and printed: over runs, times a factor, with some decimals."""
-
-    title: str
-    over_runs: Literal["mean", "median"]
-    factor: float = 1
-    decimals: int = 0
-
-    def text(self, value: float) -> str:
-        """Return the value in the unit of the title; an empty string for NaN."""
-        return "" if math.isnan(value) else f"{value * self.factor:,.{self.decimals}f}"
-
-
-# By the attributes of `Outcome`.
-COSTS = {
-    "trained_parameters": Cost("trained parameters", "mean"),
-    "checkpoint_bytes": Cost("checkpoint KiB", "mean", 2**-10),
-    "seconds_per_step": Cost("ms per step", "median", 1000, decimals=1),
-    "peak_memory_bytes": Cost("peak MiB", "median", 2**-20),
-    "seconds": Cost("seconds per run", "mean", decimals=1),
-}
-
-
-def summarize(results: Iterable[Result]) -> pd.DataFrame:
-    """Summarise scores and costs over seeds.
-
-    Args:
-        results: One result per run; a run that is missing has neither a value nor an error.
-
-    Returns:
-        A row for each k ("16", "full"), method and task, and for the average over tasks: `mean` and
-        `standard_deviation` (n - 1) of the score, `seeds_done`, `seeds_expected` and `seeds_failed`, and the method's
-        `COSTS` at this k. What is unknown is NaN.
-    """
-    runs = pd.DataFrame([{**vars(result), "k": k_name(result.k)} for result in results])
-    runs["failed"] = runs["error"].notna()
-    numbers = ["value", *COSTS]
-    runs[numbers] = runs[numbers].astype(float)
-    runs.loc[runs["value"].isna(), list(COSTS)] = math.nan
-    seeds = runs.groupby(["k", "method", "seed"], sort=False)
-    # A seed without a result in one task has no average: the other tasks may be easier or harder.
-    averages = seeds.agg(value=("value", lambda values: values.mean(skipna=False)), failed=("failed", "any"))
-    scores = pd.concat([runs, averages.reset_index().assign(task=AVERAGE)]).groupby(["k", "method", "task"], sort=False)
-    summary = scores.agg(
-        mean=("value", "mean"), standard_deviation=("value", "std"), seeds_done=("value", "count"),
-        seeds_expected=("value", "size"), seeds_failed=("failed", "sum"),
-    )  # fmt: skip
-    costs = runs.groupby(["k", "method"]).agg({name: cost.over_runs for name, cost in COSTS.items()})
-    order = product(runs["k"].unique(), runs["method"].unique(), [*runs["task"].unique(), AVERAGE])
-    return summary.join(costs).loc[[row for row in order if row in summary.index]]
-
-
-def score_text(score: Any) -> str:
-    """Return a row of `summarize` as "mean ± deviation", times 100, or why it is missing."""
-    if math.isnan(score["mean"]):
-        return "failed" if score["seeds_failed"] else "missing"
-    deviation = score["standard_deviation"]
-    text = f"{100 * score['mean']:.1f}" + ("" if math.isnan(deviation) else f" ± {100 * deviation:.1f}")
-    done, expected = int(score["seeds_done"]), int(score["seeds_expected"])
-    return text if done == expected else f"{text} ({done}/{expected})"
-
-
-def score_table(summary: pd.DataFrame, costs: Sequence[str]) -> pd.DataFrame:
-    """Return the strings of a table: a row for each k and method, a column for each task, the average and the costs."""
-    averages = summary.xs(AVERAGE, level="task")
-    table = summary.apply(score_text, axis="columns").unstack("task", sort=False)
-    return table.assign(**{COSTS[name].title: averages[name].map(COSTS[name].text) for name in costs})
-
-
-def rich_table(title: str, corner: str, strings: pd.DataFrame, sections: Collection[str] = ()) -> Table:
-    """Return a table for the terminal, with lines below the rows named in `sections`."""
-    table = Table(title=title)
-    for place, column in enumerate([corner, *strings.columns]):
-        table.add_column(column, justify="right" if place else "left", overflow="fold")
-    for name, row in strings.iterrows():
-        table.add_row(str(name), *row, end_section=name in sections)
-    return table
+DIFFERENCES = (
+    "difference: percentage points, on the same task and seed; mean over tasks of the means over seeds, with the "
+    "interval of the same resamples. wins/ties/losses: over tasks and seeds. p: Wilcoxon's signed-rank test of the "
+    "tasks' differences, two-sided; p (Holm): corrected for the methods of the table. higher, lower: p (Holm) < .05; "
+    "mixed: the same, but the mean has another sign than the median over tasks."
+)
+ONE_TASK = "There is one task: intervals are over its seeds alone, and say nothing about other tasks."
+FEW_TASKS = "There are {} tasks: with fewer than ten, 95% intervals over tasks can be too narrow (docs/methods.md)."
 
 
 class Report:
-    """The results of a comparison, whether or not all runs are done; see `summarize` for its `scores`."""
+    """The results of a comparison, whether or not all runs are done.
 
-    def __init__(self, comparison: Comparison, store: Store) -> None:
-        self.comparison = comparison
+    Args:
+        comparison: What is compared.
+        store: Its results.
+        command: The command that runs it.
+
+    Attributes:
+        scores: See `summarize`.
+        differences: See `compare_with_control`; empty without a control.
+    """
+
+    def __init__(self, comparison: Comparison, store: Store, command: str = "") -> None:
+        self.comparison, self.store, self.command = comparison, store, command
         self.results = [(run, store.read(run)) for run in comparison.runs()]
         self.prepared = [(run, store.read(run)) for run in comparison.prepared_runs()]
-        self.scores = summarize(result for _, result in self.results)
-        self.shots = list(dict.fromkeys(run.k for run, _ in self.results))
         self.failures = [(run, result.error) for run, result in [*self.prepared, *self.results] if result.error]
+        runs = tabulate_runs(result for _, result in self.results)
+        self.scores = summarize(runs)
+        self._references = zero_shot(runs)
+        repeated = repeat_zero_shot(runs, self._references)
+        self.differences = compare_with_control(repeated, comparison.control or "")
+        names = set(repeated["k"])
+        self.shots = [k for k in dict.fromkeys(run.k for run, _ in self.results) if k_name(k) in names]
+
+    @property
+    def metric(self) -> str:
+        """The metric as it stands in titles."""
+        return f"test/{self.comparison.metric}"
 
     @property
     def progress(self) -> str:
@@ -125,36 +75,109 @@ class Report:
         parts += [f"prepared: {', '.join(seconds)}"] if seconds else []
         return "; ".join(parts) + "."
 
+    @property
+    def selection(self) -> str:
+        """Which rows chose checkpoints and hyperparameters."""
+        plan = self.comparison
+        rows = "the validation split" if plan.dev is None else f"{plan.dev} further training rows"
+        rows += " (full data: as many as the largest k)" if plan.dev == "k" and None in self.shots else ""
+        parts = ["the last checkpoint" if plan.select == "last" else f"the checkpoint with the best score on {rows}"]
+        trials = max(map(len, plan.trials_of.values()))
+        if trials > 1:
+            where = "of the same run" if plan.search_tasks is None else f"of {', '.join(plan.search_tasks)}"
+            parts.append(f"hyperparameters by {trials} trials for each method, by the score on {rows} {where}")
+        return "; ".join(parts) + ". Test rows are read once, after these choices."
+
+    @property
+    def facts(self) -> list[str]:
+        """How the runs were made: command, backbones, versions, steps, number of runs, selection."""
+        done = [result for _, result in self.results if result.environment]
+        versions: dict[str, list[str]] = {}
+        for result in done:
+            for package, version in result.environment["versions"].items():
+                versions.setdefault(package, []).append(version)
+        steps = [result.steps for _, result in self.results if result.steps]
+        facts = {
+            "Command": self.command,
+            "Backbone": listing(result.environment["backbone"] for result in done),
+            "Versions": ", ".join(f"{package} {listing(found)}" for package, found in versions.items()),
+            "Machine": listing(result.environment["system"]["accelerator"] for result in done),
+            "Steps": f"{min(steps)} to {max(steps)}" if len(set(steps)) > 1 else listing(set(steps)),
+            "Runs": self.progress,
+            "Selection": self.selection,
+        }
+        return [f"{name}: {text}" for name, text in facts.items() if text]
+
     def table(self, k: int | None) -> pd.DataFrame:
-        """Return the table of one k as strings: methods by tasks, average and costs."""
+        """Return the scores of one k as strings: methods by tasks, averages and costs."""
         costs = [name for name in COSTS if name != "seconds"]
-        return score_table(self.scores, costs).loc[k_name(k)]
+        return self._titled(score_table(repeat_zero_shot(self.scores, self._references), costs).loc[k_name(k)])
+
+    @cached_property
+    def sections(self) -> list[Section]:
+        """The parts of the report."""
+        tasks = len(self.comparison.tasks)
+        notes = [*SCORES, *([DIFFERENCES] if self.comparison.control else [])]
+        notes += [ONE_TASK] if tasks == 1 else [FEW_TASKS.format(tasks)] if tasks < 10 else []
+        notes += self._single_seeds()
+        sections = [Section(f"{self.comparison.name}: {self.metric}", [*self.facts, *notes])]
+        settings = repeat_zero_shot(setting_table(result for _, result in self.results), self._references)
+        for k in self.shots:
+            sections.append(Section(k_title(k), table=self.table(k)))
+            sections += self._difference_section(k)
+            if k_name(k) in settings.index.unique("k"):
+                title = f"{k_title(k)}: backbones, steps and chosen hyperparameters"
+                sections.append(Section(title, table=self._titled(settings.loc[k_name(k)])))
+        if self.failures:
+            sections.append(Section("Failed runs", [f"{run.place}: {error}" for run, error in self.failures]))
+        return sections
+
+    def _difference_section(self, k: int | None) -> list[Section]:
+        control = self.comparison.control
+        if control is None:
+            return []
+        title = f"{k_title(k)}: differences to {control}"
+        if k_name(k) not in self.differences.index.unique("k"):
+            return [Section(title, [f"{control} has no result here."])]
+        table = difference_table(self.differences).loc[k_name(k)]
+        return [Section(title, table=self._titled(table))]
+
+    def _single_seeds(self) -> list[str]:
+        seeds = {name: self.comparison.seeds if method.seeds is None else method.seeds
+                 for name, method in self.comparison.methods.items() if method.fit}  # fmt: skip
+        single = [name for name, found in seeds.items() if len(found) == 1]
+        return [f"One seed: {', '.join(single)}. Their intervals leave out how training varies."] if single else []
+
+    def _titled(self, table: pd.DataFrame) -> pd.DataFrame:
+        return table.rename(index={name: f"{name} (k = 0)" for name in self._references}, level="method")
 
     def print(self, console: Console) -> None:
-        """Print the tables."""
-        for k in self.shots:
-            title = f"{self.comparison.name}: test/{self.comparison.metric}, {k_title(k)}"
-            console.print(rich_table(title, "method", self.table(k)))
-        console.print(CAPTION, markup=False, highlight=False)
-        for run, error in self.failures:
-            console.print(f"failed: {run.place}: {error}", markup=False, highlight=False)
-        console.print(self.progress, highlight=False)
+        """Print the report to the terminal."""
+        print_sections(self.sections, console)
 
     def write(self, output: Path) -> list[Path]:
-        """Write report.csv, report.md and report.png, and return their paths."""
-        files = [output / f"report.{kind}" for kind in ("csv", "md", "png")]
-        self.scores.drop(columns="seconds").reorder_levels(["method", "k", "task"]).to_csv(files[0])
-        files[1].write_text(self.markdown(), encoding="utf-8")
-        draw(self.scores, self.shots, f"test/{self.comparison.metric}", files[2])
+        """Write the tables as Markdown, LaTeX and CSV and the pictures as PNG, SVG and PDF; return their paths."""
+        tables = {"": self.scores.reset_index(), "_differences": self.differences.reset_index()}
+        tables["_trials"] = trial_table(self.results, self.store)
+        files = [output / "report.md", output / "report.tex"]
+        files[0].write_text(self.markdown(), encoding="utf-8")
+        files[1].write_text(to_latex(self.sections), encoding="utf-8")
+        for name, table in tables.items():
+            if len(table):
+                files.append(output / f"report{name}.csv")
+                table.to_csv(files[-1], index=False)
+        scores = self._titled(repeat_zero_shot(self.scores, self._references))
+        figures = {
+            "shots": picture.draw_shots(scores, self.shots, self.metric),
+            "parameters": picture.draw_parameters(scores, self.shots, self.metric),
+        }
+        if len(self.differences):
+            control, differences = str(self.comparison.control), self._titled(self.differences)
+            figures["differences"] = picture.draw_differences(differences, self.shots, control, self.metric)
+        for name, figure in figures.items():
+            files += picture.save(figure, output / f"report_{name}")
         return files
 
     def markdown(self) -> str:
-        """Return the report as Markdown."""
-        parts = [f"# {self.comparison.name}: test/{self.comparison.metric}", CAPTION]
-        for k in self.shots:
-            table = self.table(k).reset_index(names="method")
-            rows = [table.columns, ["---", *["---:"] * (len(table.columns) - 1)], *table.to_numpy()]
-            parts += [f"## {k_title(k)}", "\n".join(f"| {' | '.join(row)} |" for row in rows)]
-        if self.failures:
-            parts += ["## Failed runs", "\n".join(f"- {run.place}: {error}" for run, error in self.failures)]
-        return "\n\n".join([*parts, self.progress]) + "\n"
+        """Return the report as Markdown, without pictures."""
+        return to_markdown(self.sections)

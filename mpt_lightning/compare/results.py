@@ -31,10 +31,15 @@ class Outcome:
     trained_parameters: int = 0
     checkpoint_bytes: int = 0  # of the best checkpoint; 0 without training
     steps: int = 0
+    train_rows: int = 0  # that were in a training batch, each time counted
+    train_tokens: int = 0  # of these rows, inputs and answers
+    train_loss: float | None = None  # of the last step
+    train_seconds: float = 0.0  # of all training steps
     seconds_per_step: float | None = None  # median training step, without loading data, validating and saving
     peak_memory_bytes: int | None = None
     seconds: float = 0.0
     checkpoint: str | None = None  # path of the best checkpoint if it was kept
+    environment: dict[str, Any] = field(default_factory=dict)  # model, versions and machine; see `environment.describe`
 
 
 @dataclass(kw_only=True)

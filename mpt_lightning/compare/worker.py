@@ -19,10 +19,13 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from mpt_lightning.compare.environment import describe
 from mpt_lightning.compare.results import Outcome
 from mpt_lightning.compare.runs import option_words
 from mpt_lightning.compare.search import Values, best_trial
 from mpt_lightning.errors import MPTError, find_error
+from mpt_lightning.modules.batch import Batch
+from mpt_lightning.objectives import IGNORE
 from mpt_lightning.recipes import MPTCLI
 
 
@@ -51,8 +54,10 @@ def work(
                 checkpoint = ["--ckpt_path", outcome.checkpoint] if outcome.checkpoint else []
                 arguments = [*words, *option_words(outcome.chosen), *checkpoint]
                 outcome.commands.append(shlex.join(["mpt", "test", *arguments]))
-                metrics = RunCLI(["test", *arguments], folder).trainer.callback_metrics
+                cli = RunCLI(["test", *arguments], folder)
+                metrics = cli.trainer.callback_metrics
                 outcome.metrics = {name.removeprefix("test/"): float(value) for name, value in metrics.items()}
+                outcome.environment = describe(cli.model)
         except Exception as error:
             traceback.print_exc()
             cause = find_error(error) or f"{type(error).__name__}: {error}"
@@ -111,6 +116,11 @@ def _fit(words: Sequence[str], folder: Path, select: str) -> Outcome:
         trained_parameters=sum(p.numel() for p in cli.model.parameters() if p.requires_grad),
         checkpoint=str(checkpoint),
         checkpoint_bytes=checkpoint.stat().st_size,
+        train_rows=recorder.rows,
+        train_tokens=recorder.tokens,
+        train_loss=recorder.loss,
+        train_seconds=round(sum(recorder.seconds), 2),
+        environment=describe(cli.model),
     )
 
 
@@ -137,15 +147,20 @@ class RunCLI(MPTCLI):
 
 
 class Recorder(L.Callback):
-    """Times the training batches, and records the metrics of each validation.
+    """Times and counts the training batches, and records the metrics of each validation.
 
     Attributes:
         seconds: Of each batch.
+        rows: Number of rows in the batches.
+        tokens: Number of their tokens, of inputs and answers.
+        loss: Of the last training step; None without one.
         metrics: By the step of the validation, the metrics by name.
     """
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.rows = self.tokens = 0
+        self.loss: float | None = None
         self.metrics: dict[int, dict[str, float]] = {}
         self._begin = 0.0
 
@@ -154,10 +169,16 @@ class Recorder(L.Callback):
         _synchronize()
         self._begin = time.perf_counter()
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Record the batch's time."""
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Record the batch's time and size."""
         _synchronize()
         self.seconds.append(time.perf_counter() - self._begin)
+        self.rows += len(batch["labels"])
+        self.tokens += int(batch["attention_mask"].sum() + (batch["labels"] != IGNORE).sum())
+
+    def on_train_end(self, trainer: L.Trainer, _: L.LightningModule) -> None:
+        """Record the loss."""
+        self.loss = float(trainer.callback_metrics.get("train/loss", math.nan))
 
     def on_validation_end(self, trainer: L.Trainer, _: L.LightningModule) -> None:
         """Record the metrics."""

@@ -17,11 +17,13 @@ from rich.console import Console
 
 from mpt_lightning.callbacks import draw_similarity
 from mpt_lightning.checkpoint import read_checkpoint
+from mpt_lightning.compare.formats import rich_table
 from mpt_lightning.compare.picture import COLOURS, draw_curves
 from mpt_lightning.compare.plan import AVERAGE
 from mpt_lightning.compare.pool import WorkerPool, progress_bar
-from mpt_lightning.compare.report import rich_table, score_table, summarize
 from mpt_lightning.compare.results import Result
+from mpt_lightning.compare.scores import summarize, tabulate_runs
+from mpt_lightning.compare.tables import score_table
 from mpt_lightning.demo.methods import FEW_SHOT, IN_CONTEXT, METHODS, TARGETS, Method, run, run_stages
 from mpt_lightning.errors import MPTError
 
@@ -67,7 +69,7 @@ def run_demo(output: Path, seeds: int = 3) -> None:
     }
     results = {"rows": [{name: getattr(row, name) for name in COLUMNS} for row in rows], "environment": environment}
     (output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    title = "held-out tasks: test score, mean ± standard deviation over seeds"
+    title = "held-out tasks: test score, mean ± standard deviation over seeds; averages with 95% intervals"
     adapted = _summary(rows, FEW_SHOT)
     _draw(output / "source.ckpt", adapted, output / "demo.png")
     _print(console, f"T5, k rows in all; {title}", adapted)
@@ -77,7 +79,7 @@ def run_demo(output: Path, seeds: int = 3) -> None:
 
 
 def _summary(rows: Iterable[Result], methods: Mapping[str, Method]) -> pd.DataFrame:
-    summary = summarize(row for row in rows if row.method in methods)
+    summary = summarize(tabulate_runs(row for row in rows if row.method in methods))
     return summary.rename(index={name: method.title for name, method in METHODS.items()}, level="method")
 
 
@@ -97,6 +99,5 @@ def _draw(source: Path, summary: pd.DataFrame, path: Path) -> None:
     for colour, method in zip(COLOURS, summary.index.unique("method"), strict=False):
         means = summary.xs(method, level="method")["mean"].unstack("task")
         right.plot(100 * means.drop(columns=AVERAGE).to_numpy(), color=colour, alpha=0.3)
-    right.set(ylabel="test score, times 100", title="Held-out tasks (pale) and their mean")
-    right.legend()
+    right.set(ylabel="test score (%)", title="Held-out tasks (pale), their mean and its 95% interval")
     figure.savefig(path, dpi=150)

@@ -52,7 +52,7 @@ def test_from_the_file_to_the_report(own_folder: Path, capsys: pytest.CaptureFix
     assert not list(Path("out").rglob("*.ckpt"))
     assert not Path("runs").exists()
     with Path("out/report.csv").open(newline="") as file:
-        assert {(row["method"], row["seeds_done"]) for row in csv.DictReader(file)} == {
+        assert {(row["method"], row["runs_done"]) for row in csv.DictReader(file)} == {
             ("lora", "2"), ("ia3", "2"), ("wrong", "0"),
         }  # fmt: skip
 
@@ -65,7 +65,17 @@ def test_from_the_file_to_the_report(own_folder: Path, capsys: pytest.CaptureFix
     # The result does not depend on an earlier run in the same process.
     same = ("value", "metrics", "trained_parameters", "checkpoint_bytes", "commands")
     assert all(json.loads(lost.read_text())[key] == results[lost][key] for key in same)
-    run_and_exit(1, "few.yaml", "--report", "--output", "out")
+    run_and_exit(1, "few.yaml", "--report", "--format", "peft", "--output", "out")
+    assert "wrote 4 files in out/peft" in capsys.readouterr().out
+    peft = json.loads(Path("out/peft/lora--demo-topic-k8-seed0.json").read_text())
+    assert (peft["run_info"]["train_config"]["model_id"], peft["run_info"]["peft_config"]["peft_type"]) == (
+        "mpt_lightning/demo/t5", "LORA",
+    )  # fmt: skip
+    assert peft["train_info"]["num_total_params"] > peft["train_info"]["num_trainable_params"]
+    (last,) = peft["train_info"]["metrics"]
+    assert (last["test accuracy"], last["train samples"]) == (one["value"], one["train_rows"])
+    assert last["train loss"] > 0
+    assert last["train total tokens"] > 3 * last["train samples"]
     assert {path for path in results if path.stat().st_mtime_ns != before[path]} == again
 
 
