@@ -72,7 +72,7 @@ def peft_result(result: Result) -> dict[str, Any]:
         "meta_info": {
             "model_info": {"sha": None, "created_at": None},
             "dataset_info": {},
-            "package_info": {**package_info, "bitsandbytes-version": None},
+            "package_info": {"bitsandbytes-version": "not used", **package_info},
             "system_info": environment["system"],
             "pytorch_info": f"PyTorch {versions['torch']}",
         },

@@ -24,7 +24,8 @@ COLUMNS: dict[str, type] = {
     f"{LAST} test accuracy": float, f"{LAST} train loss": float, f"{LAST} train samples": int,
     f"{LAST} train total tokens": int, f"{META} package_info peft-version": str,
     f"{META} package_info transformers-version": str, f"{META} package_info datasets-version": str,
-    f"{META} package_info torch-version": str, f"{META} system_info": dict,
+    f"{META} package_info torch-version": str, f"{META} package_info bitsandbytes-version": str,
+    f"{META} system_info": dict,
 }  # fmt: skip
 RESULT = Result(
     method="lora", task="demo/topic", k=16, seed=3, metric="average", metrics={"average": 0.75}, value=0.75,
