@@ -181,7 +181,9 @@ class Recorder(L.Callback):
         self.loss = float(trainer.callback_metrics.get("train/loss", math.nan))
 
     def on_validation_end(self, trainer: L.Trainer, _: L.LightningModule) -> None:
-        """Record the metrics."""
+        """Record the metrics, unless they are those of Lightning's check before training."""
+        if trainer.sanity_checking:
+            return
         self.metrics[trainer.global_step] = {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
