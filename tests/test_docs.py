@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -65,3 +66,21 @@ def test_masked_example_gives_the_printed_answers(minilm: str, capsys: pytest.Ca
     code, printed = re.search(r"```python\n(.*?)```\s+```\n(.*?)```", page, flags=re.DOTALL).groups()
     exec(code.replace('"path/to/minilm-l6-mlm"', repr(minilm)), {})
     assert capsys.readouterr().out == printed
+
+
+@pytest.mark.slow
+def test_a_search_of_one_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The three trials of the page are run, each selects on its dev rows, and the best values are printed."""
+    pytest.importorskip("optuna", reason="needs optuna: pip install mpt_lightning[sweep]")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    page = (DOCS / "methods.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "optuna" in block)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    trials = names["study"].trials
+    assert len({trial.params["lr"] for trial in trials}) == len(trials) == 3
+    best = max(trials, key=lambda trial: trial.value)
+    assert capsys.readouterr().out.endswith(f"\n{best.params}\n")
+    assert 0.4 < best.value <= 1
