@@ -34,8 +34,8 @@ class Recipe:
     Args:
         recipe: A shipped recipe or a path. In a list, later recipes override earlier ones.
         arguments: Arguments of `mpt fit` by their dotted names, such as `model.lr: 0.1`.
-        seeds: One run for each. The n-th seed of a method uses the n-th of them, and begins again after the last.
-            Unset: one run, with the recipe's seed.
+        seeds: One run for each, which also draws its rows. The n-th seed of a method uses the n-th of them, and begins
+            again after the last. Unset: one run, with the recipe's seed.
     """
 
     recipe: str | list[str]
@@ -70,11 +70,10 @@ class Method(Recipe):
     full_data_arguments: Arguments | None = None
     search: Arguments = field(default_factory=dict)
 
-    @property
-    def has_dev_rows(self) -> bool:
-        """Whether the recipe draws dev rows."""
+    def draws(self, option: str) -> bool:
+        """Return whether the recipe draws rows by this option of the DataModule."""
         data = [content.get("data") or {} for content in self.contents if isinstance(content, Mapping)]
-        return any((found.get("init_args") or {}).get("dev_shot") for found in data)
+        return any((found.get("init_args") or {}).get(option) for found in data)
 
 
 @dataclass
@@ -88,7 +87,7 @@ class Comparison:
         tasks: Names of shipped cards, or paths of cards.
         shots: Every k, the number of training rows; null is the full data.
         methods: The methods by name; folders are named after them.
-        seeds: One run for each: it draws the rows, and seeds the training.
+        seeds: One run for each: it seeds the training, and draws the rows unless an argument `data.seed` does.
         dev: The number of rows that select checkpoints and hyperparameters, drawn from the training split beside the
             training rows (Perez et al., 2021): a number, or `k` for as many as training rows (with the full data, as
             many as the largest k). null: the validation split.
@@ -98,8 +97,9 @@ class Comparison:
             each run chooses on its own dev rows.
         search_seeds: The seeds of runs on `search_tasks`. Unset: the first of `seeds`.
         arguments: Arguments of every method.
-        few_shot_arguments: Further arguments of a run with k rows, for k above 0.
-        full_data_arguments: Further arguments of a run with the full data.
+        few_shot_arguments: Further arguments of a run with k rows, for k above 0; by default k rows in all, evenly
+            over the classes.
+        full_data_arguments: Further arguments of a run with the full data, for which a recipe's `k_shot` is unset.
         prepare: Runs that methods start from; a later one may use an earlier one's checkpoint.
         metric: What is compared: the name of a test metric without `test/`.
         control: The method that others are compared with, in pairs of the same task and seed.
@@ -117,7 +117,7 @@ class Comparison:
     search_tasks: list[str] | None = None
     search_seeds: list[int] | None = None
     arguments: Arguments = field(default_factory=dict)
-    few_shot_arguments: Arguments = field(default_factory=lambda: {"data.k_shot": "$k"})
+    few_shot_arguments: Arguments = field(default_factory=lambda: {"data.k_shot": "$k", "data.shots_per": "balanced"})
     full_data_arguments: Arguments = field(default_factory=dict)
     prepare: dict[str, Recipe] = field(default_factory=dict)
     metric: str = "average"
@@ -200,7 +200,7 @@ class Comparison:
             prepared[name] = []
             _check_list(f"seeds of {name}", recipe.seeds or [None])
             for number, seed in enumerate(recipe.seeds or [None]):
-                options = recipe.arguments if seed is None else {"seed_everything": seed, **recipe.arguments}
+                options = recipe.arguments if seed is None else _with_seed(seed, recipe.arguments)
                 run_name = name if seed is None else f"{name}/{seed}"
                 needs = {key: runs[number % len(runs)] for key, runs in prepared.items() if key != name}
                 fields = {
@@ -219,12 +219,14 @@ class Comparison:
         prepared: Mapping[str, list[Run]], *, searches: tuple[Run, ...] = (), test: bool = True,
     ) -> Run:  # fmt: skip
         method, (given, task_name, card), (number, seed_value) = self.methods[name], task, seed
-        options = {"data": given, "seed_everything": seed_value, **self.arguments, **method.arguments}
+        options = {"data": given, **_with_seed(seed_value, {**self.arguments, **method.arguments})}
         if k != 0:
-            if method.fit and (self.dev is not None or method.has_dev_rows):
+            if method.fit and (self.dev is not None or method.draws("dev_shot")):
                 options["data.dev_shot"] = None if self.dev is None else self._dev_rows(k)
             few = self.few_shot_arguments if method.few_shot_arguments is None else method.few_shot_arguments
             full = self.full_data_arguments if method.full_data_arguments is None else method.full_data_arguments
+            if k is None and method.draws("k_shot"):
+                options["data.k_shot"] = None
             options |= full if k is None else few
         needs = {key: runs[number % len(runs)] for key, runs in prepared.items()}
         place = f"{task_name}/{k_name(k)}/{seed_value}"
@@ -281,6 +283,11 @@ def _read_cards(place: str, tasks: list[str]) -> list[tuple[str, str, Any]]:
     cards = [(given, load_card(given).name, read_card_file(given)) for given in tasks]
     _check_list(place, [task.casefold() for _, task, _ in cards])
     return cards
+
+
+def _with_seed(seed: int, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's arguments with its seed, for training and for the draws of rows, unless they set others."""
+    return {"seed_everything": seed, **arguments, "data.seed": arguments.get("data.seed", seed)}
 
 
 def _check_list(place: str, values: Sequence[Any]) -> None:

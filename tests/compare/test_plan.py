@@ -1,5 +1,6 @@
 """The runs that a comparison's file defines, and errors for mistakes in it."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,7 +63,8 @@ def test_arguments_of_the_command_line(comparison: Callable[..., Comparison]) ->
     lora = "--config baselines/lora --data demo/voice " + common.format(2)
     lora += ' --model.lr 0.5 --model.peft_config.target_modules ["q", "v"]'
     assert words("lora/demo/voice/16/2") == lora + " --data.dev_shot 16 --data.k_shot 16"
-    assert words("lora/demo/voice/full/2") == lora + " --data.dev_shot 16 --data.max_train_rows 50"
+    full = " --data.dev_shot 16 --data.k_shot null --data.max_train_rows 50"  # the recipe draws 32 rows
+    assert words("lora/demo/voice/full/2") == lora + full
     target = f"--config demo/target --data demo/topic {common.format(1)} --model.lr 1 --model.source a/b.ckpt"
     assert words("mpt/demo/topic/16/1", source="a/b.ckpt") == target + " --data.dev_shot 16 --data.k_shot 16"
     hard = f"--config baselines/hard_prompt --data demo/topic {common.format(7)} --model.lr 1"
@@ -85,6 +87,19 @@ def test_dev_rows_replace_the_recipes(comparison: Callable[..., Comparison], dev
         (words,) = [run.words for run in runs if run.place == place]
         assert words[words.index("--data.dev_shot") + 1] == expected
     assert not any("--data.dev_shot" in run.words for run in runs if run.method == "hard")
+
+
+def test_seeds_draw_the_rows_unless_an_argument_does() -> None:
+    methods = {"mpt": Method("demo/target", {"model.source": "$source"})}
+    prepare = {"source": Recipe("demo/source", seeds=[7])}
+    plan = Comparison(["demo/topic"], [16, None], methods, [3], prepare=prepare)
+    for run, seed in zip([*plan.runs(), *plan.prepared_runs()], ("3", "3", "7"), strict=True):
+        assert run.words[run.words.index("--data.seed") + 1] == seed
+    few, full = (run.words for run in plan.runs())
+    assert few[few.index("--data.k_shot") :] == ("--data.k_shot", "16", "--data.shots_per", "balanced")
+    assert full[full.index("--data.k_shot") :] == ("--data.k_shot", "null")
+    methods["mpt"].arguments["data.seed"] = 1
+    assert {run.words[run.words.index("--data.seed") + 1] for run in plan.runs()} == {"1"}
 
 
 def test_prepared_runs_are_in_order_and_needed_by_methods(comparison: Callable[..., Comparison]) -> None:
@@ -168,7 +183,7 @@ def test_unknown_and_wrong_files(tmp_path: Path) -> None:
 
 
 def test_full_data_has_no_k() -> None:
-    comparison = Comparison(["demo/topic"], [None], {"a": Method("demo/target", {"data.k_shot": "$k"})}, [0], dev=8)
+    comparison = Comparison(["demo/topic"], [None], {"a": Method("demo/cpt", {"data.context_shots": "$k"})}, [0], dev=8)
     with pytest.raises(ValueError, match=r"unknown name \('k'\)"):
         comparison.runs()
 
@@ -187,3 +202,12 @@ def test_the_shipped_comparisons_are_complete() -> None:
     assert len(demo.runs()) == len(trained) * 4 * 3 * 3 + 2 * 4 + 4 * 2 * 3
     assert {run.name for run in demo.prepared_runs()} == {"teachers", "source"}
     assert len(read_comparison("compare/few").runs()) == 4
+
+
+def test_the_documented_comparison_is_complete(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(example)
+    comparison = read_comparison(str(tmp_path / "mine.yaml"))
+    assert len(comparison.runs()) == 3 * 3 * 2 * 5
+    assert {len(trials) for trials in comparison.trials_of.values()} == {3}
