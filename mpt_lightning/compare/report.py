@@ -44,11 +44,13 @@ class Report:
     Attributes:
         scores: See `summarize`.
         differences: See `compare_with_control`; empty without a control.
+        trials: See `trial_table`.
     """
 
     def __init__(self, comparison: Comparison, store: Store, command: str = "") -> None:
         self.comparison, self.store, self.command = comparison, store, command
         self.results = [(run, store.read(run)) for run in comparison.runs()]
+        self.trials = trial_table(self.results, store)
         self.prepared = [(run, store.read(run)) for run in comparison.prepared_runs()]
         self.failures = [(run, result.error) for run, result in [*self.prepared, *self.results] if result.error]
         runs = tabulate_runs(result for _, result in self.results)
@@ -86,6 +88,8 @@ class Report:
         if trials > 1:
             where = "of the same run" if plan.search_tasks is None else f"of {', '.join(plan.search_tasks)}"
             parts.append(f"hyperparameters by {trials} trials for each method, by the score on {rows} {where}")
+        if plan.prepare:
+            parts.append(f"of {', '.join(plan.prepare)}: the checkpoint with the best score on their validation rows")
         return "; ".join(parts) + ". Test rows are read once, after these choices."
 
     @property
@@ -96,6 +100,7 @@ class Report:
         for result in done:
             for package, version in result.environment["versions"].items():
                 versions.setdefault(package, []).append(version)
+        failed = self.trials["error"].count() if "error" in self.trials else 0
         steps = [result.steps for _, result in self.results if result.steps]
         facts = {
             "Command": self.command,
@@ -105,6 +110,7 @@ class Report:
             "Steps": f"{min(steps)} to {max(steps)}" if len(set(steps)) > 1 else listing(set(steps)),
             "Runs": self.progress,
             "Selection": self.selection,
+            "Failed trials": f"{failed}; they are not chosen, and report_trials.csv has their errors" if failed else "",
         }
         return [f"{name}: {text}" for name, text in facts.items() if text]
 
@@ -158,7 +164,7 @@ class Report:
     def write(self, output: Path) -> list[Path]:
         """Write the tables as Markdown, LaTeX and CSV and the pictures as PNG, SVG and PDF; return their paths."""
         tables = {"": self.scores.reset_index(), "_differences": self.differences.reset_index()}
-        tables["_trials"] = trial_table(self.results, self.store)
+        tables["_trials"] = self.trials
         files = [output / "report.md", output / "report.tex"]
         files[0].write_text(self.markdown(), encoding="utf-8")
         files[1].write_text(to_latex(self.sections), encoding="utf-8")

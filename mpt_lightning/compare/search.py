@@ -58,6 +58,8 @@ def make_trials(name: str, search: Mapping[str, Any], count: int | None) -> tupl
 def best_trial(results: Sequence[Sequence[Mapping[str, Any]]]) -> int:
     """Return the index of the trial with the highest mean `score`; of equal ones, that with the lowest mean `loss`.
 
+    NaN is worse than every number.
+
     Args:
         results: Runs of the same trials, such as those on several tasks; each trial has `score` and `loss` on the rows
             that select.
@@ -65,9 +67,14 @@ def best_trial(results: Sequence[Sequence[Mapping[str, Any]]]) -> int:
 
     def rank(index: int) -> tuple[float, float]:
         loss = mean(trials[index]["loss"] for trials in results)
-        return mean(trials[index]["score"] for trials in results), -math.inf if math.isnan(loss) else -loss
+        return comparable(mean(trials[index]["score"] for trials in results)), comparable(-loss)
 
     return max(range(len(results[0])), key=rank)
+
+
+def comparable(score: float) -> float:
+    """Return a score, with NaN as the lowest one."""
+    return -math.inf if math.isnan(score) else score
 
 
 def _is_range(values: Any) -> bool:

@@ -106,18 +106,21 @@ def listing(values: Iterable[Any]) -> str:
 def trial_table(results: Iterable[tuple[Run, Result]], store: Store) -> pd.DataFrame:
     """Return a row for each trial of a search: where it ran, its values, its score and loss, and whether it was chosen.
 
+    Failed trials have an `error` instead of a score; without any there is no such column.
+
     Args:
         results: The compared runs. Their trials are in their results, or in those of the runs that chose for them.
         store: The results.
     """
-    rows = {}
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
     for run, result in results:
         for source in run.searches or [run]:
             for number, trial in enumerate(store.read(source).trials if run.searches else result.trials):
                 if trial["values"]:
-                    rows[source.place, number] = {
+                    row = rows.setdefault((source.place, number), {
                         "method": source.method, "task": source.task, "k": k_name(source.k), "seed": source.seed,
-                        **trial["values"], "score": trial["score"], "loss": trial["loss"],
-                        "chosen": trial["values"] == result.chosen,
-                    }  # fmt: skip
+                        **trial["values"], "score": trial["score"], "loss": trial["loss"], "chosen": False,
+                        **{key: trial[key] for key in ("error",) if key in trial},
+                    })  # fmt: skip
+                    row["chosen"] |= trial["values"] == result.chosen
     return pd.DataFrame(list(rows.values()))

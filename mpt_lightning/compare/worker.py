@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from mpt_lightning.compare.environment import describe
 from mpt_lightning.compare.results import Outcome
 from mpt_lightning.compare.runs import option_words
-from mpt_lightning.compare.search import Values, best_trial
+from mpt_lightning.compare.search import Values, best_trial, comparable
 from mpt_lightning.errors import MPTError, find_error
 from mpt_lightning.modules.batch import Batch
 from mpt_lightning.objectives import IGNORE
@@ -51,40 +51,60 @@ def work(
             if fit:
                 outcome = _search(words, folder, trials, select)
             if test:
-                checkpoint = ["--ckpt_path", outcome.checkpoint] if outcome.checkpoint else []
-                arguments = [*words, *option_words(outcome.chosen), *checkpoint]
-                outcome.commands.append(shlex.join(["mpt", "test", *arguments]))
-                cli = RunCLI(["test", *arguments], folder)
+                arguments, checkpoint = [*words, *option_words(outcome.chosen)], outcome.checkpoint
+                selected = ["--ckpt_path", checkpoint] if checkpoint else []
+                cli = RunCLI(["test", *arguments, *selected], folder / "test")
+                if checkpoint:
+                    selected[1] = str(Path(cli.recipe_folder or folder) / Path(checkpoint).name)
+                outcome.commands.append(shlex.join(["mpt", "test", *arguments, *selected]))
                 metrics = cli.trainer.callback_metrics
                 outcome.metrics = {name.removeprefix("test/"): float(value) for name, value in metrics.items()}
                 outcome.environment = describe(cli.model)
         except Exception as error:
-            traceback.print_exc()
-            cause = find_error(error) or f"{type(error).__name__}: {error}"
-            outcome.error = " ".join(str(cause).split())
+            outcome.error = _report(error)
     outcome.seconds = round(time.perf_counter() - begin, 2)
     outcome.peak_memory_bytes = _peak_memory(before)
     if not keep or outcome.error:
         outcome.checkpoint = None
-        for file in folder.rglob("*.ckpt"):
-            file.unlink()
+        _remove_checkpoints(folder)
     return outcome
 
 
 def _search(words: Sequence[str], folder: Path, trials: Sequence[Values], select: str) -> Outcome:
-    """Return the outcome of the best trial, with the scores of all; only its checkpoint is left."""
-    outcomes = []
+    """Return the outcome of the best trial, with the scores of all; only its checkpoint is left.
+
+    A trial that fails, such as one with a learning rate at which training diverges, is recorded and never the best.
+    """
+    outcomes, errors = [], []
     for number, values in enumerate(trials):
         place = folder / str(number) if len(trials) > 1 else folder
-        outcomes.append(_fit([*words, *option_words(values)], place, select))
-        outcomes[-1].trials[0]["values"] = values
+        try:
+            outcome = _fit([*words, *option_words(values)], place, select)
+        except Exception as error:
+            errors.append(error)
+            outcome = Outcome(trials=[{"score": math.nan, "loss": math.nan, "error": _report(error)}])
+        outcome.trials[0]["values"] = values
+        outcomes.append(outcome)
+    if len(errors) == len(trials):
+        raise errors[0]
     records = [record for outcome in outcomes for record in outcome.trials]
     best = best_trial([records])
     for number in set(range(len(trials))) - {best}:
-        shutil.rmtree(folder / str(number))
+        _remove_checkpoints(folder / str(number))
     outcome = outcomes[best]
     outcome.trials, outcome.chosen = records, trials[best]
     return outcome
+
+
+def _report(error: Exception) -> str:
+    """Print where an error that is being handled was raised, and return its message in one line."""
+    traceback.print_exc()
+    return " ".join(str(find_error(error) or f"{type(error).__name__}: {error}").split())
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    for file in folder.rglob("*.ckpt"):
+        file.unlink()
 
 
 def _fit(words: Sequence[str], folder: Path, select: str) -> Outcome:
@@ -98,11 +118,10 @@ def _fit(words: Sequence[str], folder: Path, select: str) -> Outcome:
     monitor = str(saved.monitor)
     if select == "best":
         checkpoint = Path(saved.best_model_path)
-        step = max(
-            recorder.metrics, key=lambda step: recorder.metrics[step][monitor]
-        )  # the first of equal ones, as in Lightning
+        # The first of equal ones, as in Lightning.
+        step = max(recorder.metrics, key=lambda step: comparable(recorder.metrics[step][monitor]))
     else:
-        checkpoint, step = folder / "selected.ckpt", trainer.global_step
+        checkpoint, step = folder / "last.ckpt", trainer.global_step
         trainer.save_checkpoint(checkpoint)
         if step not in recorder.metrics:
             trainer.validate(cli.model, cli.datamodule, verbose=False)
@@ -125,10 +144,15 @@ def _fit(words: Sequence[str], folder: Path, select: str) -> Outcome:
 
 
 class RunCLI(MPTCLI):
-    """The command line with all files in the run's own folder, and without progress bars."""
+    """The command line with all files in the run's own folder, and without progress bars.
+
+    Attributes:
+        recipe_folder: Where the recipe saves its checkpoints; None if it does not name a folder.
+    """
 
     def __init__(self, words: Sequence[str], folder: Path, *callbacks: L.Callback) -> None:
         self.folder = folder
+        self.recipe_folder: str | None = None
         # The configuration is not saved: the results contain the commands, and a file per run would take time.
         super().__init__(words, save_config_callback=None, trainer_defaults={"callbacks": list(callbacks)})
 
@@ -143,6 +167,7 @@ class RunCLI(MPTCLI):
         callbacks = options.callbacks if isinstance(options.callbacks, list) else [options.callbacks]
         for callback in callbacks:
             if callback is not None and "dirpath" in (callback.get("init_args") or {}):
+                self.recipe_folder = self.recipe_folder or callback.init_args.dirpath
                 callback.init_args.dirpath = folder
 
 

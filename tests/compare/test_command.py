@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -48,7 +50,10 @@ def test_from_the_file_to_the_report(own_folder: Path, capsys: pytest.CaptureFix
     assert 0 < one["seconds_per_step"] < one["seconds"]
     assert one["peak_memory_bytes"] is None or one["peak_memory_bytes"] > 1_000_000
     assert one["commands"][0].startswith("mpt fit --config baselines/lora --data demo/topic --seed_everything 0 ")
-    assert one["commands"][1].endswith("/out/runs/lora/demo/topic/8/0/best.ckpt")
+    assert one["commands"][1].endswith("--ckpt_path runs/baselines/lora/best.ckpt")  # which the first command writes
+    logs = [Path("out/runs/lora/demo/topic/8/0", name).read_text() for name in ("metrics.csv", "test/metrics.csv")]
+    assert ["val/average" in text for text in logs] == [True, False]
+    assert ["test/average" in text for text in logs] == [False, True]
     assert not list(Path("out").rglob("*.ckpt"))
     assert not Path("runs").exists()
     with Path("out/report.csv").open(newline="") as file:
@@ -77,6 +82,11 @@ def test_from_the_file_to_the_report(own_folder: Path, capsys: pytest.CaptureFix
     assert last["train loss"] > 0
     assert last["train total tokens"] > 3 * last["train samples"]
     assert {path for path in results if path.stat().st_mtime_ns != before[path]} == again
+    capsys.readouterr()
+    for command in one["commands"]:
+        main(shlex.split(command)[1:])
+    (value,) = re.findall(r"test/average\W+([\d.]+)", capsys.readouterr().out)
+    assert float(value) == pytest.approx(one["value"])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from mpt_lightning.compare import picture
 from mpt_lightning.compare.formats import escape_latex, to_latex
-from mpt_lightning.compare.plan import Comparison, Method
+from mpt_lightning.compare.plan import Comparison, Method, Recipe
 from mpt_lightning.compare.report import Report
 from mpt_lightning.compare.results import Outcome, Result, Store
 from mpt_lightning.compare.statistics import resampled_means, resampled_trimmed_means
@@ -135,6 +135,8 @@ def test_how_the_runs_were_made(report: Report) -> None:
         ({"dev": None}, "the checkpoint with the best score on the validation split."),
         ({"dev": 50}, "the checkpoint with the best score on 50 further training rows."),
         ({"select": "last"}, "the last checkpoint."),
+        ({"prepare": {"source": Recipe("demo/source")}}, "the checkpoint with the best score on k further training "
+         "rows; of source: the checkpoint with the best score on their validation rows."),
         ({"search": {}}, "the checkpoint with the best score on k further training rows; hyperparameters by 2 trials "
          "for each method, by the score on k further training rows of the same run."),
         ({"search": {}, "search_tasks": ["demo/advice"], "select": "last"}, "the last checkpoint; hyperparameters by 2 "
@@ -215,16 +217,30 @@ def test_chosen_values_and_every_trial(tmp_path: Path) -> None:
     assert first[["model.lr", "score", "chosen"]].to_numpy().tolist() == [[0.1, 0.5, False], [0.2, 0.6, True]]
 
 
+def test_failed_trials_are_counted_and_listed(tmp_path: Path) -> None:
+    values = {"lora": [[0.5, 0.6, 0.7], [0.4, 0.4, 0.4]]}
+    report = build(tmp_path, values, {"model.lr": [0.1, 0.2]})
+    assert not any(fact.startswith("Failed trials") for fact in report.facts)
+    run, result = report.results[0]
+    result.trials[1].update(score=float("nan"), error="The loss is not finite.")
+    report.store.write(run, result)
+    report = Report(report.comparison, report.store)
+    assert "Failed trials: 1; they are not chosen, and report_trials.csv has their errors" in report.facts
+    assert report.trials["error"].tolist()[:2] == [pytest.approx(float("nan"), nan_ok=True), "The loss is not finite."]
+
+
 def test_trials_of_search_tasks_are_listed_once(tmp_path: Path) -> None:
     values = {"lora": [[0.5, 0.6, 0.7], [0.4, 0.4, 0.4]]}
     report = build(tmp_path, values, {"model.lr": [0.1, 0.2]}, search_tasks=["demo/advice"])
     (search,) = {run.searches for run, _ in report.results}
     trials = [{"values": {"model.lr": rate}, "score": rate, "loss": 1.0} for rate in (0.1, 0.2)]
     report.store.write(search[0], Result.of(search[0], Outcome(trials=trials)))
-    table = trial_table(report.results, report.store)
-    assert table[["task", "model.lr", "score"]].to_numpy().tolist() == [
-        ["demo/advice", 0.1, 0.1],
-        ["demo/advice", 0.2, 0.2],
+    (chosen, result), *_, (missing, _) = report.results
+    assert result.chosen == {"model.lr": 0.1}
+    table = trial_table([(chosen, result), (missing, Result.of(missing, Outcome()))], report.store)
+    assert table[["task", "model.lr", "score", "chosen"]].to_numpy().tolist() == [
+        ["demo/advice", 0.1, 0.1, True],
+        ["demo/advice", 0.2, 0.2, False],
     ]
 
 

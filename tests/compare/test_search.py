@@ -54,3 +54,10 @@ def test_the_best_trial_has_the_highest_mean_score_then_the_lowest_loss() -> Non
     assert best_trial([trials((0.1, 0), (0.4, 9), (0.5, 0)), trials((0.9, 0), (0.7, 9), (0.4, 0))]) == 1
     assert best_trial([trials((0.5, 0.3), (0.5, 0.2), (0.5, 0.25))]) == 1
     assert best_trial([trials((0.5, math.nan), (0.5, 0.2))]) == 1
+
+
+def test_a_trial_without_a_score_is_never_the_best() -> None:
+    one, other = [{"score": math.nan, "loss": 0.1}, {"score": 0.3, "loss": 2}], [{"score": 0.9, "loss": 0.1}] * 2
+    assert best_trial([one]) == 1
+    assert best_trial([one[::-1]]) == 0
+    assert best_trial([other, one]) == 1
