@@ -139,9 +139,9 @@ class Comparison:
                     f"`prepare`: got the name {name!r}, expected small letters, digits and _, and none of "
                     f"{', '.join(PLACEHOLDERS)}, since ${name} will be its checkpoint. Rename it."
                 )
-        for option, least in (("dev", 1), ("trials", 1)):
-            if isinstance(value := getattr(self, option), int) and value < least:
-                raise MPTError(f"`{option}`: got {value}, expected {least} or more.")
+        for option in ("dev", "trials"):
+            if isinstance(value := getattr(self, option), int) and value < 1:
+                raise MPTError(f"`{option}`: got {value}, expected 1 or more.")
         for name, method in self.methods.items():
             if method.search and not method.fit:
                 raise MPTError(f"`search` of {name}: nothing is trained (fit: false), so there is nothing to choose.")
@@ -185,6 +185,8 @@ class Comparison:
             seeds = self.seeds if method.seeds is None else method.seeds
             _check_list(f"shots of {name}", shots)
             _check_list(f"seeds of {name}", seeds)
+            if method.fit and 0 in shots:
+                raise MPTError(f"shots of {name}: got 0, but training needs rows; remove it, or set `fit: false`.")
             for k in shots:
                 searches: tuple[Run, ...] = ()
                 if searched and len(self.trials_of[name]) > 1:
@@ -203,15 +205,10 @@ class Comparison:
                 options = recipe.arguments if seed is None else _with_seed(seed, recipe.arguments)
                 run_name = name if seed is None else f"{name}/{seed}"
                 needs = {key: runs[number % len(runs)] for key, runs in prepared.items() if key != name}
-                fields = {
-                    "method": PREPARED,
-                    "name": run_name,
-                    "seed": seed,
-                    "fit": True,
-                    "test": False,
-                    "select": "best",
-                }
-                prepared[name].append(self._make(recipe, options, needs=needs, metric=None, **fields))
+                prepared[name].append(self._make(
+                    recipe, options, needs=needs, metric=None, method=PREPARED, name=run_name, seed=seed, fit=True,
+                    test=False, select="best",
+                ))  # fmt: skip
         return prepared
 
     def _run(

@@ -57,7 +57,7 @@ class Report:
         self.scores = summarize(runs)
         self._references = zero_shot(runs)
         repeated = repeat_zero_shot(runs, self._references)
-        self.differences = compare_with_control(repeated, comparison.control or "")
+        self.differences = compare_with_control(repeated, comparison.control or "", self._references)
         names = set(repeated["k"])
         self.shots = [k for k in dict.fromkeys(run.k for run, _ in self.results) if k_name(k) in names]
 
@@ -78,6 +78,14 @@ class Report:
         return "; ".join(parts) + "."
 
     @property
+    def seeds(self) -> str:
+        """The seeds of the runs, with the methods and prepared runs that have others."""
+        plan = self.comparison
+        others = {name: part.seeds for name, part in {**plan.prepare, **plan.methods}.items() if part.seeds is not None}
+        parts = [", ".join(map(str, plan.seeds)), *(f"{name} {', '.join(map(str, s))}" for name, s in others.items())]
+        return "; ".join(parts)
+
+    @property
     def selection(self) -> str:
         """Which rows chose checkpoints and hyperparameters."""
         plan = self.comparison
@@ -86,10 +94,12 @@ class Report:
         parts = ["the last checkpoint" if plan.select == "last" else f"the checkpoint with the best score on {rows}"]
         trials = max(map(len, plan.trials_of.values()))
         if trials > 1:
-            where = "of the same run" if plan.search_tasks is None else f"of {', '.join(plan.search_tasks)}"
+            tasks = dict.fromkeys(str(search.task) for run, _ in self.results for search in run.searches)
+            where = f"of {', '.join(tasks)}" if tasks else "of the same run"
             parts.append(f"hyperparameters by {trials} trials for each method, by the score on {rows} {where}")
         if plan.prepare:
-            parts.append(f"of {', '.join(plan.prepare)}: the checkpoint with the best score on their validation rows")
+            names = ", ".join(plan.prepare)
+            parts.append(f"for {names}, the checkpoint with the best score on the validation rows of their own tasks")
         return "; ".join(parts) + ". Test rows are read once, after these choices."
 
     @property
@@ -108,6 +118,7 @@ class Report:
             "Versions": ", ".join(f"{package} {listing(found)}" for package, found in versions.items()),
             "Machine": listing(result.environment["system"]["accelerator"] for result in done),
             "Steps": f"{min(steps)} to {max(steps)}" if len(set(steps)) > 1 else listing(set(steps)),
+            "Seeds": self.seeds,
             "Runs": self.progress,
             "Selection": self.selection,
             "Failed trials": f"{failed}; they are not chosen, and report_trials.csv has their errors" if failed else "",
@@ -163,6 +174,9 @@ class Report:
 
     def write(self, output: Path) -> list[Path]:
         """Write the tables as Markdown, LaTeX and CSV and the pictures as PNG, SVG and PDF; return their paths."""
+        # An earlier report may have had a control or a search.
+        for old in (*output.glob("report_differences.*"), *output.glob("report_trials.*")):
+            old.unlink()
         tables = {"": self.scores.reset_index(), "_differences": self.differences.reset_index()}
         tables["_trials"] = self.trials
         files = [output / "report.md", output / "report.tex"]

@@ -81,10 +81,9 @@ def summarize(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def zero_shot(runs: pd.DataFrame) -> list[str]:
-    """Return the methods that have runs at k = 0 alone, such as hard prompts, if others have more."""
+    """Return the methods that have runs at k = 0 alone, such as hard prompts."""
     shots = runs.groupby("method", sort=False)["k"].agg(set)
-    methods = [str(method) for method in shots.index if shots[method] == {ZERO}]
-    return methods if len(methods) < len(shots) else []
+    return [str(method) for method in shots.index if shots[method] == {ZERO}]
 
 
 def repeat_zero_shot(table: pd.DataFrame, methods: list[str]) -> pd.DataFrame:

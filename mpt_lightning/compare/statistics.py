@@ -3,7 +3,7 @@
 Every function takes a table with a row for each run: `method`, `task`, `k`, `seed` and `value`, NaN if it is missing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -43,25 +43,29 @@ def summarize_scores(runs: pd.DataFrame) -> pd.DataFrame:
     return _table(rows)
 
 
-def compare_with_control(runs: pd.DataFrame, control: str) -> pd.DataFrame:
+def compare_with_control(runs: pd.DataFrame, control: str, fixed: Collection[str] = ()) -> pd.DataFrame:
     """Return the differences of each method to the control, on the same task and seed, with intervals and tests.
 
-    A method with one seed, such as a hard prompt, is compared with each seed of the control: nothing in it is random.
     A difference is the mean over tasks of the means over seeds. The test is Wilcoxon's signed-rank test of the tasks'
     differences, exact up to 50 tasks, or 13 if some are equal; Holm's correction is over the methods at one k.
 
+    Args:
+        runs: A row for each run.
+        control: The method that others are compared with.
+        fixed: Methods in which nothing is random, such as hard prompts: one seed is compared with all of the control.
+
     Returns:
         By `k` and `method`, without the control: `difference`, `low` and `high`, the `median` over tasks, the number of
-        `tasks`, `wins`, `ties` and `losses` over tasks and seeds, `p`, `p_holm`, the smallest p-values that so many
-        differing tasks can have before and after the correction, `least_p` and `least_p_holm`, and the `verdict`. A k
-        at which the control has no value is left out; NaN without pairs.
+        `tasks` and of those that are `differing`, `wins`, `ties` and `losses` over tasks and seeds, `p`, `p_holm`, the
+        smallest p-values that so many differing tasks can have before and after the correction, `least_p` and
+        `least_p_holm`, and the `verdict`. A k at which the control has no value is left out; NaN without pairs.
     """
     grids = dict(_grids(runs))
     rows = {}
     for (k, method), grid in grids.items():
         controls = grids.get((k, control))
         if method != control and controls is not None and controls.notna().any(axis=None):
-            rows[k, method] = _compare(pair(grid, controls))
+            rows[k, method] = _compare(pair(grid, controls, fixed=method in fixed or control in fixed))
     table = _table(rows)
     if len(table):
         family = table.groupby("k", sort=False)["p"]
@@ -71,16 +75,17 @@ def compare_with_control(runs: pd.DataFrame, control: str) -> pd.DataFrame:
     return table
 
 
-def pair(grid: pd.DataFrame, control: pd.DataFrame) -> pd.DataFrame:
-    """Return the differences on the same task and seed; a grid with one seed is compared with each of the other's.
+def pair(grid: pd.DataFrame, control: pd.DataFrame, *, fixed: bool) -> pd.DataFrame:
+    """Return the differences on the same task and seed.
 
     Args:
         grid: Values by task (rows) and seed (columns).
         control: Those of the control.
+        fixed: Whether a grid with one seed is compared with each seed of the other.
     """
-    if len(control.columns) == 1:
+    if fixed and len(control.columns) == 1:
         differences = grid.sub(control.iloc[:, 0], axis=0)
-    elif len(grid.columns) == 1:
+    elif fixed and len(grid.columns) == 1:
         differences = -control.sub(grid.iloc[:, 0], axis=0)
     else:
         differences = grid - control
@@ -161,7 +166,8 @@ def _compare(differences: pd.DataFrame) -> dict[str, float]:
     values = differences.to_numpy()
     signs = np.sign(values.round(DECIMALS))
     row = {
-        "difference": np.nan, "low": np.nan, "high": np.nan, "median": np.nan, "tasks": len(differences),
+        "difference": np.nan, "low": np.nan, "high": np.nan, "median": np.nan,
+        "tasks": len(differences), "differing": 0,
         "wins": np.sum(signs > 0), "ties": np.sum(signs == 0), "losses": np.sum(signs < 0),
         "p": np.nan, "least_p": np.nan,
     }  # fmt: skip
@@ -174,6 +180,7 @@ def _compare(differences: pd.DataFrame) -> dict[str, float]:
         row["median"] = float(np.median(means))
         # Wilcoxon's test drops zeros; here, scipy would turn to the approximation because of them.
         differing = means[means != 0]
+        row["differing"] = len(differing)
         row["p"] = float(stats.wilcoxon(differing).pvalue) if len(differing) else 1.0
         row["least_p"] = min(1.0, 2 * 0.5 ** len(differing))
     return row

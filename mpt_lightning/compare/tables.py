@@ -71,10 +71,12 @@ def p_text(p: float) -> str:
 def _verdict_text(row: Any) -> str:
     if row["verdict"] != TOO_FEW:
         return str(row["verdict"])
+    tasks, differing = row["tasks"], row["differing"]
+    number = f"n = {tasks}" if differing == tasks else f"{differing} of {tasks} differ"
     least = f"smallest possible p {p_text(row['least_p'])}"
     if row["least_p"] != row["least_p_holm"]:
         least += f", with Holm's correction {p_text(row['least_p_holm'])}"
-    return f"{TOO_FEW} (n = {row['tasks']}: {least})"
+    return f"{TOO_FEW} ({number}: {least})"
 
 
 def setting_table(results: Iterable[Result]) -> pd.DataFrame:
@@ -123,4 +125,7 @@ def trial_table(results: Iterable[tuple[Run, Result]], store: Store) -> pd.DataF
                         **{key: trial[key] for key in ("error",) if key in trial},
                     })  # fmt: skip
                     row["chosen"] |= trial["values"] == result.chosen
-    return pd.DataFrame(list(rows.values()))
+    table = pd.DataFrame(list(rows.values()))
+    # After the arguments of all methods.
+    last = [name for name in ("score", "loss", "chosen", "error") if name in table]
+    return table[[*table.columns.drop(last), *last]]

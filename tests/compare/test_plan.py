@@ -146,6 +146,7 @@ def test_a_fingerprint_changes_with_all_that_changes_a_run(
         ("seeds: [0, 1, 2]", "seeds: [0, 0]", "seeds of lora: got [0, 0], expected one or more different values"),
         ("shots: [16]", "shots: []", "shots of mpt: got []"),
         ("shots: [16, null]", "shots: [-1]", "shots of lora: got [-1]"),
+        ("shots: [16, null]", "shots: [0, 16]", "shots of lora: got 0, but training needs rows"),
         ("shots: [16, null]", "shots: [few]", "Given value: few"),
         ("seeds: [0, 1, 2]", "seeds: 3", "Expected a <class 'list'>. Got value: 3"),
         ("fit: false", "fits: false", "'fits' is not accepted"),

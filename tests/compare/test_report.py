@@ -123,6 +123,7 @@ def test_how_the_runs_were_made(report: Report) -> None:
         "Versions: python 3.11.2, torch 2.13.0, mpt_lightning 0.1.0",
         "Machine: cpu",
         "Steps: 3",
+        "Seeds: 0, 1, 2",
         "Runs: 10 of 36 runs done; 4 failed; 22 missing.",
         "Selection: the checkpoint with the best score on k further training rows (full data: as many as the largest "
         "k). Test rows are read once, after these choices.",
@@ -136,7 +137,7 @@ def test_how_the_runs_were_made(report: Report) -> None:
         ({"dev": 50}, "the checkpoint with the best score on 50 further training rows."),
         ({"select": "last"}, "the last checkpoint."),
         ({"prepare": {"source": Recipe("demo/source")}}, "the checkpoint with the best score on k further training "
-         "rows; of source: the checkpoint with the best score on their validation rows."),
+         "rows; for source, the checkpoint with the best score on the validation rows of their own tasks."),
         ({"search": {}}, "the checkpoint with the best score on k further training rows; hyperparameters by 2 trials "
          "for each method, by the score on k further training rows of the same run."),
         ({"search": {}, "search_tasks": ["demo/advice"], "select": "last"}, "the last checkpoint; hyperparameters by 2 "
@@ -183,9 +184,9 @@ def test_differences_are_a_table(tmp_path: Path) -> None:
 
 def test_verdicts_name_the_smallest_possible_p() -> None:
     rows = [
-        {"verdict": "not enough tasks to tell", "tasks": 4, "least_p": 0.125, "least_p_holm": 0.125},
-        {"verdict": "not enough tasks to tell", "tasks": 6, "least_p": 1 / 32, "least_p_holm": 3 / 32},
-        {"verdict": "higher", "tasks": 8, "least_p": 2 / 256, "least_p_holm": 2 / 256},
+        {"verdict": "not enough tasks to tell", "tasks": 4, "differing": 4, "least_p": 0.125, "least_p_holm": 0.125},
+        {"verdict": "not enough tasks to tell", "tasks": 9, "differing": 6, "least_p": 1 / 32, "least_p_holm": 3 / 32},
+        {"verdict": "higher", "tasks": 8, "differing": 8, "least_p": 2 / 256, "least_p_holm": 2 / 256},
     ]
     numbers = {
         "difference": 0.1,
@@ -200,10 +201,28 @@ def test_verdicts_name_the_smallest_possible_p() -> None:
     table = difference_table(pd.DataFrame([{**numbers, **row} for row in rows]))
     assert table["verdict"].tolist() == [
         "not enough tasks to tell (n = 4: smallest possible p .125)",
-        "not enough tasks to tell (n = 6: smallest possible p .031, with Holm's correction .094)",
+        "not enough tasks to tell (6 of 9 differ: smallest possible p .031, with Holm's correction .094)",
         "higher",
     ]
     assert table.iloc[0].tolist()[:5] == ["+10.0 [+5.0, +20.0]", "1/2/3", "4", ".250", "< .001"]
+
+
+def test_an_earlier_report_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(picture, "FORMATS", ("png",))
+    values = {"lora": [[0.5, 0.6, 0.7], [0.4, 0.4, 0.4]], "ia3": [[0.6, 0.6, 0.6], [0.5, 0.4, 0.3]]}
+    for name, options in (("first", {"control": "lora", "search": {"model.lr": [1, 2]}}), ("second", {})):
+        files = build(tmp_path / name, values, **options).write(tmp_path)
+        assert set(files) == set(tmp_path.glob("report*"))
+    assert len(files) == 5
+
+
+def test_seeds_of_prepared_runs_and_methods_are_listed(tmp_path: Path) -> None:
+    methods = {
+        "lora": Method("baselines/lora"),
+        "hard": Method("baselines/hard_prompt", shots=[0], seeds=[7], fit=False),
+    }
+    plan = Comparison(TASKS, [16], methods, [3, 4], prepare={"source": Recipe("demo/source", seeds=[0, 1])})
+    assert Report(plan, Store(tmp_path / "out", "")).seeds == "3, 4; source 0, 1; hard 7"
 
 
 def test_chosen_values_and_every_trial(tmp_path: Path) -> None:

@@ -124,19 +124,30 @@ def test_differences_are_paired_by_task_and_seed() -> None:
 
 
 @pytest.mark.parametrize("single", ["control", "other"])
-def test_a_method_with_one_seed_is_compared_with_each(single: str) -> None:
+def test_a_fixed_method_is_compared_with_each_seed(single: str) -> None:
     values = {"control": [[0.5, 0.6], [0.7, 0.2]], "other": [[0.6, 0.6], [0.5, 0.3]]}
     values[single] = [[0.55], [0.4]]
-    row = compare_with_control(table(values), "control").loc["16", "other"]
+    row = compare_with_control(table(values), "control", fixed=[single]).loc["16", "other"]
     repeated = {**values, single: [[0.55, 0.55], [0.4, 0.4]]}
     assert row.equals(compare_with_control(table(repeated), "control").loc["16", "other"])
     assert row["wins"] + row["losses"] == 4
 
 
+@pytest.mark.parametrize("single", ["control", "other"])
+def test_a_random_method_with_one_seed_has_pairs_of_that_seed(single: str) -> None:
+    """Another seed draws other rows."""
+    values = {"control": [[0.5, 0.6], [0.7, 0.2]], "other": [[0.6, 0.6], [0.5, 0.3]]}
+    values[single] = [seeds[:1] for seeds in values[single]]
+    row = compare_with_control(table(values), "control").loc["16", "other"]
+    assert row["difference"] == pytest.approx((0.1 - 0.2) / 2)
+    assert (row["wins"], row["losses"]) == (1, 1)
+
+
 def test_two_methods_with_one_seed_each_are_one_pair_per_task() -> None:
     one = pd.DataFrame({7: [0.5, 0.6]}, index=["x", "y"])
     other = pd.DataFrame({0: [0.4, 0.9]}, index=["x", "y"])
-    assert pair(one, other).to_numpy() == pytest.approx(np.array([[0.1], [-0.3]]))
+    assert pair(one, other, fixed=True).to_numpy() == pytest.approx(np.array([[0.1], [-0.3]]))
+    assert pair(one, other, fixed=False).empty
 
 
 @pytest.mark.parametrize(
