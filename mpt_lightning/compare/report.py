@@ -90,6 +90,7 @@ class Report:
         """Which rows chose checkpoints and hyperparameters."""
         plan = self.comparison
         rows = "the validation split" if plan.dev is None else f"{plan.dev} further training rows"
+        rows += " (counted like k)" if isinstance(plan.dev, int) else ""
         rows += " (full data: as many as the largest k)" if plan.dev == "k" and None in self.shots else ""
         parts = ["the last checkpoint" if plan.select == "last" else f"the checkpoint with the best score on {rows}"]
         trials = max(map(len, plan.trials_of.values()))

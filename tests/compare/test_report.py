@@ -134,7 +134,7 @@ def test_how_the_runs_were_made(report: Report) -> None:
     ("options", "selection"),
     [
         ({"dev": None}, "the checkpoint with the best score on the validation split."),
-        ({"dev": 50}, "the checkpoint with the best score on 50 further training rows."),
+        ({"dev": 50}, "the checkpoint with the best score on 50 further training rows (counted like k)."),
         ({"select": "last"}, "the last checkpoint."),
         ({"prepare": {"source": Recipe("demo/source")}}, "the checkpoint with the best score on k further training "
          "rows; for source, the checkpoint with the best score on the validation rows of their own tasks."),
