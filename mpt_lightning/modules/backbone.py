@@ -46,7 +46,8 @@ class BackboneModule(L.LightningModule, ABC):
         warmup_steps: Optimizer steps over which the learning rate rises from 0.
         weight_decay: Decoupled weight decay of the trained tensors.
         over: What the loss is a cross-entropy over: the tasks' `choices` (OpenPrompt's way), the default for masked
-            models, or the whole `vocabulary`, the default for the others. MPT's terms are over the vocabulary.
+            models, or the whole `vocabulary`, the default for the others, as in the papers. With few rows and steps
+            `choices` learns more; an answer that is generated needs `vocabulary`. MPT's terms are over the vocabulary.
         max_new_tokens: Longest generated answer in tokens, for tasks without choices.
         num_beams: Beams of the generation; 1 is greedy.
     """
