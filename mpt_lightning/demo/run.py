@@ -104,10 +104,10 @@ def _print(console: Console, title: str, runs: pd.DataFrame) -> None:
 def _print_differences(console: Console, runs: pd.DataFrame) -> None:
     """Print the differences to prompt tuning on the same task and seed."""
     control = METHODS[CONTROL].title
-    for (k, method), row in compare_with_control(runs, control).iterrows():
+    for row in compare_with_control(runs, control).reset_index().to_dict("records"):
         difference = interval_text(row["difference"], row["low"], row["high"], "+")
         counts = f"{row['wins']} wins, {row['ties']} ties, {row['losses']} losses"
-        line = f"k = {k}, {method} minus {control}: {difference}; {counts} over tasks and seeds"
+        line = f"k = {row['k']}, {row['method']} minus {control}: {difference}; {counts} over tasks and seeds"
         console.print(line, markup=False, highlight=False)
 
 
@@ -133,11 +133,11 @@ def _draw_bars(axes: Axes, summary: pd.DataFrame) -> None:
         errors[:, -1] = np.nan_to_num([average["mean"] - average["low"], average["high"] - average["mean"]])
         colour = (*COLOURS[methods.index(method)], (1 + shots.index(k)) / len(shots))
         aside = (number - (len(methods) * len(shots) - 1) / 2) * width
-        bars = {"color": colour, "label": f"{method}, k = {k}", "ecolor": "0.25", "capsize": 2}
-        axes.bar(places + aside, cell["mean"], width, yerr=errors, **bars)
+        label = f"{method}, k = {k}"
+        axes.bar(places + aside, cell["mean"], width, yerr=errors, color=colour, label=label, ecolor="0.25", capsize=2)
     axes.set_xticks(places, tasks)
     axes.set_ylim(0, 105)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-    axes.legend(ncols=len(methods), fontsize=8, loc="lower center")
+    axes.legend(ncols=len(methods), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.06))
     axes.set(ylabel="test score (%)", title="Held-out tasks: mean and s.d. over seeds; average with its 95% interval")
