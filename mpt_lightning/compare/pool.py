@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, ParamSpec, TypeVar
 
 import datasets
+import lightning.pytorch  # noqa: F401  # before rich, whose `float | int` makes jsonargparse read Lightning's 1 as 1.0
 import torch
 import transformers
 from rich.console import Console

@@ -1,6 +1,8 @@
 """What a run records, and what is left of its trials."""
 
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from unittest.mock import Mock
@@ -69,3 +71,16 @@ def test_the_check_before_training_selects_nothing() -> None:
         metrics = {"val/average": torch.tensor(score)}
         recorder.on_validation_end(Mock(sanity_checking=checking, global_step=step, callback_metrics=metrics), Mock())
     assert {step: round(found["val/average"], 6) for step, found in recorder.metrics.items()} == {10: 0.6, 20: 0.7}
+
+
+@pytest.mark.slow
+def test_a_worker_reads_numbers_as_the_command_line_does(tmp_path: Path) -> None:
+    """Equal unions have the order of a process's first one: with rich's `float | int`, 1 batch would be 1.0, all."""
+    code = """
+from pathlib import Path
+import mpt_lightning.compare.pool
+from mpt_lightning.compare.worker import RunCLI
+RunCLI(["fit", "--config", "baselines/lora", "--trainer.limit_val_batches", "1", "--print_config"], Path("."))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert "\n  limit_val_batches: 1\n" in done.stdout
