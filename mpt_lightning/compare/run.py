@@ -38,6 +38,8 @@ def run_all(comparison: Comparison, store: Store, console: Console, jobs: int | 
                 store.write(run, result)
                 if result.error:
                     console.print(f"{run.place} failed: {result.error}", markup=False, highlight=False)
+                elif not console.is_terminal:  # the bar is drawn in a terminal alone
+                    console.print(f"{run.place} done in {result.seconds:.0f} s", markup=False, highlight=False)
                 bar.update(progress, advance=1, description=", ".join(run.place for run in running.values()))
 
 

@@ -149,6 +149,15 @@ def test_a_failure_is_stored_and_repeated(calls: list[str], tmp_path: Path) -> N
     assert calls == [place]
 
 
+def test_a_log_file_has_a_line_for_each_run(calls: list[str], tmp_path: Path) -> None:
+    set_outcome("lora/demo/topic/8/0", lambda outcome: Outcome(error="no luck"))
+    with (tmp_path / "log.txt").open("w") as log:
+        run_all(make(), Store(tmp_path / "out", "test"), Console(file=log), jobs=1)
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert "lora/demo/topic/8/0 failed: no luck" in lines
+    assert {f"{place} done in 0 s" for place in EVERY - {"lora/demo/topic/8/0"}} <= set(lines)
+
+
 def test_runs_fail_with_the_prepared_run_they_need(calls: list[str], tmp_path: Path) -> None:
     comparison = make()
     set_outcome("prepare/teachers", lambda outcome: Outcome(error="no luck"))
