@@ -47,7 +47,7 @@ def test_impossible_searches_are_refused(search: dict, count: int | None, messag
     assert message in str(raised.value)
 
 
-def test_the_best_trial_has_the_highest_mean_score_then_the_lowest_loss() -> None:
+def test_the_best_trial_has_the_highest_score_then_lowest_loss() -> None:
     def trials(*pairs: tuple[float, float]) -> list[dict[str, float]]:
         return [{"score": score, "loss": loss} for score, loss in pairs]
 
