@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from mpt_lightning.backbones.cache import Pair
+from mpt_lightning.backbones.kernels import bidirectional_attention
 from mpt_lightning.errors import MPTError
 
 # The name for transformers' `set_attn_implementation`.
@@ -37,7 +37,7 @@ _PASS: ContextVar[_Pass | None] = ContextVar("pass", default=None)
 def layer_prefix_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Return attention to the module's prefix, if a pass has one, and to the own tokens; see `sdpa_attention_forward`.
+    """Return attention to the module's prefix, if a pass has one, and to the own tokens; see `kernels`.
 
     The mask `[B, 1, S, S]` is True where attended, or 0 where attended; None attends to everything.
     """
@@ -51,7 +51,7 @@ def layer_prefix_attention(
             shape = (*attention_mask.shape[:3], keys.shape[2])
             seen = attention_mask.new_full(shape, 1 if attention_mask.dtype == torch.bool else 0)
             attention_mask = torch.cat([seen, attention_mask], dim=3)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    return bidirectional_attention(module, query, key, value, attention_mask, **options)
 
 
 AttentionInterface.register(NAME, layer_prefix_attention)

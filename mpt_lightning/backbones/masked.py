@@ -19,7 +19,6 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForMaskedLM, PreT
 from mpt_lightning.backbones.base import Backbone, BackboneOutput, Inputs, align
 from mpt_lightning.backbones.cache import Pair, gather_layers
 from mpt_lightning.backbones.columns import insert, keep_columns
-from mpt_lightning.backbones.kernels import attention_kernel
 from mpt_lightning.backbones.layer_prefix import NAME, keys_and_values, prefixed
 from mpt_lightning.backbones.limits import attention_windows, check_masked, rotation_limits
 from mpt_lightning.errors import MPTError
@@ -176,7 +175,7 @@ class MaskedBackbone(Backbone):
             before = separators.cumsum(dim=1) - separators.int()
             options["token_type_ids"] = before.clamp(max=self.second_type) * mask
         model = self.model if masks is not None else self.model.base_model
-        with prefix, keep_columns(self.model.base_model, columns), attention_kernel(embeds, ids.shape[1]):
+        with prefix, keep_columns(self.model.base_model, columns):
             output = model(
                 inputs_embeds=embeds * mask[..., None],  # MobileBERT reads neighbours, padding included
                 attention_mask=mask,
