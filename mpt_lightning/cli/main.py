@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -101,6 +102,10 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("file", metavar="FILE", help="a comparison's YAML file, or a shipped one such as compare/demo")
     compare.add_argument("--output", metavar="DIR", help="folder of the results (default: runs/compare/NAME)")
     compare.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one per core, one with a GPU)")
+    compare.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE",
+        help="an argument of every run, such as model.backbone=FOLDER; a method's own have precedence (repeatable)",
+    )  # fmt: skip
     compare.add_argument("--report", action="store_true", help="only report the results so far")
     compare.add_argument(
         "--format", choices=["report", "peft"], default="report",
@@ -179,7 +184,10 @@ def _compare(options: Namespace) -> None:
 
     if options.jobs is not None and options.jobs < 1:
         raise MPTError(f"--jobs must be at least 1, got {options.jobs}.")
-    comparison, console = read_comparison(options.file), Console()
+    if wrong := [text for text in options.set if not re.fullmatch(r"[a-z_][\w.]*=.*", text, re.DOTALL)]:
+        raise MPTError(f"--set: got {wrong[0]!r}, expected an argument and its value, such as model.lr=0.1.")
+    arguments = dict(text.split("=", 1) for text in options.set)
+    comparison, console = read_comparison(options.file, arguments), Console()
     if not console.is_terminal:
         console = Console(width=200)  # a file has no window that the lines must fit
     output = Path(options.output or f"runs/compare/{comparison.name}")
@@ -194,7 +202,8 @@ def _compare(options: Namespace) -> None:
         except KeyboardInterrupt:
             print("mpt: interrupted; the same command resumes", file=sys.stderr)
             raise SystemExit(130) from None
-    command = ["mpt", "compare", options.file, *(["--output", options.output] if options.output else [])]
+    command = ["mpt", "compare", options.file, *(word for text in options.set for word in ("--set", text))]
+    command += ["--output", options.output] if options.output else []
     report = Report(comparison, store, shlex.join(command))
     if options.format == "peft":
         files = write_peft_results((result for _, result in report.results), output / "peft")

@@ -246,8 +246,11 @@ class Comparison:
         raise MPTError("`dev: k` with the full data alone: set `dev` to a number, or to null for the validation split.")
 
 
-def read_comparison(name: str) -> Comparison:
-    """Read a comparison's file, or a shipped one (`compare/demo`), and check types, recipes and tasks."""
+def read_comparison(name: str, arguments: Mapping[str, Any] | None = None) -> Comparison:
+    """Read a comparison's file, or a shipped one (`compare/demo`), and check types, recipes and tasks.
+
+    `arguments` override those of the file, and those of its prepared runs; a method's own have precedence.
+    """
     file = find_file("configs", name, "compare/")
     content = read_yaml(file)
     if not isinstance(content, dict):
@@ -259,6 +262,8 @@ def read_comparison(name: str) -> Comparison:
             warnings.simplefilter("ignore")  # jsonargparse renamed methods within its version 4
             values = parser.instantiate_classes(parser.parse_object({"name": file.stem, **content}))
         comparison = Comparison(**vars(values))
+        for part in (comparison, *comparison.prepare.values()):
+            part.arguments |= arguments or {}
         comparison.runs()
     except Exception as error:  # jsonargparse's errors have no common class
         raise MPTError(f"{name}: {' '.join(str(error).split())}") from None

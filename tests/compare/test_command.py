@@ -115,3 +115,15 @@ def test_a_comparison_is_not_a_recipe(capsys: pytest.CaptureFixture[str]) -> Non
     assert "not a recipe. Run it with: mpt compare compare/few" in capsys.readouterr().err
     main(["configs"])
     assert "A minimal comparison that takes seconds" in capsys.readouterr().out
+
+
+def test_an_argument_for_all_runs_stands_in_the_reports_command(own_folder: Path) -> None:
+    Path("out").mkdir()
+    main(["compare", "compare/few", "--report", "--set", "model.lr=a b=c", "--output", "out"])
+    assert "mpt compare compare/few --set 'model.lr=a b=c' --output out" in Path("out/report.md").read_text()
+
+
+@pytest.mark.parametrize("text", ["model.lr", "=3", "--model.lr=3"])
+def test_an_argument_without_name_or_value(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run_and_exit(2, "compare/few", f"--set={text}")
+    assert f"--set: got {text!r}, expected an argument and its value" in capsys.readouterr().err

@@ -175,6 +175,16 @@ def test_mistakes_get_one_message(
     assert "\n" not in str(raised.value)
 
 
+def test_arguments_for_every_run_and_a_methods_own_before_them() -> None:
+    comparison = read_comparison("compare/demo", {"model.backbone": "mine", "trainer.max_steps": "7"})
+    words = {run.method: run.words for run in [*comparison.prepared_runs(), *comparison.runs()]}
+    for method in ("prepare", "prompt_tuning", "mpt"):
+        option = words[method].index("--model.backbone")
+        assert words[method][option + 1] == "mine"
+    steps = {method: words[method][words[method].index("--trainer.max_steps") + 1] for method in ("lora", "cpt")}
+    assert steps == {"lora": "7", "cpt": "30"}
+
+
 def test_unknown_and_wrong_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"unknown comparison 'compare/dem'.*compare/demo, compare/few"):
         read_comparison("compare/dem")
