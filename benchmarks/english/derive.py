@@ -12,6 +12,7 @@ Row = dict[str, Any]
 PRICES = {"cheap": 0, "less than £20": 0, "moderate": 1, "£20-25": 1, "high": 2, "more than £30": 2}
 RATINGS = {"low": 0, "1 out of 5": 0, "average": 1, "3 out of 5": 1, "high": 2, "5 out of 5": 2}
 FAMILY = {"no": 0, "yes": 1}
+FOODS = {"English": 0, "Chinese": 1}
 AREAS = {"city centre": 0, "riverside": 1}
 # Articles of SQuAD by topic; others (broadcasting, schools) are left out.
 TOPICS = {
@@ -43,6 +44,11 @@ def area(row: Row, split: str) -> list[Row]:
 def family(row: Row, split: str) -> list[Row]:
     """Label a restaurant's description with whether it suits families: 0 no, 1 yes."""
     return _labelled(row, "familyFriendly", FAMILY)
+
+
+def food(row: Row, split: str) -> list[Row]:
+    """Label a restaurant's description with its food: 0 English, 1 Chinese, the only two that training rows have."""
+    return _labelled(row, "food", FOODS)
 
 
 def price(row: Row, split: str) -> list[Row]:
