@@ -262,8 +262,8 @@ def read_comparison(name: str, arguments: Mapping[str, Any] | None = None) -> Co
             warnings.simplefilter("ignore")  # jsonargparse renamed methods within its version 4
             values = parser.instantiate_classes(parser.parse_object({"name": file.stem, **content}))
         comparison = Comparison(**vars(values))
-        for part in (comparison, *comparison.prepare.values()):
-            part.arguments |= arguments or {}
+        for own in (comparison.arguments, *(recipe.arguments for recipe in comparison.prepare.values())):
+            own.update(arguments or {})
         comparison.runs()
     except Exception as error:  # jsonargparse's errors have no common class
         raise MPTError(f"{name}: {' '.join(str(error).split())}") from None
