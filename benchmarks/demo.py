@@ -1,6 +1,6 @@
 """The demo's rates, and reasons for its results, on two source tasks that the source runs have not seen.
 
-    python benchmarks/demo.py [--only rates context source start task_rate distillation shots agreement]
+    python benchmarks/demo.py [--only rates source start task_rate distillation shots agreement]
 
 Every score is on validation rows of the demo's source tasks, so that no row of a held-out task and no test row chooses
 a setting. Every run is stored in the folder of `--output`, and is not repeated if the benchmark starts again.
@@ -32,8 +32,7 @@ from torch.nn.functional import cosine_similarity
 from mpt_lightning import MPTSource, MPTTarget, MultitaskDataModule, MultitaskPrompt
 from mpt_lightning.backbones import Backbone
 from mpt_lightning.checkpoint import read_checkpoint
-from mpt_lightning.demo.methods import FEW_SHOT, IN_CONTEXT, METHODS, run
-from mpt_lightning.demo.run import CONTEXT_SHOTS
+from mpt_lightning.demo.methods import FEW_SHOT, METHODS, run
 from mpt_lightning.resources import T5
 
 # The tasks of the few-shot runs; sources are trained on the others.
@@ -42,9 +41,6 @@ SEEN = ("demo/acceptability", "demo/paraphrase", "demo/question")
 SEEDS, SHOTS, STEPS, STAGE_STEPS = (0, 1, 2), 16, 40, 100
 LRS = (0.01, 0.03, 0.1, 0.3, 0.6, 1.0)
 MPT_LRS = tuple((shared, task) for shared in (0.03, 0.1, 0.3) for task in (0.003, 0.03))
-# Of the decoder-only model's methods: rates, and for CPT the radius of the inputs' balls, twice that of the template's.
-CONTEXT_LRS = (0.003, 0.01, 0.05, 0.2)
-CPT_OPTIONS = tuple((lr, epsilon) for lr in (0.01, 0.05) for epsilon in (0.1, 0.4))
 # The rates of sources and targets in all parts but those that change them.
 RATES = {"shared_lr": 0.3, "task_lr": 0.02}
 TASK_LRS = (0.02, 0.003, 0.3)
@@ -141,16 +137,6 @@ def rates(runs: Runs) -> Iterator[Line]:
         yield f"MPT, {shared} and {task}", {"new tasks": scores}
 
 
-def context(runs: Runs) -> Iterator[Line]:
-    common: dict[str, Any] = {"k": CONTEXT_SHOTS, "steps": None}
-    for method in ("context_prompt_tuning", "instruction_prompt_tuning"):
-        for lr in CONTEXT_LRS:
-            yield f"{IN_CONTEXT[method].title}, {lr}", {"new tasks": runs.few_shot(method, lr=lr, **common)}
-    for lr, epsilon in CPT_OPTIONS:
-        scores = runs.few_shot("cpt", lr=lr, epsilon=epsilon, template_epsilon=epsilon / 2, **common)
-        yield f"CPT, {lr}, balls of {epsilon}", {"new tasks": scores}
-
-
 def source(runs: Runs) -> Iterator[Line]:
     for over in ("choices", "vocabulary"):
         yield over, runs.transfer(over=over)
@@ -213,7 +199,7 @@ def agreement(runs: Runs) -> Iterator[Line]:
 
 
 PARTS: dict[str, Callable[[Runs], Iterator[Line]]] = {
-    "rates": rates, "context": context, "source": lambda runs: paired(source(runs)),
+    "rates": rates, "source": lambda runs: paired(source(runs)),
     "start": lambda runs: paired(start(runs)), "task_rate": lambda runs: paired(task_rate(runs)),
     "distillation": lambda runs: paired(distillation(runs)), "shots": shots, "agreement": agreement,
 }  # fmt: skip
